@@ -1,0 +1,36 @@
+"""Which device this process computes on: the only place that asks torch for one."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+
+def local_device() -> torch.device:
+    """This rank's accelerator (chosen by LOCAL_RANK), or the CPU where there is none."""
+    if not torch.accelerator.is_available():
+        return torch.device("cpu")
+    kind = torch.accelerator.current_accelerator()
+    assert kind is not None
+    index = int(os.environ.get("LOCAL_RANK", "0")) % max(torch.accelerator.device_count(), 1)
+    return torch.device(kind.type, index)
+
+
+def process_group_backend(device: torch.device) -> str:
+    """gloo on a CPU; on an accelerator its own library for tensors there, and gloo beside it for tensors on the CPU."""
+    if device.type == "cpu":
+        return "gloo"
+    return f"cpu:gloo,{device.type}:{torch.distributed.get_default_backend_for_device(device)}"
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the work queued on ``device``; nothing to wait for on a CPU."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def empty_cache(device: torch.device) -> None:
+    """Hand cached device memory back to the driver."""
+    if device.type != "cpu":
+        torch.accelerator.empty_cache()

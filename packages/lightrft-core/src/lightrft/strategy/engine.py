@@ -1,0 +1,401 @@
+"""The interface of a rollout engine, and the contract that the base class keeps for every one of them.
+
+An engine implements the underscored hooks; the public methods check the lifecycle, the names and the counts around them,
+so that a missing tensor or a sleeping engine is the same error everywhere.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from .errors import EngineStateError, NotBuiltError, RolloutError, WeightSyncError
+from .lifecycle import EngineState, Lifecycle, Resource, Weights
+from .sampling import SamplingParams
+from .weights import DEFAULT_BUCKET_BYTES, SyncReceipt, TensorSpec, UpdateKind, UpdatePlan, WeightBucket
+
+RequestId = str
+Placement = Literal["spmd", "leader", "remote"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineCapabilities:
+    """What an engine can do, read by the configuration check before anything loads.
+
+    :param devices: device types that it runs on.
+    :param tensor_parallel: sizes above 1 are possible.
+    :param sleep_levels: which of level 1 (weights kept on the host) and level 2 (weights dropped) exist.
+    :param multimodal: takes images.
+    :param logprobs: returns the sampled tokens' logprobs under the distribution they were drawn from.
+    :param seeds: honours a seed for each request.
+    :param readback: can show elements of the weights that it holds (see :meth:`RolloutEngine.sample_weights`).
+    :param requires: the distribution that it needs and the range that was tested, for example "vllm>=0.30,<0.33".
+    """
+
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    tensor_parallel: bool = False
+    sleep_levels: tuple[int, ...] = (1, 2)
+    multimodal: bool = False
+    logprobs: bool = True
+    seeds: bool = True
+    readback: bool = True
+    requires: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSpec:
+    """All that an engine needs to start.
+
+    :param pretrain: folder or hub name of the model. None: build from ``model_config`` and wait for the first update.
+    :param model_config: a transformers configuration, for an engine born without weights.
+    :param dtype: the dtype of its weights.
+    :param memory_utilization: share of the device's memory for weights and KV cache, 0 to 1.
+    :param max_model_len: longest prompt plus response in tokens; None: the model's own limit.
+    :param max_batch_size: most sequences decoded at once; None: the engine decides.
+    :param max_images: most images a prompt; None: no limit.
+    :param extra: options that only this engine knows.
+    """
+
+    pretrain: str | None = None
+    model_config: Any = None
+    dtype: torch.dtype = torch.float32
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    tensor_parallel_size: int = 1
+    memory_utilization: float = 0.5
+    max_model_len: int | None = None
+    max_batch_size: int | None = None
+    max_images: int | None = None
+    seed: int = 42
+    trust_remote_code: bool = False
+    bucket_bytes: int = DEFAULT_BUCKET_BYTES
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationRequest:
+    """One sample to draw. ``sampling.n`` is 1 and ``sampling.seed`` is this sample's own.
+
+    A text request brings ``prompt_token_ids``. A multimodal one brings ``prompt`` (text with one placeholder for each
+    image) or ``prompt_token_ids`` (one image placeholder id each), and ``images``.
+    """
+
+    prompt_token_ids: tuple[int, ...] | None = None
+    prompt: str | None = None
+    images: tuple[Any, ...] = ()
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+
+    def __post_init__(self) -> None:
+        if self.prompt_token_ids is None and self.prompt is None:
+            raise ValueError("a request needs prompt_token_ids or prompt")
+        if self.sampling.n != 1:
+            raise ValueError(f"sampling.n = {self.sampling.n}: an engine's request is one sample; send n requests")
+
+
+@dataclass(kw_only=True)
+class GenerationOutput:
+    """One response.
+
+    :param prompt_token_ids: as the model saw them (image placeholders expanded).
+    :param output_token_ids: sampled tokens, the end token included.
+    :param logprobs: natural-log probability of each output token under the distribution it was drawn from; None where
+        they were not asked for.
+    :param finish_reason: "stop" (end or stop token), "length" (max_tokens or the context), or "abort".
+    :param weight_version: the weights that wrote it.
+    """
+
+    request_id: RequestId
+    prompt_token_ids: list[int]
+    output_token_ids: list[int]
+    logprobs: list[float] | None
+    finish_reason: Literal["stop", "length", "abort"]
+    weight_version: int = 0
+
+
+class RolloutEngine(ABC):
+    """Writes rollouts. Subclass it, implement the hooks, name it in the entry-point group ``lightrft.engines``.
+
+    :cvar name: the value of ``--engine_type``.
+    :cvar placement: "spmd": every rank of a tensor-parallel group runs it with the same requests; "leader": the group's
+        first rank owns it; "remote": it lives in another process that the leader talks to.
+    """
+
+    name: ClassVar[str]
+    capabilities: ClassVar[EngineCapabilities] = EngineCapabilities()
+    placement: ClassVar[Placement] = "spmd"
+
+    def __init__(self) -> None:
+        self.lifecycle = Lifecycle()
+        self.spec: EngineSpec = EngineSpec()
+        self._ids = itertools.count()
+        self._finished: dict[RequestId, GenerationOutput] = {}
+        self._waiting: dict[RequestId, GenerationRequest] = {}
+        self._update: _UpdateLedger | None = None
+
+    # ---- life -------------------------------------------------------------------------------------------------------
+    def start(self, spec: EngineSpec, group: Any = None) -> None:
+        """Load the model. ``group`` is the tensor-parallel process group (None: this rank alone).
+
+        :raises NotBuiltError: the engine cannot do what the spec asks.
+        """
+        if spec.tensor_parallel_size > 1 and not self.capabilities.tensor_parallel:
+            raise NotBuiltError(
+                f"engine {self.name!r} runs on one rank only, engine_tp_size is {spec.tensor_parallel_size}: "
+                "set --engine_tp_size 1, or take --engine_type vllm or sglang, which split a model over ranks"
+            )
+        if spec.device.type not in self.capabilities.devices:
+            raise NotBuiltError(
+                f"engine {self.name!r} does not run on {spec.device.type}; it runs on {', '.join(self.capabilities.devices)}"
+            )
+        self.spec = spec
+        self._start(spec, group)
+        self.lifecycle.started(has_weights=spec.pretrain is not None)
+
+    def status(self) -> EngineState:
+        return self.lifecycle.state
+
+    def shutdown(self) -> None:
+        """Give everything back: memory, processes, shared memory. Repeating it does nothing."""
+        self._finished.clear()
+        self._waiting.clear()
+        if self.lifecycle.state != EngineState():
+            self.lifecycle.stopped()
+            self._shutdown()
+
+    # ---- generation -------------------------------------------------------------------------------------------------
+    def submit(self, requests: Sequence[GenerationRequest]) -> list[RequestId]:
+        """Queue requests; returns their ids in order.
+
+        :raises StaleWeightsError: the weights are not whole. :raises EngineStateError: asleep or not started.
+        :raises ValueError: a prompt leaves no room in the context, or brings images to a text engine.
+        """
+        self.lifecycle.check_generate()
+        for request in requests:
+            if request.images and not self.capabilities.multimodal:
+                raise ValueError(f"engine {self.name!r} takes no images; use one that does, or send text only")
+            length, limit = len(request.prompt_token_ids or ()), self.spec.max_model_len
+            if limit is not None and length >= limit:
+                raise ValueError(
+                    f"a prompt of {length} tokens leaves no room for a response in a context of {limit}: "
+                    "shorten it (--prompt_max_len) or give the engine a longer context (--max_model_len)"
+                )
+        ids = [f"{self.name}-{next(self._ids)}" for _ in requests]
+        self._submit(dict(zip(ids, requests, strict=True)))
+        return ids
+
+    def poll(self, until: Literal["all", "any"] = "all", timeout: float | None = None) -> list[GenerationOutput]:
+        """Finished outputs, in order of submission. "all" waits for every submitted request, "any" for at least one.
+
+        :raises TimeoutError: ``timeout`` seconds went by first.
+        """
+        return self._poll(until, timeout)
+
+    def abort(self, ids: Sequence[RequestId]) -> None:
+        """Give up requests; those that had not finished come back with finish_reason "abort"."""
+        self._abort(ids)
+
+    def generate(self, requests: Sequence[GenerationRequest], timeout: float | None = None) -> list[GenerationOutput]:
+        """Submit and wait: one output a request, in their order.
+
+        :raises RolloutError: the engine returned fewer, more or other outputs than were asked for.
+        """
+        ids = self.submit(requests)
+        outputs = {output.request_id: output for output in self.poll("all", timeout)}
+        self._finished.update({i: output for i, output in outputs.items() if i not in set(ids)})  # somebody else's
+        if lost := [i for i in ids if i not in outputs]:
+            raise RolloutError(
+                f"engine {self.name!r} returned {len(ids) - len(lost)} of {len(ids)} outputs; "
+                f"missing are requests {', '.join(str(ids.index(i)) for i in lost[:5])}"
+            )
+        return [outputs[i] for i in ids]
+
+    # ---- weights ----------------------------------------------------------------------------------------------------
+    def begin_update(
+        self,
+        version: int,
+        specs: Sequence[TensorSpec],
+        kind: UpdateKind = "full",
+        *,
+        bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+    ) -> UpdatePlan:
+        """Open an update: the engine checks the manifest against what it expects and says what must travel together.
+
+        :raises EngineStateError: an update is under way, or the weights' memory is released.
+        :raises WeightSyncError: names or shapes differ from the engine's model (all differences named).
+        """
+        self.lifecycle.update_begun()
+        try:
+            plan = self._plan_update(version, tuple(specs), kind, bucket_bytes)
+        except BaseException:
+            self.lifecycle.update_aborted()
+            raise
+        self._update = _UpdateLedger(plan)
+        return plan
+
+    def load_bucket(self, bucket: WeightBucket) -> None:
+        """Take one bucket. Its memory is used again after the call returns.
+
+        :raises WeightSyncError: a tensor is unknown, doubled, or has another shape or dtype than announced.
+        """
+        self._open_update().receive(bucket)
+        self._load_bucket(bucket)
+
+    def finish_update(self) -> SyncReceipt:
+        """Close the update: all tensors must have come. Caches that hold old weights' results are reset.
+
+        :raises WeightSyncError: tensors are missing; the weights stay partial.
+        """
+        ledger = self._open_update()
+        ledger.check_complete()
+        self._finish_update()
+        self._reset_caches()
+        self._update = None
+        self.lifecycle.update_finished(ledger.plan.version)
+        return ledger.receipt()
+
+    def abort_update(self) -> None:
+        """Break an update off. The engine refuses to generate until a whole one has come."""
+        if self._update is not None:
+            self._update = None
+            self._abort_update()
+        self.lifecycle.update_aborted()
+
+    def _open_update(self) -> _UpdateLedger:
+        if self._update is None:
+            raise EngineStateError(f"engine {self.name!r}: no weight update is open; call begin_update first")
+        return self._update
+
+    def sample_weights(self, positions: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Elements that the engine holds now, by hub name and flat position (int64), on the CPU.
+
+        :raises NotBuiltError: this engine cannot show its weights (``capabilities.readback`` is False).
+        """
+        raise NotBuiltError(f"engine {self.name!r} cannot read its weights back")
+
+    # ---- memory -----------------------------------------------------------------------------------------------------
+    def release(self, what: Resource, *, keep: bool = True) -> int:
+        """Give memory back. Weights go to the host (``keep``) or are dropped. Returns the bytes freed on the device."""
+        return self._release(what, keep) if self.lifecycle.released(what, keep=keep) else 0
+
+    def restore(self, what: Resource) -> None:
+        """Take memory back. Dropped weights come back as memory only: a whole update must fill it."""
+        had = self.lifecycle.state.weights
+        if self.lifecycle.restored(what):
+            self._restore(what, values=what == "kv_cache" or had is Weights.OFFLOADED)
+
+    # ---- hooks ------------------------------------------------------------------------------------------------------
+    @abstractmethod
+    def _start(self, spec: EngineSpec, group: Any) -> None:
+        """Load the model, allocate what generation needs."""
+
+    @abstractmethod
+    def _generate(self, requests: Mapping[RequestId, GenerationRequest]) -> list[GenerationOutput]:
+        """Write one output for each request. An asynchronous engine overrides _submit, _poll and _abort instead."""
+
+    @abstractmethod
+    def _plan_update(
+        self, version: int, specs: tuple[TensorSpec, ...], kind: UpdateKind, bucket_bytes: int
+    ) -> UpdatePlan:
+        """Check the manifest, choose dtype, order and fused groups."""
+
+    @abstractmethod
+    def _load_bucket(self, bucket: WeightBucket) -> None:
+        """Copy the tensors in."""
+
+    @abstractmethod
+    def _release(self, what: Resource, keep: bool) -> int: ...
+
+    @abstractmethod
+    def _restore(self, what: Resource, values: bool) -> None: ...
+
+    @abstractmethod
+    def _shutdown(self) -> None: ...
+
+    def _finish_update(self) -> None:
+        """Whatever must happen once all tensors are in."""
+
+    def _abort_update(self) -> None:
+        """Whatever must happen when an update is broken off."""
+
+    def _reset_caches(self) -> None:
+        """Forget results of the old weights: prefix, multimodal and encoder caches."""
+
+    def _submit(self, requests: Mapping[RequestId, GenerationRequest]) -> None:
+        self._waiting.update(requests)
+
+    def _poll(self, until: Literal["all", "any"], timeout: float | None) -> list[GenerationOutput]:
+        waiting, self._waiting = self._waiting, {}
+        deadline = None if timeout is None else time.monotonic() + timeout
+        outputs = self._generate(waiting) if waiting else []
+        if deadline is not None and time.monotonic() > deadline:
+            raise TimeoutError(f"engine {self.name!r}: generating {len(waiting)} samples took longer than {timeout:g} s")
+        return [*_drain(self._finished), *outputs]
+
+    def _abort(self, ids: Sequence[RequestId]) -> None:
+        for request_id in ids:
+            if (request := self._waiting.pop(request_id, None)) is not None:
+                self._finished[request_id] = GenerationOutput(
+                    request_id=request_id,
+                    prompt_token_ids=list(request.prompt_token_ids or ()),
+                    output_token_ids=[],
+                    logprobs=[] if request.sampling.logprobs else None,
+                    finish_reason="abort",
+                    weight_version=self.lifecycle.state.version,
+                )
+
+
+def _drain(outputs: dict[RequestId, GenerationOutput]) -> Iterator[GenerationOutput]:
+    while outputs:
+        yield outputs.pop(next(iter(outputs)))
+
+
+class _UpdateLedger:
+    """What an update announced, and what has come of it."""
+
+    def __init__(self, plan: UpdatePlan) -> None:
+        self.plan = plan
+        self.expected = {spec.name: spec for spec in plan.specs}
+        self.received: set[str] = set()
+        self.nbytes = 0
+        self.buckets = 0
+        self.begun = time.monotonic()
+
+    def receive(self, bucket: WeightBucket) -> None:
+        for name, tensor in bucket.tensors.items():
+            spec = self.expected.get(name)
+            if spec is None:
+                raise WeightSyncError(f"bucket {bucket.index}: tensor {name} was not announced")
+            if name in self.received:
+                raise WeightSyncError(f"bucket {bucket.index}: tensor {name} came twice")
+            if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
+                raise WeightSyncError(
+                    f"bucket {bucket.index}: tensor {name} is {tuple(tensor.shape)} {tensor.dtype}, "
+                    f"announced was {spec.shape} {spec.dtype}"
+                )
+            self.received.add(name)
+        self.nbytes += bucket.nbytes
+        self.buckets += 1
+
+    def check_complete(self) -> None:
+        if missing := [name for name in self.expected if name not in self.received]:
+            shown = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
+            raise WeightSyncError(f"{len(missing)} of {len(self.expected)} tensors never came: {shown}")
+
+    def receipt(self) -> SyncReceipt:
+        return SyncReceipt(
+            version=self.plan.version,
+            kind=self.plan.kind,
+            tensors_expected=len(self.expected),
+            tensors_received=len(self.received),
+            tensors_changed=len(self.received),
+            nbytes=self.nbytes,
+            buckets=self.buckets,
+            seconds=time.monotonic() - self.begun,
+            verified="manifest",
+            digest="",
+        )

@@ -1,0 +1,114 @@
+"""Sampling parameters in one typed form, and the seed of every sample.
+
+Engines honour :class:`SamplingParams`; users may also bring a dict with vLLM's names or an engine's own object.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+# Names that an engine's own object or an older script uses for one of our fields.
+ALIASES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "sampling_seed": "seed"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How to draw a response. Names and meanings are vLLM's.
+
+    :param n: samples for each prompt.
+    :param temperature: divides the logits; 0 is greedy.
+    :param top_p: smallest set of tokens whose probability reaches this; 1 keeps all.
+    :param top_k: this many likeliest tokens; 0 or -1 keeps all.
+    :param min_p: drops tokens below this share of the likeliest one's probability; 0 keeps all.
+    :param max_tokens: longest response, in tokens.
+    :param min_tokens: end and stop tokens cannot be drawn before this many.
+    :param stop_token_ids: tokens that end a response, besides the model's own end tokens.
+    :param ignore_eos: go on after the model's own end token.
+    :param seed: every sample's seed derives from it (see :func:`sample_seed`); None takes the run's.
+    :param logprobs: return the logprob of each sampled token under the distribution it was drawn from.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    min_p: float = 0.0
+    max_tokens: int = 16
+    min_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    seed: int | None = None
+    logprobs: bool = True
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name} = {getattr(self, name)!r}: must be {rule}"
+            for name, ok, rule in (
+                ("n", self.n >= 1, "at least 1"),
+                ("temperature", self.temperature >= 0, "0 (greedy) or more"),
+                ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+                ("top_k", self.top_k >= -1, "-1 or 0 (all tokens), or a positive count"),
+                ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
+                ("max_tokens", self.max_tokens >= 1, "at least 1"),
+                ("min_tokens", 0 <= self.min_tokens <= self.max_tokens, "between 0 and max_tokens"),
+            )
+            if not ok
+        ]
+        if problems:
+            raise ValueError("sampling parameters: " + "; ".join(problems))
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    @property
+    def full_support(self) -> bool:
+        """True where only the temperature shapes the distribution, so that trainer logprobs are comparable."""
+        return self.top_p == 1 and self.top_k <= 0 and self.min_p == 0
+
+    @classmethod
+    def coerce(cls, value: Any) -> SamplingParams:
+        """Accept ours, a mapping with vLLM's names, an object with such attributes, or None for the defaults.
+
+        :raises ValueError: a mapping's name is unknown: a typo must not silently change what is sampled.
+        """
+        if value is None:
+            return cls()
+        if isinstance(value, SamplingParams):
+            return value
+        names = {field.name for field in dataclasses.fields(cls)}
+        if isinstance(value, Mapping):
+            given = {ALIASES.get(str(key), str(key)): item for key, item in value.items()}
+            unknown = sorted(set(given) - names)
+            if unknown:
+                raise ValueError(f"sampling parameters: unknown {', '.join(unknown)}; known are {', '.join(sorted(names))}")
+        else:
+            spelled = {**{name: name for name in names}, **ALIASES}
+            given = {ours: getattr(value, theirs) for theirs, ours in spelled.items() if hasattr(value, theirs)}
+            if not given:
+                raise ValueError(
+                    f"sampling parameters: {type(value).__name__} has none of {', '.join(sorted(names))}; "
+                    "pass SamplingParams, a dict with those names, or the engine's own object"
+                )
+        given = {key: item for key, item in given.items() if item is not None}
+        if "stop_token_ids" in given:
+            given["stop_token_ids"] = tuple(int(token) for token in given["stop_token_ids"])
+        if "logprobs" in given:  # vLLM's 0 means "the sampled token's", so only False turns it off
+            given["logprobs"] = given["logprobs"] is not False
+        return cls(**given)
+
+
+def sample_seed(run_seed: int, step: int, prompt_index: int, sample_index: int) -> int:
+    """The seed of one sample, a pure function of its place in the run and of nothing else.
+
+    World size, tensor-parallel size, batch composition and engine do not enter, so that a sample stays the same when
+    they change.
+
+    :return: an int in [0, 2**63).
+    """
+    key = f"{run_seed}:{step}:{prompt_index}:{sample_index}".encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
