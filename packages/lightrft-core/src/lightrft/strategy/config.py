@@ -1,0 +1,460 @@
+"""Every setting of a run, written once.
+
+Each field of :class:`StrategyConfig` is at the same time a Python field, a flag of :func:`lightrft.utils.add_arguments`,
+a key of a YAML file and a line of the reference page. Importing this module loads neither torch nor pydantic.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from .errors import ConfigError
+
+T = TypeVar("T")
+Backend = Literal["deepspeed", "fsdp"]
+Rule = tuple[str, Callable[["StrategyConfig"], bool], str]
+
+
+def option(default: T, help: str, *, group: str, rule: tuple[Callable[[T], bool], str] | None = None, later: str = "") -> T:
+    """A field with its help text, its flag group and what makes a value right.
+
+    :param rule: a predicate of the value, and the words that complete "must be ...".
+    :param later: set where the feature is not built yet: any value but the default is refused with these words.
+    """
+    metadata = {"help": help, "group": group, "rule": rule, "later": later}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)  # type: ignore[return-value]
+    return field(default=default, metadata=metadata)
+
+
+positive = (lambda value: value is None or value > 0, "above 0")
+at_least_0 = (lambda value: value is None or value >= 0, "0 or more")
+at_least_1 = (lambda value: value is None or value >= 1, "at least 1")
+share = (lambda value: value is None or 0 <= value <= 1, "between 0 and 1")
+above_0_share = (lambda value: value is None or 0 < value <= 1, "above 0 and at most 1")
+every = (lambda value: value == -1 or value >= 1, "-1 (never) or a positive count")
+
+RUN, BACKEND, ENGINE = "run", "training backend", "inference engine"
+MODEL, DATA, ROLLOUT = "models", "data", "rollout"
+TRAIN, ALGORITHM, REWARD, OUTPUT = "optimization", "algorithm", "rewards", "output and logging"
+
+
+@dataclass(kw_only=True)
+class StrategyConfig:
+    """The typed settings of a run. Take parameters from here, not from a bare ``args``.
+
+    Construction checks nothing and prints nothing; :meth:`checked` reports every fault at once.
+    """
+
+    # ---- run
+    seed: int = option(42, "Seed of everything random in the run.", group=RUN, rule=at_least_0)
+    local_rank: int = option(-1, "This process's rank on its node; set by the launcher, LOCAL_RANK wins.", group=RUN)
+    dist_timeout: float = option(600.0, "Seconds after which a late rank ends the run, with its name.", group=RUN, rule=positive)
+
+    # ---- training backend
+    strategy: str | None = option(None, "Training backend by its registered name; overrides --fsdp.", group=BACKEND)
+    fsdp: bool = option(False, "Train with PyTorch FSDP2 instead of DeepSpeed.", group=BACKEND)
+    zero_stage: int = option(2, "DeepSpeed ZeRO stage: 1, 2 or 3.", group=BACKEND, rule=(lambda v: v in (1, 2, 3), "1, 2 or 3"))
+    bf16: bool = option(False, "Compute in bfloat16.", group=BACKEND)
+    fp16: bool = option(False, "Compute in float16.", group=BACKEND)
+    use_mp_opt: bool = option(
+        False, "FSDP: keep parameters in 16 bit and the optimizer's master copy and moments in fp32.", group=BACKEND
+    )
+    fsdp_cpu_offload: bool = option(False, "FSDP: optimizer states and gradients live on the CPU.", group=BACKEND)
+    adam_offload: bool = option(False, "Adam's states and its step live on the CPU.", group=BACKEND)
+    zpg: int = option(1, "DeepSpeed ZeRO++: ranks of a secondary parameter shard (stage 3).", group=BACKEND, rule=at_least_1)
+    overlap_comm: bool = option(False, "DeepSpeed: overlap gradient reduction with the backward pass.", group=BACKEND)
+    grad_accum_dtype: Literal["fp32", "bf16", "fp16"] | None = option(
+        None, "DeepSpeed: dtype in which gradients accumulate.", group=BACKEND
+    )
+    sp_size: int = option(
+        1, "Ranks that share one sequence.", group=BACKEND, rule=at_least_1, later="sequence parallelism is not built yet"
+    )
+    meta_init: bool = option(False, "Build models on the meta device; each rank fills only its shard.", group=BACKEND)
+    initial_model_shard_size: int | None = option(
+        None, "Ranks over which the reference model is sharded; default: all.", group=BACKEND, rule=at_least_1
+    )
+    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.", group=BACKEND)
+
+    # ---- inference engine
+    engine_type: str = option("vllm", "Rollout engine by its registered name: vllm, sglang or hf.", group=ENGINE)
+    engine_tp_size: int = option(1, "Ranks over which the engine splits the model.", group=ENGINE, rule=at_least_1)
+    engine_mem_util: float = option(0.5, "Share of the device's memory for the engine.", group=ENGINE, rule=above_0_share)
+    enable_engine_sleep: bool = option(True, "Let the engine sleep while the trainer trains.", group=ENGINE)
+    engine_sleep_level: int = option(
+        1, "1: weights wait on the host; 2: they are dropped.", group=ENGINE, rule=(lambda v: v in (1, 2), "1 or 2")
+    )
+    max_model_len: int | None = option(None, "The engine's context in tokens; default: the model's.", group=ENGINE, rule=at_least_1)
+    weight_bucket_mb: float = option(512.0, "Weights travel to the engine in buckets of this many MiB.", group=ENGINE, rule=positive)
+    verify_weights: Literal["sampled", "full"] = option(
+        "sampled", "What a weight sync compares: some elements of each tensor, or every one.", group=ENGINE
+    )
+    engine_timeout: float = option(1800.0, "Seconds that one engine call may take.", group=ENGINE, rule=positive)
+    limit_mm_image_per_prompt: int = option(-1, "Most images a prompt; -1: no limit.", group=ENGINE, rule=(lambda v: v >= -1, "-1 or more"))
+    rm_use_engine: bool = option(False, "Run the reward model in an engine.", group=ENGINE, later="reward models in an engine are not built yet")
+    rm_engine_cudagraph: bool = option(
+        False, "CUDA graphs for the reward model's engine.", group=ENGINE, later="reward models in an engine are not built yet"
+    )
+
+    # ---- models
+    pretrain: str | None = option(None, "The model to fine-tune: a folder or a hub name.", group=MODEL)
+    critic_pretrain: str | None = option(None, "The critic's starting point (with --advantage_estimator gae).", group=MODEL)
+    reward_pretrain: str | None = option(None, "A reward model: a folder or a hub name.", group=MODEL)
+    flash_attn: bool = option(False, "Use flash attention; refused where it is not installed.", group=MODEL)
+    trust_remote_code: bool = option(False, "Run code that a hub model brings along.", group=MODEL)
+    enable_ema: bool = option(False, "Keep an exponential moving average of the actor and save it too.", group=MODEL)
+    ema_beta: float = option(0.992, "Decay of the moving average.", group=MODEL, rule=share)
+    mixed_mm_data: bool = option(False, "Batches mix prompts with and without images, unevenly over ranks.", group=MODEL)
+    packing_samples: bool = option(False, "Pack several samples into one row.", group=MODEL, later="packing is not built yet")
+    fused_linear_logprob: bool = option(
+        False, "Logprobs straight from hidden states, without the logits.", group=MODEL, later="the fused logprob is not built yet"
+    )
+    chunk_size: int = option(4096, "Chunk of --fused_linear_logprob.", group=MODEL, rule=at_least_1)
+    lora_rank: int = option(0, "Rank of LoRA adapters; 0: train all weights.", group=MODEL, rule=at_least_0, later="LoRA is not built yet")
+
+    # ---- data
+    prompt_data: str | None = option(None, "Prompts: .jsonl, .parquet, a dataset's name, reasoning_gym:TASK; commas join several.", group=DATA)
+    prompt_data_probs: str | None = option(None, "Shares of several --prompt_data, for example 0.7,0.3.", group=DATA)
+    prompt_split: str = option("train", "Split of --prompt_data.", group=DATA)
+    eval_data: str | None = option(None, "Held-out prompts, in any form that --prompt_data takes.", group=DATA)
+    eval_split: str = option("test", "Split of --eval_data.", group=DATA)
+    eval_steps: int = option(-1, "Evaluate every so many steps; -1: only before and after.", group=DATA, rule=every)
+    max_eval_samples: int = option(500, "Most held-out prompts.", group=DATA, rule=at_least_1)
+    input_key: str = option("input", "Key of the prompt.", group=DATA)
+    label_key: str = option("label", "Key of the right answer.", group=DATA)
+    images_key: str = option("image", "Key of the images.", group=DATA)
+    system_prompt: str | None = option(None, "System message of the chat template.", group=DATA)
+    input_template: str | None = option(None, "Template of a prompt, with {} in place of the input.", group=DATA)
+    apply_chat_template: bool = option(False, "Apply the tokenizer's chat template.", group=DATA)
+    max_samples: int = option(1_000_000, "Most prompts to read.", group=DATA, rule=at_least_1)
+    prompt_max_len: int = option(1024, "Longest prompt in tokens.", group=DATA, rule=at_least_1)
+
+    # ---- rollout
+    rollout_batch_size: int = option(512, "Prompts a step, over all ranks.", group=ROLLOUT, rule=at_least_1)
+    micro_rollout_batch_size: int = option(8, "Samples a forward pass while experience is made.", group=ROLLOUT, rule=at_least_1)
+    n_samples_per_prompt: int = option(8, "Samples a prompt.", group=ROLLOUT, rule=at_least_1)
+    generate_max_len: int = option(1024, "Longest response in tokens.", group=ROLLOUT, rule=at_least_1)
+    temperature: float = option(1.0, "Sampling temperature.", group=ROLLOUT, rule=positive)
+    top_p: float = option(1.0, "Sample from the smallest set of tokens with this probability.", group=ROLLOUT, rule=above_0_share)
+    top_k: int = option(-1, "Sample from this many likeliest tokens; -1: all.", group=ROLLOUT, rule=every)
+    min_p: float = option(0.0, "Drop tokens below this share of the likeliest one's probability.", group=ROLLOUT, rule=share)
+    dynamic_sampling: bool = option(False, "Redraw groups whose rewards are all equal (DAPO, arXiv:2503.14476).", group=ROLLOUT)
+    dynamic_sampling_max_rounds: int = option(4, "Most redraws of one step.", group=ROLLOUT, rule=at_least_1)
+
+    # ---- optimization
+    train_batch_size: int = option(128, "Samples an optimizer step, over all ranks.", group=TRAIN, rule=at_least_1)
+    micro_train_batch_size: int = option(1, "Samples a forward and backward pass on one rank.", group=TRAIN, rule=at_least_1)
+    max_norm: float = option(1.0, "Clip the global gradient norm to this; 0: no clipping.", group=TRAIN, rule=at_least_0)
+    actor_learning_rate: float = option(1e-6, "Peak learning rate of the actor.", group=TRAIN, rule=at_least_0)
+    critic_learning_rate: float = option(9e-6, "Peak learning rate of the critic.", group=TRAIN, rule=at_least_0)
+    adam_betas: tuple[float, float] = option(
+        (0.9, 0.95), "Adam's two betas.", group=TRAIN, rule=(lambda v: all(0 <= b < 1 for b in v), "two numbers in [0, 1)")
+    )
+    adam_eps: float = option(1e-8, "Adam's epsilon.", group=TRAIN, rule=positive)
+    l2: float = option(0.0, "Weight decay, not applied to biases and norms.", group=TRAIN, rule=at_least_0)
+    lr_scheduler: str = option("cosine_with_min_lr", "Learning-rate schedule, by transformers' name.", group=TRAIN)
+    lr_warmup_ratio: float = option(0.03, "Share of the steps that warm up.", group=TRAIN, rule=share)
+    num_episodes: int = option(1, "Passes over the prompts.", group=TRAIN, rule=at_least_1)
+    max_epochs: int = option(1, "Passes over each rollout buffer.", group=TRAIN, rule=at_least_1)
+    max_steps: int | None = option(None, "Most rollout steps; default: all prompts, --num_episodes times.", group=TRAIN, rule=at_least_1)
+    freezing_actor_steps: int = option(-1, "Train only the critic for so many steps first.", group=TRAIN, rule=(lambda v: v >= -1, "-1 or more"))
+
+    # ---- algorithm
+    advantage_estimator: Literal["group_norm", "grpo", "dr_grpo", "rloo", "reinforce", "reinforce_baseline", "gae"] = option(
+        "group_norm", "How rewards become advantages; group_norm and grpo are one.", group=ALGORITHM
+    )
+    gamma: float = option(1.0, "Discount of rewards.", group=ALGORITHM, rule=share)
+    lambd: float = option(0.95, "Lambda of GAE.", group=ALGORITHM, rule=share)
+    eps_clip: float = option(0.2, "Clip range of the policy ratio.", group=ALGORITHM, rule=positive)
+    eps_clip_high: float | None = option(None, "Upper clip range; default: --eps_clip (DAPO's clip-higher).", group=ALGORITHM, rule=positive)
+    value_clip: float = option(0.2, "Clip range of the critic's values.", group=ALGORITHM, rule=positive)
+    loss_agg_mode: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"] = option(
+        "token-mean", "How token losses are averaged.", group=ALGORITHM
+    )
+    use_gspo: bool = option(False, "Sequence-level ratio (GSPO, arXiv:2507.18071).", group=ALGORITHM)
+    use_cpg_loss: bool = option(False, "Clipped policy gradient with drift (CPGD, arXiv:2505.12504).", group=ALGORITHM)
+    init_kl_coef: float = option(0.01, "Weight of the KL to the reference model; 0 loads no reference model.", group=ALGORITHM, rule=at_least_0)
+    kl_estimator: Literal["k1", "k2", "k3"] = option("k3", "Estimator of the KL.", group=ALGORITHM)
+    use_kl_loss: bool = option(False, "Add the KL to the loss instead of the reward.", group=ALGORITHM)
+    kl_target: float | None = option(None, "Adapt the KL's weight toward this KL.", group=ALGORITHM, rule=positive)
+    kl_horizon: int = option(10000, "Samples over which the KL's weight adapts.", group=ALGORITHM, rule=at_least_1)
+    entropy_coef: float = option(0.0, "Weight of an entropy bonus.", group=ALGORITHM, rule=at_least_0)
+    high_entropy_token_ratio: float = option(
+        0.0, "Train on this share of tokens with the highest entropy; 0: on all (arXiv:2506.01939).", group=ALGORITHM, rule=share
+    )
+    advantages_norm: bool = option(False, "Whiten advantages over the whole batch.", group=ALGORITHM)
+    advantage_clip: float = option(0.0, "Clip advantages to plus and minus this; 0: no clipping.", group=ALGORITHM, rule=at_least_0)
+    importance_sampling_cap: float = option(
+        0.0, "Correct engine/trainer drift by importance weights truncated at this; 0: only measure.", group=ALGORITHM, rule=at_least_0
+    )
+    max_logprob_drift: float | None = option(
+        None, "Stop when the mean engine/trainer logprob difference exceeds this.", group=ALGORITHM, rule=positive
+    )
+
+    # ---- rewards
+    reward: str | None = option(None, "Rule rewards, or module:function; commas join several, name=weight weighs them.", group=REWARD)
+    remote_rm_url: str | None = option(None, "URL of a reward server that speaks JSON; commas join several.", group=REWARD)
+    reward_timeout: float = option(60.0, "Seconds that one reward call may take.", group=REWARD, rule=positive)
+    reward_clip: float = option(0.0, "Clip rewards to plus and minus this; 0: no clipping.", group=REWARD, rule=at_least_0)
+    reward_running_norm: bool = option(False, "Divide rewards by their running standard deviation.", group=REWARD)
+    reward_running_norm_minus_mean: bool = option(False, "Subtract the running mean as well.", group=REWARD)
+    overlong_buffer: bool = option(False, "Penalize responses near the length limit (DAPO).", group=REWARD)
+    overlong_buffer_len: int = option(1024, "Tokens before the limit over which the penalty grows.", group=REWARD, rule=at_least_1)
+    overlong_buffer_penalty_factor: float = option(1.0, "Largest penalty.", group=REWARD, rule=at_least_0)
+
+    # ---- output and logging
+    output_dir: str = option("lightrft_runs/latest", "Folder of the run: config, metrics, plots, checkpoints, model.", group=OUTPUT)
+    log_dir: str | None = option(None, "Folder of plots and logs; default: --output_dir.", group=OUTPUT)
+    plot_every: int = option(10, "Plot response lengths every so many steps; -1: never.", group=OUTPUT, rule=every)
+    save_steps: int = option(-1, "Checkpoint every so many steps; -1: only at the end and on Ctrl-C.", group=OUTPUT, rule=every)
+    max_ckpt_num: int = option(3, "Checkpoints to keep.", group=OUTPUT, rule=at_least_1)
+    max_ckpt_mem: float = option(1e8, "Most space for checkpoints, in GB (10^9 bytes); the newest is always kept.", group=OUTPUT, rule=positive)
+    async_save: bool = option(False, "Write checkpoints in the background.", group=OUTPUT)
+    resume: bool = option(False, "Go on from the last whole checkpoint in --output_dir.", group=OUTPUT)
+    save_trajectories: bool = option(False, "Write some prompts, responses and rewards of each step as JSONL.", group=OUTPUT)
+    num_trajectories_to_save: int = option(10, "How many of them.", group=OUTPUT, rule=at_least_1)
+    use_tensorboard: bool | None = option(None, "Log to TensorBoard; default: where it is installed.", group=OUTPUT)
+    use_wandb: bool = option(False, "Log to Weights & Biases.", group=OUTPUT)
+    use_trackio: bool = option(False, "Log to Trackio.", group=OUTPUT)
+    wandb_project: str = option("lightrft", "Project of wandb and trackio.", group=OUTPUT)
+    wandb_run_name: str | None = option(None, "Run name of wandb and trackio.", group=OUTPUT)
+
+    # What from_args did not know; read it with get_extra_arg.
+    extra_args: dict[str, Any] = field(default_factory=dict, metadata={})
+
+    # ---- making one --------------------------------------------------------------------------------------------------
+    @classmethod
+    def from_args(cls, args: Any = None) -> StrategyConfig:
+        """Read settings from a Namespace, a mapping, a config, any object with attributes, or None (the defaults).
+
+        Values are converted to their field's type; what no field knows is kept for :meth:`get_extra_arg`. ``args``
+        itself is not touched.
+
+        :raises ConfigError: values that cannot be converted, all named.
+        """
+        given = _as_dict(args)
+        clean, problems = _coerce({name: value for name, value in given.items() if name in FIELDS})
+        if problems:
+            raise ConfigError([*problems.values()])
+        extra = {name: value for name, value in given.items() if name not in FIELDS and name != "extra_args"}
+        return cls(**clean, extra_args={**given.get("extra_args", {}), **extra})
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> StrategyConfig:
+        """Read a YAML mapping of settings.
+
+        :raises ConfigError: unknown keys (with the nearest known ones) and values of a wrong type, all at once.
+        """
+        return cls.from_args(read_yaml(path))
+
+    def to_yaml(self, path: str | Path | None = None) -> str:
+        """All settings as YAML text, grouped as in ``--help``; written to ``path`` where one is given."""
+        import yaml
+
+        lines: list[str] = []
+        for group, names in field_groups().items():
+            lines.append(f"# {group}")
+            values = {name: _plain(getattr(self, name)) for name in names}
+            lines.append(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+        text = "\n".join(lines)
+        if path is not None:
+            Path(path).write_text(text, encoding="utf-8")
+        return text
+
+    def to_dict(self) -> dict[str, Any]:
+        """Settings by name, without the extra arguments."""
+        return {name: getattr(self, name) for name in FIELDS}
+
+    def get_extra_arg(self, name: str, default: Any = None) -> Any:
+        """A setting that is none of ours, from the object that ``from_args`` read."""
+        return self.extra_args.get(name, default)
+
+    # ---- what follows from the settings ------------------------------------------------------------------------------
+    @property
+    def backend(self) -> str:
+        """Registered name of the training backend: ``--strategy``, else what ``--fsdp`` or its absence says."""
+        return self.strategy or ("fsdp" if self.fsdp else "deepspeed")
+
+    @property
+    def dtype_name(self) -> Literal["bfloat16", "float16", "float32"]:
+        return "bfloat16" if self.bf16 else "float16" if self.fp16 else "float32"
+
+    def accumulation_steps(self, data_parallel_size: int) -> int:
+        """Micro-batches of one optimizer step on each rank."""
+        return max(1, self.train_batch_size // (self.micro_train_batch_size * data_parallel_size))
+
+    # ---- checking ----------------------------------------------------------------------------------------------------
+    def checked(self, world_size: int | None = None) -> StrategyConfig:
+        """A copy with every value converted and every rule held.
+
+        :param world_size: check what depends on it too.
+        :raises ConfigError: every fault, each with the flag, the value and what would be right.
+        """
+        clean, faults = _coerce(self.to_dict())
+        config = StrategyConfig(**clean, extra_args=dict(self.extra_args))
+        problems = [*faults.values()]
+        for name, spec in FIELDS.items():
+            if name in faults:
+                continue
+            value, rule = getattr(config, name), spec.metadata["rule"]
+            if rule is not None and not rule[0](value):
+                problems.append(f"--{name} {_shown(value)}: must be {rule[1]}")
+            elif spec.metadata["later"] and value != _default(spec):
+                problems.append(f"--{name} {_shown(value)}: {spec.metadata['later']}; leave it at {_shown(_default(spec))}")
+        broken = set(faults)
+        problems += [text for names, text in _cross_checks(config, world_size) if not broken.intersection(names)]
+        if problems:
+            raise ConfigError(problems)
+        return config
+
+
+FIELDS: dict[str, dataclasses.Field[Any]] = {spec.name: spec for spec in dataclasses.fields(StrategyConfig) if spec.metadata}
+
+
+def field_groups() -> dict[str, list[str]]:
+    """Field names by group, both in the order in which they are written above."""
+    groups: dict[str, list[str]] = {}
+    for name, spec in FIELDS.items():
+        groups.setdefault(spec.metadata["group"], []).append(name)
+    return groups
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML file's settings by name.
+
+    :raises ConfigError: it is no mapping, or has keys that no setting bears.
+    """
+    import yaml
+
+    try:
+        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError([f"--config {path}: {error.strerror or error}"]) from error
+    except yaml.YAMLError as error:
+        raise ConfigError([f"--config {path}: not YAML: {error}"]) from error
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, Mapping):
+        raise ConfigError([f"--config {path}: must be a mapping of settings, found {type(loaded).__name__}"])
+    problems = []
+    for key in loaded:
+        if key not in FIELDS:
+            near = difflib.get_close_matches(str(key), FIELDS, n=3)
+            hint = f"did you mean {', '.join(near)}?" if near else "see lightrft train --help for all settings"
+            problems.append(f"--config {path}: unknown setting {key!r}; {hint}")
+    if problems:
+        raise ConfigError(problems)
+    return dict(loaded)
+
+
+def _cross_checks(c: StrategyConfig, world_size: int | None) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Faults that lie between settings: the names involved, and the sentence."""
+    if c.bf16 and c.fp16:
+        yield ("bf16", "fp16"), "--bf16 with --fp16: choose one"
+    if c.train_batch_size % c.micro_train_batch_size:
+        yield (
+            ("train_batch_size", "micro_train_batch_size"),
+            f"--train_batch_size {c.train_batch_size}: must be a multiple of --micro_train_batch_size {c.micro_train_batch_size}",
+        )
+    if c.chunk_size != FIELDS["chunk_size"].default and not c.fused_linear_logprob:
+        yield ("chunk_size", "fused_linear_logprob"), f"--chunk_size {c.chunk_size}: works only with --fused_linear_logprob"
+    if c.reward_running_norm_minus_mean and not c.reward_running_norm:
+        yield ("reward_running_norm_minus_mean", "reward_running_norm"), (
+            "--reward_running_norm_minus_mean: works only with --reward_running_norm"
+        )
+    if c.use_gspo and c.use_cpg_loss:
+        yield ("use_gspo", "use_cpg_loss"), "--use_gspo with --use_cpg_loss: choose one"
+    if c.advantage_estimator in ("group_norm", "grpo", "dr_grpo", "rloo") and c.n_samples_per_prompt < 2:
+        yield ("advantage_estimator", "n_samples_per_prompt"), (
+            f"--n_samples_per_prompt {c.n_samples_per_prompt}: --advantage_estimator {c.advantage_estimator} compares "
+            "samples of one prompt and needs at least 2"
+        )
+    if c.prompt_data_probs is not None:
+        counts = len(c.prompt_data_probs.split(",")), len((c.prompt_data or "").split(","))
+        if counts[0] != counts[1]:
+            yield ("prompt_data_probs", "prompt_data"), (
+                f"--prompt_data_probs {c.prompt_data_probs}: {counts[0]} shares for {counts[1]} datasets"
+            )
+    if c.max_model_len is not None and c.max_model_len <= c.prompt_max_len:
+        yield ("max_model_len", "prompt_max_len"), (
+            f"--max_model_len {c.max_model_len}: must exceed --prompt_max_len {c.prompt_max_len} to leave room for a response"
+        )
+    only_fsdp, only_deepspeed = ("use_mp_opt", "fsdp_cpu_offload"), ("zpg", "overlap_comm", "grad_accum_dtype")
+    strange = {"deepspeed": only_fsdp, "fsdp": only_deepspeed}.get(c.backend, ())
+    for name in strange:
+        if getattr(c, name) != _default(FIELDS[name]):
+            other = "--fsdp" if c.backend == "deepspeed" else "DeepSpeed (without --fsdp)"
+            yield (name, "fsdp", "strategy"), f"--{name} {_shown(getattr(c, name))}: works only with {other}; the backend is {c.backend}"
+    if c.use_mp_opt and not (c.bf16 or c.fp16):
+        yield ("use_mp_opt", "bf16", "fp16"), "--use_mp_opt: works only with --bf16 or --fp16; in fp32 there is nothing to mix"
+    if c.zpg > 1 and c.zero_stage != 3:
+        yield ("zpg", "zero_stage"), f"--zpg {c.zpg}: works only with --zero_stage 3"
+    if world_size is None:
+        return
+    for name in ("engine_tp_size", "sp_size"):
+        if (size := getattr(c, name)) >= 1 and world_size % size:
+            divisors = [d for d in range(1, world_size + 1) if world_size % d == 0]
+            yield (name,), f"--{name} {size}: must divide the world size {world_size}; possible are {', '.join(map(str, divisors))}"
+    data_ranks = max(1, world_size // max(c.sp_size, 1))
+    whole = c.micro_train_batch_size * data_ranks
+    if c.train_batch_size % whole:
+        yield ("train_batch_size", "micro_train_batch_size", "sp_size"), (
+            f"--train_batch_size {c.train_batch_size}: must be a multiple of micro_train_batch_size × data ranks = "
+            f"{c.micro_train_batch_size} × {data_ranks} = {whole}"
+        )
+
+
+def _as_dict(args: Any) -> dict[str, Any]:
+    if args is None:
+        return {}
+    if isinstance(args, Mapping):
+        return {str(key): value for key, value in args.items()}
+    if dataclasses.is_dataclass(args) and not isinstance(args, type):
+        return {spec.name: getattr(args, spec.name) for spec in dataclasses.fields(args)}
+    try:
+        return dict(vars(args))
+    except TypeError:
+        known = {name: getattr(args, name) for name in FIELDS if hasattr(args, name)}
+        if known:
+            return known
+        raise TypeError(
+            f"settings from {type(args).__name__}: pass a Namespace, a dict, a StrategyConfig or an object with attributes"
+        ) from None
+
+
+def _coerce(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Values converted to their fields' types, and a sentence for each that cannot be (those fall back to the default)."""
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+    clean = dict(values)
+    if isinstance(clean.get("adam_betas"), list):
+        clean["adam_betas"] = tuple(clean["adam_betas"])
+    faults: dict[str, str] = {}
+    adapter = TypeAdapter(StrategyConfig)
+    try:
+        adapter.validate_python(clean)
+    except ValidationError as error:
+        for item in error.errors(include_url=False, include_context=False):
+            name = str(item["loc"][0])
+            faults.setdefault(name, f"--{name} {_shown(values[name])}: {item['msg'][:1].lower()}{item['msg'][1:]}")
+    for name in faults:
+        del clean[name]
+    validated = adapter.validate_python(clean)
+    return {name: getattr(validated, name) for name in clean}, faults
+
+
+def _default(spec: dataclasses.Field[Any]) -> Any:
+    return spec.default if spec.default is not dataclasses.MISSING else spec.default_factory()  # type: ignore[misc]
+
+
+def _shown(value: Any) -> str:
+    return repr(value) if isinstance(value, str) else " ".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
