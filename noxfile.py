@@ -1,0 +1,206 @@
+"""What is checked, and how: `uv run nox` is what a change must pass; `uv run nox --list` shows the rest.
+
+Every session has an environment of its own, filled from uv.lock with exactly what its subject declares: the tests of
+a package see that package, its dependencies and its test group, so that reaching for a sibling fails here.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import nox
+
+ROOT = Path(__file__).parent
+DIST = ROOT / ".nox" / "dist"
+UV = os.environ.get("UV", "uv")  # `uv run` says where it is, also when `python -m uv` was called
+
+WORKSPACE = nox.project.load_toml("pyproject.toml")["tool"]["uv"]["workspace"]
+PACKAGES = [Path(member).name.removeprefix("lightrft-") for member in WORKSPACE["members"]]
+PYTHONS = ["3.11", "3.12", "3.13"]
+
+nox.needs_version = ">=2025.2"
+nox.options.default_venv_backend = "uv"
+nox.options.reuse_venv = "yes"  # uv makes an environment exact each time, so an old one costs nothing
+nox.options.error_on_missing_interpreters = False
+nox.options.tags = ["default"]
+
+# No test reaches a model hub, no tokenizer forks threads under the ranks, no plot looks for a screen.
+TEST_ENV = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "Agg"}
+NO_ACCELERATOR = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "ZE_AFFINITY_MASK": ""}
+NOTHING_COLLECTED = 5
+
+
+def _each_package(*tags: str, tag_package: bool = False) -> list[nox.param]:
+    return [nox.param(name, id=name, tags=[*tags, *([name] if tag_package else [])]) for name in PACKAGES]
+
+
+def _uv(session: nox.Session, *args: str, env: dict[str, str] | None = None) -> None:
+    """Call uv, linking where a hard link cannot reach: a copy of torch for every session would be 5 GB each."""
+    env = dict(env or {})
+    if "UV_LINK_MODE" not in os.environ:
+        cache = Path(subprocess.run([UV, "cache", "dir"], check=True, capture_output=True, text=True).stdout.strip())
+        cache.mkdir(parents=True, exist_ok=True)
+        if cache.stat().st_dev != ROOT.stat().st_dev:
+            env["UV_LINK_MODE"] = "symlink"
+    session.run_install(UV, *args, env=env, external=True, silent=True)
+
+
+def _python(session: nox.Session) -> str:
+    return str(Path(session.bin, "python.exe" if os.name == "nt" else "python"))
+
+
+def _sync(session: nox.Session, *args: str, python: str | None = None) -> None:
+    """Make the session's environment hold exactly what `args` select from the lock."""
+    env = {"UV_PROJECT_ENVIRONMENT": session.virtualenv.location, "UV_PYTHON": python or _python(session)}
+    _uv(session, "sync", "--frozen", "--no-default-groups", *args, env=env)
+
+
+def _sync_package(session: nox.Session, package: str, *, python: str | None = None) -> None:
+    _sync(session, "--package", f"lightrft-{package}", "--group", "test", python=python)
+
+
+def _pytest(session: nox.Session, package: str, *, only: str | None = None, accelerator: bool = False) -> None:
+    """Run a package's tests: the default ones, or `only` those with a mark, of which a package may have none."""
+    session.run(
+        *("python", "-m", "pytest", "-c", "pyproject.toml", f"packages/lightrft-{package}/tests"),
+        *(("-m", only) if only else ()),
+        *session.posargs,
+        env=TEST_ENV | ({} if accelerator else NO_ACCELERATOR),
+        success_codes=[0, NOTHING_COLLECTED] if only else [0],
+    )
+
+
+@nox.session(tags=["default"])
+def lint(session: nox.Session) -> None:
+    """Check style and formatting with ruff, and that uv.lock fits the pyproject files."""
+    _sync(session, "--only-group", "lint")
+    session.run(UV, "lock", "--check", external=True)
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session(tags=["default"])
+def types(session: nox.Session) -> None:
+    """Check types with pyright, all packages together."""
+    _sync(session, "--all-packages", "--extra", "fsdp", "--extra", "hf", "--extra", "tensorboard", "--group", "types")
+    session.run("pyright", "--pythonpath", _python(session), *session.posargs)
+
+
+@nox.session(tags=["default"])
+def contracts(session: nox.Session) -> None:
+    """Check who may import whom, the rules of the house, and the tools that maintainers run."""
+    _sync(session, "--only-group", "contracts")
+    sources = os.pathsep.join(str(ROOT / member / "src") for member in WORKSPACE["members"])
+    session.run("lint-imports", "--no-cache", env={"PYTHONPATH": sources})
+    session.run("python", "-m", "pytest", "-c", "pyproject.toml", "tools/tests", *session.posargs)
+
+
+@nox.session
+@nox.parametrize(
+    "package, hardware",
+    [
+        *(nox.param(name, "cpu", id=f"{name}, cpu", tags=[name, "cpu", "default"]) for name in PACKAGES),
+        *(nox.param(name, "gpu", id=f"{name}, gpu", tags=[name, "gpu"]) for name in PACKAGES),
+    ],
+)
+def tests(session: nox.Session, package: str, hardware: str) -> None:
+    """Test one package, installed with its test group and nothing else."""
+    _sync_package(session, package)
+    if hardware == "cpu":
+        _pytest(session, package)
+        return
+    probe = "import torch; print(torch.accelerator.is_available())"
+    if "True" not in str(session.run("python", "-c", probe, silent=True)):
+        session.skip("torch sees no accelerator: run `uv run nox -t gpu` on a machine with a GPU and its driver")
+    _pytest(session, package, only="gpu", accelerator=True)
+
+
+@nox.session
+@nox.parametrize("package", _each_package("wheels", "default", tag_package=True))
+def wheels(session: nox.Session, package: str) -> None:
+    """Install one package's wheel in an empty environment, import it and run its README's example."""
+    _uv(session, "build", "--all-packages", "--clear", "--out-dir", str(DIST))
+    wheel_of = {path.name.split("-")[0].replace("_", "-"): path.as_uri() for path in DIST.glob("*.whl")}
+    # Third parties come at the lock's versions, siblings as just built: never one of that name from an index.
+    locked, siblings = DIST / "locked.txt", DIST / "siblings.txt"
+    _uv(
+        session,
+        *("export", "--frozen", "--all-packages", "--no-default-groups", "--no-emit-workspace"),
+        *("--no-hashes", "--no-header", "--no-annotate", "--output-file", str(locked)),
+    )
+    siblings.write_text("".join(f"{name} @ {uri}\n" for name, uri in wheel_of.items()), encoding="utf-8")
+
+    readme = ROOT / "packages" / f"lightrft-{package}" / "README.md"
+    advertised = re.search(rf"pip install \"?lightrft-{package}(\[[\w,-]+\])?", readme.read_text(encoding="utf-8"))
+    if advertised is None:
+        session.error(f"{readme} does not say how to install the package: add a line `pip install lightrft-{package}`")
+    scratch = session.create_tmp()
+    # First as it is, then with the extras that its README installs.
+    for extras, checks in (("", ["--imports"]), (advertised.group(1) or "", ["--readme", str(readme)])):
+        target = f"lightrft-{package}{extras} @ {wheel_of[f'lightrft-{package}']}"
+        restrictions = ("--constraint", str(locked), "--override", str(siblings))
+        _uv(session, "pip", "install", "--exact", "--reinstall-package", f"lightrft-{package}", *restrictions, target)
+        with session.chdir(scratch):  # and python -P: what is tested is what was installed, not this checkout
+            smoke = str(ROOT / "tools" / "smoke.py")
+            session.run("python", "-P", smoke, f"lightrft-{package}", *checks, env=TEST_ENV | NO_ACCELERATOR)
+
+
+@nox.session(tags=["api"])
+def api(session: nox.Session) -> None:
+    """Compare core's public API with its last release, and StrategyBase's abstract methods with the frozen list."""
+    _sync(session, "--only-group", "contracts")
+    session.run("python", "tools/api_check.py", *session.posargs)
+
+
+@nox.session
+@nox.parametrize("package", _each_package("lower_bounds"))
+def lower_bounds(session: nox.Session, package: str) -> None:
+    """Test one package against the oldest direct dependencies that it allows."""
+    project = f"packages/lightrft-{package}"
+    group = f"{project}/pyproject.toml:test"
+    _uv(session, "pip", "install", "--exact", "--resolution", "lowest-direct", "--editable", project, "--group", group)
+    _pytest(session, package)
+
+
+def _interpreter(version: str) -> str | None:
+    """Find a Python that really starts: pyenv's shims of versions that are not chosen do not."""
+    found = shutil.which(f"python{version}")
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"), "versions")
+    candidates = [found] if found else []
+    candidates += [str(path) for path in sorted(pyenv.glob(f"{version}.*/bin/python{version}"), reverse=True)]
+    managed = subprocess.run([UV, "python", "find", "--managed-python", version], capture_output=True, text=True)
+    candidates += managed.stdout.split()
+    for candidate in candidates:
+        if subprocess.run([candidate, "-c", ""], capture_output=True).returncode == 0:
+            return candidate
+    return None
+
+
+@nox.session
+@nox.parametrize(
+    "package, version",
+    [
+        nox.param(name, version, id=f"{name}, {version}", tags=["pythons", f"py{version}"])
+        for version in PYTHONS
+        for name in PACKAGES
+    ],
+)
+def pythons(session: nox.Session, package: str, version: str) -> None:
+    """Test one package under one of the Pythons that it supports, where that Python is found."""
+    interpreter = _interpreter(version)
+    if interpreter is None:
+        session.skip(f"no Python {version} here: `uv python install {version}` brings one")
+    _sync_package(session, package, python=interpreter)
+    _pytest(session, package)
+
+
+@nox.session
+@nox.parametrize("package", _each_package("full"))
+def full(session: nox.Session, package: str) -> None:
+    """Run one package's long campaigns: random kills, large sweeps, many seeds."""
+    _sync_package(session, package)
+    _pytest(session, package, only="full and not gpu")
