@@ -1,0 +1,114 @@
+"""Reduce and gather over ranks, for tensors, numbers and dicts of them. Every rank of the group must call.
+
+Arguments are never changed in place. Numbers travel as float64 or int64, all of a dict's in one collective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+ReduceOp = Literal["mean", "sum", "max", "min"]
+OPS = {"mean": dist.ReduceOp.SUM, "sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+Group = dist.ProcessGroup | None
+
+
+def size_of(group: Group) -> int:
+    return dist.get_world_size(group) if dist.is_initialized() else 1
+
+
+def all_reduce(data: Any, op: str = "mean", group: Group = None, device: torch.device | None = None) -> Any:
+    """Reduce over ``group``; the result has the structure of ``data``.
+
+    Tensors keep shape and dtype (the mean of an integer tensor is of torch's default float dtype); sums of 16-bit
+    tensors are formed in fp32. Python numbers come back as Python numbers: ints stay ints but under "mean".
+
+    :raises ValueError: unknown ``op``. :raises TypeError: something that cannot be reduced.
+    """
+    if op not in OPS:
+        raise ValueError(f"all_reduce op {op!r}: must be one of {', '.join(OPS)}")
+    numbers: list[tuple[int | float, Callable[[Any], None]]] = []
+    result: list[Any] = [None]
+    _reduce_into(data, op, group, result.__setitem__, 0, numbers)
+    for kind in (int, float):
+        batch = [(value, put) for value, put in numbers if isinstance(value, int) == (kind is int)]
+        if batch:
+            packed = torch.tensor([v for v, _ in batch], dtype=torch.int64 if kind is int else torch.float64, device=device)
+            total = _reduce_tensor(packed, "sum" if op == "mean" else op, group)
+            for (_, put), value in zip(batch, total.tolist(), strict=True):
+                put(value / size_of(group) if op == "mean" else value)
+    return result[0]
+
+
+def all_gather(data: Any, group: Group = None) -> Any:
+    """Gather from ``group`` in rank order; the result has the structure of ``data``.
+
+    A tensor ``[n, ...]`` comes back as ``[sum of n, ...]`` (ranks may differ in ``n``), a 0-d one as ``[ranks]``; a Python
+    number or string as a list with one entry a rank.
+    """
+    if isinstance(data, Mapping):
+        return {key: all_gather(value, group) for key, value in data.items()}
+    if isinstance(data, torch.Tensor):
+        return _gather_tensor(data, group)
+    return all_gather_object(data, group)
+
+
+def all_gather_object(data: Any, group: Group = None) -> list[Any]:
+    """Any picklable object from each rank of ``group``, in rank order. Only between ranks of one run: never from disk."""
+    if size_of(group) == 1:
+        return [data]
+    gathered: list[Any] = [None] * size_of(group)
+    dist.all_gather_object(gathered, data, group=group)
+    return gathered
+
+
+def _reduce_into(
+    data: Any, op: str, group: Group, put: Callable[[Any, Any], None], key: Any, numbers: list[Any]
+) -> None:
+    if isinstance(data, Mapping):
+        filled: dict[Any, Any] = dict.fromkeys(data)  # keeps the order though numbers arrive later
+        put(key, filled)
+        for name, value in data.items():
+            _reduce_into(value, op, group, filled.__setitem__, name, numbers)
+    elif isinstance(data, torch.Tensor):
+        put(key, _reduce_tensor(data, op, group))
+    elif isinstance(data, (bool, int, float)):
+        numbers.append((int(data) if isinstance(data, bool) else data, lambda value: put(key, value)))
+    else:
+        raise TypeError(f"all_reduce takes tensors, numbers and dicts of them, not {type(data).__name__}")
+
+
+def _reduce_tensor(tensor: torch.Tensor, op: str, group: Group) -> torch.Tensor:
+    kind = tensor.dtype
+    work = tensor.detach().clone(memory_format=torch.contiguous_format)
+    if kind == torch.bool:
+        work = work.to(torch.int64)
+    elif kind.is_floating_point and kind.itemsize < 4 and op in ("sum", "mean"):
+        work = work.float()
+    if size_of(group) > 1:
+        dist.all_reduce(work, op=OPS[op], group=group)
+    if op == "mean":
+        if not work.dtype.is_floating_point and not work.dtype.is_complex:
+            return (work.double() / size_of(group)).to(torch.get_default_dtype())
+        work = work / size_of(group)
+    if kind == torch.bool:
+        return work if op == "sum" else work.to(torch.bool)
+    return work.to(kind)
+
+
+def _gather_tensor(tensor: torch.Tensor, group: Group) -> torch.Tensor:
+    rows = tensor.detach().reshape(1) if tensor.dim() == 0 else tensor.detach().contiguous()
+    if size_of(group) == 1:
+        return rows.clone()
+    lengths = [shape[0] for shape in all_gather_object(tuple(rows.shape), group)]
+    longest = max(lengths)
+    padded = rows
+    if rows.shape[0] < longest:
+        padded = rows.new_zeros((longest, *rows.shape[1:]))
+        padded[: rows.shape[0]] = rows
+    parts = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(parts, padded, group=group)
+    return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])

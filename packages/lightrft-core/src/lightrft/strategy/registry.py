@@ -1,0 +1,86 @@
+"""Strategies and engines by name: entry points of installed distributions, and those registered at run time."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points, version
+from typing import Any, Literal
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from .errors import PluginError
+
+Kind = Literal["strategies", "engines"]
+FLAGS = {"strategies": "--strategy", "engines": "--engine_type"}
+INSTALL = {
+    ("strategies", "fsdp"): 'pip install "lightrft-trainer[fsdp]" (or lightrft-fsdp alone)',
+    ("strategies", "deepspeed"): "pip install lightrft-deepspeed, or pass --fsdp to train with FSDP2",
+    ("engines", "hf"): 'pip install "lightrft-engines[hf]"',
+    ("engines", "vllm"): 'pip install "lightrft-engines[vllm]"',
+    ("engines", "sglang"): 'pip install "lightrft-engines[sglang]"',
+}
+_registered: dict[Kind, dict[str, Any]] = {"strategies": {}, "engines": {}}
+
+
+def register_strategy(name: str, cls: type) -> None:
+    """Make ``--strategy NAME`` mean ``cls`` in this process; it wins over an installed one of that name."""
+    _registered["strategies"][name] = cls
+
+
+def register_engine(name: str, cls: type) -> None:
+    """Make ``--engine_type NAME`` mean ``cls`` in this process; it wins over an installed one of that name."""
+    _registered["engines"][name] = cls
+
+
+def available(kind: Kind) -> list[str]:
+    """Names that :func:`load_plugin` can find, sorted."""
+    return sorted({*_registered[kind], *(point.name for point in _entry_points(kind))})
+
+
+def load_plugin(kind: Kind, name: str) -> Any:
+    """The class behind a name.
+
+    :raises PluginError: nobody brings it (says who is there and what to install), two distributions bring it (names
+        both), or it was built for another lightrft-core (both versions).
+    """
+    if name in _registered[kind]:
+        return _registered[kind][name]
+    found = [point for point in _entry_points(kind) if point.name == name]
+    singular = {"strategies": "strategy", "engines": "engine"}[kind]
+    if not found:
+        there = ", ".join(available(kind)) or "none"
+        cure = INSTALL.get((kind, name), f"choose one of them with {FLAGS[kind]}")
+        raise PluginError(f"{FLAGS[kind]} {name}: no such {singular} is installed (installed: {there}); {cure}")
+    if len(found) > 1:
+        owners = " and ".join(_owner(point) for point in found)
+        raise PluginError(f"{FLAGS[kind]} {name}: {owners} both bring this {singular}; uninstall one of them")
+    _check_api_range(found[0])
+    try:
+        return found[0].load()
+    except ImportError as error:
+        cure = INSTALL.get((kind, name), f"reinstall {_owner(found[0])}")
+        raise PluginError(f"{FLAGS[kind]} {name}: its package cannot be imported ({error}); {cure}") from error
+
+
+@cache
+def _entry_points(kind: Kind) -> tuple[EntryPoint, ...]:
+    # A distribution that is seen twice on the path (an editable install beside its source) counts once.
+    unique = {(point.name, point.value, _owner(point)): point for point in entry_points(group=f"lightrft.{kind}")}
+    return tuple(unique.values())
+
+
+def _owner(point: EntryPoint) -> str:
+    return f"{point.dist.name} {point.dist.version}" if point.dist else point.value
+
+
+def _check_api_range(point: EntryPoint) -> None:
+    """A plug-in's own requirement on lightrft-core is its API range: core's version is the API version."""
+    core = version("lightrft-core")
+    for text in (point.dist.requires or []) if point.dist else []:
+        requirement = Requirement(text)
+        if canonicalize_name(requirement.name) == "lightrft-core" and not requirement.specifier.contains(core, prereleases=True):
+            raise PluginError(
+                f"{_owner(point)} was built for lightrft-core {requirement.specifier}, installed is {core}; "
+                f"install versions that fit: pip install -U {point.dist.name} lightrft-core"  # type: ignore[union-attr]
+            )

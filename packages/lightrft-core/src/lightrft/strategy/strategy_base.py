@@ -1,0 +1,582 @@
+"""The interface behind which every training backend stands, and the defaults that hold for all of them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import random
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.optim import Optimizer
+
+from . import checkpoint, collectives
+from .config import StrategyConfig
+from .dataloader import make_dataloader
+from .device import empty_cache, local_device, process_group_backend, synchronize
+from .engine import RolloutEngine
+from .engine_host import EngineHost
+from .errors import ConfigError
+from .groups import ProcessGroups, RankLayout
+from .hub_export import save_hub_model
+from .hub_layout import HubLayout, hub_sources, unwrap
+from .journal import RankJournal
+from .lifecycle import EngineStatus
+from .memory import MoveReport, memory_figures
+from .optimizers import LossScale
+from .training_state import StateItem
+from .weights import SyncReceipt, TensorSpec, UpdatePlan, WeightBucket, plan_buckets
+
+if TYPE_CHECKING:
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    from .engine import GenerationOutput
+
+logger = logging.getLogger("lightrft")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What ``optimizer_step`` did.
+
+    :param stepped: the weights moved. False between accumulation boundaries, and when the step was skipped.
+    :param skipped: a boundary was reached and the gradient norm was not finite, on any rank.
+    :param grad_norm: global norm before clipping; None between boundaries.
+    """
+
+    stepped: bool
+    skipped: bool = False
+    grad_norm: float | None = None
+
+
+@dataclass(kw_only=True)
+class ModelRecord:
+    """What a strategy knows of one prepared model."""
+
+    model: nn.Module
+    optimizer: Optimizer | None = None
+    scheduler: Any = None
+    shard_size: int | None = None
+    micro_steps: int = 0
+    at_boundary: bool = False
+    skipped_steps: int = 0
+    loss_scale: LossScale = field(default_factory=lambda: LossScale(enabled=False))
+
+
+class StrategyBase(ABC):
+    """One object that trains, samples and saves, on whichever backend and engine were chosen.
+
+    Set-up is lazy: the first call that needs ranks sets them up. Every method that communicates must be called by all
+    ranks in the same order, but for those that say otherwise.
+
+    :param seed: and the other keywords: any field of :class:`StrategyConfig`; they win over ``args``.
+    :param args: a Namespace, dict, config or object with attributes; kept untouched as ``strategy.args``.
+    :raises ConfigError: every fault of the configuration at once.
+    """
+
+    name: ClassVar[str] = ""
+    # Settings that choosing this class implies.
+    implied: ClassVar[Mapping[str, Any]] = {}
+    # False for a strategy that never talks to other ranks.
+    distributed: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        seed: int | None = None,
+        max_norm: float | None = None,
+        micro_train_batch_size: int | None = None,
+        train_batch_size: int | None = None,
+        args: Any = None,
+        **settings: Any,
+    ) -> None:
+        given = dict(
+            seed=seed, max_norm=max_norm, micro_train_batch_size=micro_train_batch_size, train_batch_size=train_batch_size
+        )
+        given = {key: value for key, value in given.items() if value is not None}
+        base = StrategyConfig.from_args(args)
+        known = {spec.name for spec in dataclasses.fields(base)}
+        if strange := sorted(set(settings) - known):
+            raise ConfigError([f"{key}={settings[key]!r}: no such setting; see StrategyConfig" for key in strange])
+        self.config = dataclasses.replace(base, **{**self.implied, **settings, **given}).checked()
+        self.args = self.config if args is None else args
+        self.device = local_device()
+        self.layout = RankLayout()
+        self.rank = 0
+        self.groups = ProcessGroups(self.layout, 0)
+        self.engine_host = EngineHost(self)
+        self._set_up = False
+        self._journal: RankJournal | None = None
+        self._records: weakref.WeakKeyDictionary[nn.Module, ModelRecord] = weakref.WeakKeyDictionary()
+        self._layouts: weakref.WeakKeyDictionary[nn.Module, HubLayout] = weakref.WeakKeyDictionary()
+        self._pending_save: checkpoint.PendingSave | None = None
+
+    # ---- the documents' seven ----------------------------------------------------------------------------------------
+    @abstractmethod
+    def setup_distributed(self, timeout: timedelta | float | None = None) -> None:
+        """Join the other ranks: process groups, device, seeds. Repeating it does nothing.
+
+        A backend sets up what it needs and calls :meth:`join_ranks`.
+
+        :param timeout: deadline of every collective; seconds or a timedelta; default ``--dist_timeout``.
+        """
+
+    @abstractmethod
+    def create_optimizer(self, model: nn.Module, **kwargs: Any) -> Optimizer:
+        """AdamW for the model's trainable parameters; learning rate, betas and decay come from the configuration.
+
+        The object stays valid when the model is prepared later: it is re-bound in place.
+
+        :param kwargs: lr, betas, eps, weight_decay override the configuration.
+        """
+
+    @abstractmethod
+    def prepare(self, *models: Any, is_rlhf: bool = False, trainable: Sequence[nn.Module] | None = None) -> Any:
+        """Hand models to the backend: bare, or as (model, optimizer, scheduler). None passes through.
+
+        :param is_rlhf: several roles at once (actor, critic, reward, reference); the order is kept either way.
+        :param trainable: the ones that get an optimizer; the others are frozen. None decides by ``requires_grad``.
+        :return: what was given, prepared, in its shape: one object for one argument, else a tuple.
+        """
+
+    @abstractmethod
+    def backward(
+        self,
+        loss: torch.Tensor,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        scale: float | torch.Tensor | None = None,
+        boundary: bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add a micro-batch's gradients.
+
+        :param loss: 0-d tensor.
+        :param scale: this micro-batch's share of a global mean: the gradient is the sum over ranks and micro-batches of
+            ``scale * loss``. None: ``loss / accumulation steps``, averaged over ranks.
+        :param boundary: whether the optimizer acts after this micro-batch; None counts up to the accumulation steps.
+        """
+
+    @abstractmethod
+    def optimizer_step(
+        self, optimizer: Optimizer, model: nn.Module, scheduler: Any = None, name: str = "model", **kwargs: Any
+    ) -> StepResult:
+        """Clip, step, clear the gradients and move the scheduler; acts only at an accumulation boundary.
+
+        The norm is global over this model's parameters. A norm that is not finite skips the step on all ranks together.
+
+        :param name: the model's name in messages.
+        """
+
+    @abstractmethod
+    def save_ckpt(self, model: nn.Module | Mapping[str, nn.Module], save_dir: str | Path, **kwargs: Any) -> None:
+        """Write a checkpoint into ``save_dir/tag``; see :func:`lightrft.strategy.checkpoint.save` for the keywords."""
+
+    @abstractmethod
+    def load_ckpt(self, model: nn.Module | Mapping[str, nn.Module], load_dir: str | Path, **kwargs: Any) -> Any:
+        """Read the newest whole checkpoint; see :func:`lightrft.strategy.checkpoint.load` for the keywords and result."""
+
+    # ---- ranks -------------------------------------------------------------------------------------------------------
+    def join_ranks(self, timeout: timedelta | float | None = None) -> None:
+        """The part of ``setup_distributed`` that no backend does differently. Repeating it does nothing.
+
+        :raises ConfigError: sizes do not fit the number of ranks.
+        """
+        if self._set_up:
+            return
+        seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout or self.config.dist_timeout
+        if self.distributed and not dist.is_initialized():
+            self._init_process_group(timedelta(seconds=seconds))
+        world_size = dist.get_world_size() if self.distributed else 1
+        self.rank = dist.get_rank() if self.distributed else 0
+        self.config = self.config.checked(world_size)
+        self.layout = RankLayout(
+            world_size=world_size, engine_tp_size=self.config.engine_tp_size, sp_size=self.config.sp_size
+        )
+        self.groups = ProcessGroups(self.layout, self.rank)
+        self._journal = RankJournal(self.rank, world_size, seconds)
+        self._set_up = True
+        self.set_seed(self.config.seed)
+
+    def _init_process_group(self, timeout: timedelta) -> None:
+        backend = process_group_backend(self.device)
+        if self.device.type != "cpu":
+            torch.accelerator.set_device_index(self.device.index or 0)
+        if dist.is_torchelastic_launched() or dist.distributed_c10d._is_initialized_env():
+            dist.init_process_group(backend, timeout=timeout)
+        else:  # a plain `python script.py`: a world of one, without a port
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+    def set_seed(self, seed: int) -> None:
+        """Seed python, numpy and torch, alike on all ranks: what must differ between ranks is seeded by index."""
+        random.seed(seed)
+        numpy.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+
+    @property
+    def world_size(self) -> int:
+        self.setup_distributed()
+        return self.layout.world_size
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Ranks that see different data."""
+        self.setup_distributed()
+        return self.layout.data_parallel_size
+
+    @property
+    def data_parallel_rank(self) -> int:
+        self.setup_distributed()
+        return self.layout.data_parallel_rank(self.rank)
+
+    @property
+    def accumulated_gradient(self) -> int:
+        """Micro-batches of one optimizer step on this rank."""
+        return self.config.accumulation_steps(self.data_parallel_size)
+
+    @property
+    def engine_mp_group(self) -> dist.ProcessGroup | None:
+        """Ranks that share an engine; None for an engine of one rank."""
+        self.setup_distributed()
+        return self.groups.engine
+
+    def get_rank(self) -> int:
+        return dist.get_rank() if self.distributed and dist.is_initialized() else 0
+
+    def is_rank_0(self) -> bool:
+        """True on the rank that prints and writes; works before set-up."""
+        return self.get_rank() == 0
+
+    def print(self, *message: Any) -> None:
+        """Print on rank 0 only; works before set-up."""
+        if self.is_rank_0():
+            print(*message, flush=True)
+
+    @contextlib.contextmanager
+    def waits_for_ranks(self, operation: str) -> Iterator[None]:
+        """Wrap what waits for other ranks: when it fails, the error names who was late, with what and where.
+
+        :raises RankTimeoutError: a rank died or did not come within the deadline.
+        """
+        self.setup_distributed()
+        assert self._journal is not None
+        with self._journal.operation(operation):
+            yield
+
+    def all_reduce(self, data: Any, op: str = "mean") -> Any:
+        """Reduce tensors, numbers, or dicts of them over all ranks: "mean", "sum", "max" or "min".
+
+        ``data`` is not changed; dtypes and 0-d shapes survive; Python numbers come back as Python numbers.
+        """
+        with self.waits_for_ranks("all_reduce"):
+            return collectives.all_reduce(data, op, device=self.device)
+
+    def all_gather(self, data: Any) -> Any:
+        """Gather from all ranks in rank order: tensors along axis 0 (lengths may differ), numbers as a list."""
+        with self.waits_for_ranks("all_gather"):
+            return collectives.all_gather(data)
+
+    def all_gather_object(self, data: Any) -> list[Any]:
+        """Any picklable object from each rank, in rank order."""
+        with self.waits_for_ranks("all_gather_object"):
+            return collectives.all_gather_object(data)
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        with self.waits_for_ranks("barrier"):
+            if self.layout.world_size > 1:
+                dist.barrier()
+
+    # ---- models ------------------------------------------------------------------------------------------------------
+    @abstractmethod
+    def prepare_model(self, model: nn.Module, shard_size: int | None = None, is_training: bool = False) -> nn.Module:
+        """Prepare one model, frozen unless ``is_training``, sharded over at most ``shard_size`` ranks (None: all)."""
+
+    def prepare_models_and_optimizers(
+        self, actor: nn.Module, critic: nn.Module | None, reward_models: Any, initial_model: Any, args: Any, max_steps: int
+    ) -> tuple[Any, Any, Any, Any]:
+        """Everything that PPO needs, in the order that scripts unpack.
+
+        :param reward_models: a model, a list of them, or None. :param initial_model: the reference, or None.
+        :param args: read for the learning rates and the schedule; None takes this strategy's configuration.
+        :param max_steps: optimizer steps of the whole run, for the schedule.
+        :return: (actor, optimizer, scheduler), (critic, optimizer, scheduler), reward models, reference.
+        """
+        from .schedules import make_scheduler
+
+        config = self.config if args is None else StrategyConfig.from_args(args)
+
+        def trained(model: nn.Module | None, lr: float) -> tuple[Any, Any, Any]:
+            if model is None:
+                return None, None, None
+            model = self.prepare_model(model, is_training=True)
+            optimizer = self.create_optimizer(model, lr=lr, betas=config.adam_betas, weight_decay=config.l2)
+            scheduler = make_scheduler(config.lr_scheduler, optimizer, max_steps, config.lr_warmup_ratio)
+            self.record(model).scheduler = scheduler
+            return model, optimizer, scheduler
+
+        def frozen(models: Any, shard_size: int | None) -> Any:
+            if isinstance(models, (list, tuple)):
+                return type(models)(frozen(model, shard_size) for model in models)
+            return None if models is None else self.prepare_model(models, shard_size=shard_size)
+
+        return (
+            trained(actor, config.actor_learning_rate),
+            trained(critic, config.critic_learning_rate),
+            frozen(reward_models, 8),
+            frozen(initial_model, config.initial_model_shard_size),
+        )
+
+    def record(self, model: nn.Module) -> ModelRecord:
+        """What this strategy knows of a model; made on first sight."""
+        if model not in self._records:
+            self._records[model] = ModelRecord(model=model, loss_scale=LossScale(enabled=self.config.fp16))
+        return self._records[model]
+
+    def unwrap_model(self, model: nn.Module) -> nn.Module:
+        """The user's own module inside a backend's wrapper."""
+        return unwrap(model)
+
+    @contextlib.contextmanager
+    def init_model_context(self, meta_init: bool = False) -> Iterator[None]:
+        """Build models within it. With ``meta_init`` parameters have no memory until ``prepare`` fills each rank's shard."""
+        with torch.device("meta") if meta_init else contextlib.nullcontext():
+            yield
+
+    @torch.no_grad()
+    def moving_average(self, model: nn.Module, model_ema: nn.Module, beta: float = 0.992, device: Any = None) -> None:
+        """``ema = beta * ema + (1 - beta) * model``, shard by shard; both models must be prepared alike.
+
+        :param device: where ``model_ema`` lives, when not beside the model; default: wherever it is.
+        """
+        target = dict(hub_sources(model_ema))
+        for name, value in hub_sources(model):
+            average = target[name]
+            if device is not None and average.device != torch.device(device):
+                average.data = average.data.to(device)
+            average.lerp_(value.detach().to(average.device, average.dtype), 1 - beta)
+
+    def setup_dataloader(
+        self,
+        replay_buffer: Any,
+        batch_size: int,
+        pin_memory: bool = False,
+        shuffle: bool = True,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        drop_last: bool = True,
+        sampler: Any = None,
+        consumed_samples: int = 0,
+    ) -> StatefulDataLoader[Any]:
+        """A loader that shards a map-style dataset over the data ranks and can be resumed.
+
+        :param batch_size: samples a batch on this rank.
+        :param consumed_samples: samples, over all ranks, to skip at the start; ``state_dict`` keeps the position later.
+        """
+        return make_dataloader(
+            replay_buffer,
+            batch_size=batch_size,
+            pin_memory=pin_memory and self.device.type != "cpu",
+            shuffle=shuffle,
+            collate_fn=collate_fn,
+            drop_last=drop_last,
+            sampler=sampler,
+            consumed_samples=consumed_samples,
+            seed=self.config.seed,
+            rank=self.data_parallel_rank,
+            world_size=self.data_parallel_size,
+        )
+
+    # ---- memory ------------------------------------------------------------------------------------------------------
+    @abstractmethod
+    def move(self, target: nn.Module | Optimizer, device: torch.device | str) -> MoveReport:
+        """Move a model's parameters or an optimizer's states to ``device``; says bytes and seconds. No collective."""
+
+    def offload_model(self, model: nn.Module) -> MoveReport:
+        """Move a model's parameters to the host; :meth:`reload_model` brings them back. No collective."""
+        return self.move(model, "cpu")
+
+    def reload_model(self, model: nn.Module) -> MoveReport:
+        """Bring an offloaded model back to this rank's device. Does nothing where it is there. No collective."""
+        return self.move(model, self.device)
+
+    def maybe_offload_optimizer(self, optimizer: Optimizer) -> MoveReport:
+        """Move optimizer states to the host, into pinned memory where there is an accelerator. No collective."""
+        return self.move(optimizer, "cpu")
+
+    def maybe_load_optimizer(self, optimizer: Optimizer, device: Any = None) -> MoveReport:
+        """Bring optimizer states back. Does nothing before any offload. No collective."""
+        return self.move(optimizer, self.device if device is None else device)
+
+    def report_memory(self, prefix: str = "") -> dict[str, float]:
+        """Print this rank's memory in GiB (rank 0 prints) and return the figures. No collective."""
+        figures = memory_figures(self.device)
+        self.print(f"memory {prefix}:", ", ".join(f"{name} {value:.2f} GiB" for name, value in figures.items()))
+        return figures
+
+    def sync_and_clear_cache(self) -> None:
+        """Wait for the device and hand cached memory back. No collective."""
+        synchronize(self.device)
+        empty_cache(self.device)
+
+    # ---- weights and state by name -----------------------------------------------------------------------------------
+    def hub_layout(self, model: nn.Module) -> HubLayout:
+        """The model's parameters under their hub names (traced once and kept)."""
+        if model not in self._layouts:
+            self._layouts[model] = HubLayout(model)
+        return self._layouts[model]
+
+    def export_spec(self, model: nn.Module) -> list[TensorSpec]:
+        """Hub name, shape, dtype and atom of everything that :meth:`export_weights` sends. No collective."""
+        return self.hub_layout(model).specs
+
+    def export_weights(self, model: nn.Module, plan: UpdatePlan) -> Iterator[WeightBucket]:
+        """Stream whole tensors in the plan's buckets and dtype. A bucket is valid until the next is asked for."""
+        layout, tensors = self.hub_layout(model), dict(hub_sources(model))
+        for index, specs in enumerate(plan_buckets(plan)):
+            bucket = {}
+            for spec in specs:
+                hub = layout.by_name[spec.name]
+                bucket[spec.name] = hub.view(tensors[hub.source].detach()).to(spec.dtype)
+            yield WeightBucket(index, bucket)
+
+    @torch.no_grad()
+    def import_weights(self, model: nn.Module, source: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Copy whole tensors, by hub name, into the model.
+
+        :raises CheckpointError: a name or shape is not the model's, or one of the model's is missing.
+        """
+        layout, tensors = self.hub_layout(model), dict(hub_sources(model))
+
+        def whole(name: str) -> torch.Tensor:
+            hub = layout.by_name[name]
+            return hub.view(tensors[hub.source].detach())
+
+        checkpoint.import_by_name({spec.name: spec for spec in layout.specs}, source, whole)
+
+    @abstractmethod
+    def iter_state(self, model: nn.Module, optimizer: Optimizer | None = None) -> Iterator[StateItem]:
+        """Stream the training state, one whole parameter at a time, in module order, on every rank."""
+
+    @abstractmethod
+    def load_state(self, model: nn.Module, optimizer: Optimizer | None, items: Iterable[StateItem]) -> None:
+        """Take a stream that :meth:`iter_state` of any backend wrote."""
+
+    @abstractmethod
+    def write_state(self, record: ModelRecord, folder: Path, *, asynchronous: bool) -> Any:
+        """Write a model's weights and optimizer into ``folder``, in the backend's own format, from all ranks.
+
+        :return: None, or with ``asynchronous`` a future that ends when the files are written.
+        """
+
+    @abstractmethod
+    def read_state(self, record: ModelRecord, folder: Path, *, optimizer: bool) -> None:
+        """Read what :meth:`write_state` wrote, at any world size, loading weights only (no pickle)."""
+
+    def finish_checkpoint(self, *, block: bool = True) -> bool:
+        """Complete an asynchronous save: digests, rename, ``latest``. True where none is pending any more."""
+        return checkpoint.finish(self, block=block)
+
+    def save_model(self, model: nn.Module, tokenizer: Any, output_dir: str | Path, **kwargs: Any) -> None:
+        """Write a folder that ``from_pretrained`` loads: safetensors by hub name, configuration, tokenizer.
+
+        Streams bucket by bucket: no rank's device ever holds the whole model.
+
+        :param tokenizer: a tokenizer or processor, or None.
+        :param kwargs: ``bucket_bytes`` (size of a file), ``dtype``.
+        """
+        save_hub_model(self, model, tokenizer, Path(output_dir), **kwargs)
+
+    # ---- rollout -----------------------------------------------------------------------------------------------------
+    def setup_inference_engine(self, args: Any, engine_type: str = "vllm", actor: nn.Module | None = None) -> Any:
+        """Start a rollout engine; it is awake afterwards. Also works before there is an actor: it loads ``--pretrain``.
+
+        :param args: settings of the engine; None takes this strategy's. :param actor: sync its weights at once.
+        :return: the engine (None on ranks that own none).
+        """
+        return self.engine_host.setup(args, engine_type, actor)
+
+    @property
+    def inference_engine(self) -> RolloutEngine | None:
+        return self.engine_host.engine
+
+    @property
+    def inference_engine_status(self) -> EngineStatus:
+        return self.engine_host.status
+
+    def update_engine_weights(self, actor: nn.Module) -> SyncReceipt:
+        """Bring the actor's weights to the engine, bucket by bucket, and prove it.
+
+        :raises WeightSyncError: a tensor was lost, doubled, altered or misnamed; raised on every rank.
+        """
+        return self.engine_host.update_weights(actor)
+
+    def gather_and_generate(
+        self,
+        sampling_params: Any,
+        all_prompt_token_ids: Sequence[Sequence[int]] | None = None,
+        all_prompts: Sequence[str] | None = None,
+        all_images: Sequence[Any] | None = None,
+        images_num: Sequence[int] | None = None,
+        sleep_engine: bool = True,
+        *,
+        prompt_indices: Sequence[int] | None = None,
+        step: int | None = None,
+    ) -> list[GenerationOutput]:
+        """Generate for this rank's prompts; ranks may bring different numbers of them, or none.
+
+        :param sampling_params: :class:`SamplingParams`, a dict with vLLM's names, or the engine's own object.
+        :param all_prompt_token_ids: prompts as ids, or ``all_prompts`` as text; one of the two.
+        :param all_images: per prompt None, an image or a list of them; or, with ``images_num``, a flat list.
+        :param sleep_engine: let the engine sleep afterwards, where sleep is enabled.
+        :param prompt_indices: global index of each prompt, from which its samples' seeds derive; default: position in
+            rank order.
+        :param step: counts rollouts in the seeds; default: the strategy's own counter.
+        :return: this rank's outputs in its order, the n samples of a prompt one after the other.
+        """
+        return self.engine_host.generate(
+            sampling_params,
+            all_prompt_token_ids,
+            all_prompts,
+            all_images,
+            images_num,
+            sleep_engine=sleep_engine,
+            prompt_indices=prompt_indices,
+            step=step,
+        )
+
+    def engine_generate_local(
+        self, sampling_params: Any, prompt_token_ids: Any = None, multi_modal_inputs: Any = None
+    ) -> list[GenerationOutput]:
+        """Generate on this rank's engine alone, without gathering. No collective for an engine of one rank.
+
+        :param multi_modal_inputs: dicts with ``prompt`` and ``multi_modal_data = {"image": [...]}``.
+        """
+        return self.engine_host.generate_local(sampling_params, prompt_token_ids, multi_modal_inputs)
+
+    def wakeup_inference_engine(self) -> None:
+        """Bring weights and KV cache back. Does nothing while awake."""
+        self.engine_host.wake()
+
+    def maybe_sleep_inference_engine(self) -> None:
+        """Let the engine sleep, where ``--enable_engine_sleep`` is on. Does nothing while asleep."""
+        self.engine_host.sleep()
+
+    def engines_sleep(self, engines: Sequence[Any]) -> None:
+        """Let several engines sleep (at ``--engine_sleep_level``)."""
+        for engine in engines:
+            self.engine_host.sleep_engine(engine)
+
+    def engines_wake_up(self, engines: Sequence[Any]) -> None:
+        """Wake several engines."""
+        for engine in engines:
+            self.engine_host.wake_engine(engine)
