@@ -119,7 +119,7 @@ def tests(session: nox.Session, package: str, hardware: str) -> None:
     _pytest(session, package, only="gpu", accelerator=True)
 
 
-@nox.session
+@nox.session(reuse_venv=False)
 @nox.parametrize("package", _each_package("wheels", "default", tag_package=True))
 def wheels(session: nox.Session, package: str) -> None:
     """Install one package's wheel in an empty environment, import it and run its README's example."""
@@ -142,8 +142,7 @@ def wheels(session: nox.Session, package: str) -> None:
     # First as it is, then with the extras that its README installs.
     for extras, checks in (("", ["--imports"]), (advertised.group(1) or "", ["--readme", str(readme)])):
         target = f"lightrft-{package}{extras} @ {wheel_of[f'lightrft-{package}']}"
-        restrictions = ("--constraint", str(locked), "--override", str(siblings))
-        _uv(session, "pip", "install", "--exact", "--reinstall-package", f"lightrft-{package}", *restrictions, target)
+        _uv(session, "pip", "install", "--constraint", str(locked), "--constraint", str(siblings), target)
         with session.chdir(scratch):  # and python -P: what is tested is what was installed, not this checkout
             smoke = str(ROOT / "tools" / "smoke.py")
             session.run("python", "-P", smoke, f"lightrft-{package}", *checks, env=TEST_ENV | NO_ACCELERATOR)
