@@ -1,0 +1,395 @@
+"""The decoding loop: prefill each distinct prompt once, then one step a token for all living rows.
+
+Rows that finish leave the batch and waiting samples take their place. All of a row's state stands in one row of a few
+tensors, so that moving it is one copy each.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from lightrft.strategy.sampling import SamplingParams
+
+from .batching import group_equal, prefill_buckets, swap_remove, worth_compacting
+from .cache import Prefill, SlotCache
+from .prompts import Prompt
+from .sampling import RowSampling, SamplingShape, draw
+
+# Columns of a row's integers and floats.
+_SAMPLE, _LENGTH, _SHIFT, _TOKEN, _INDEX, _LIMIT, _MINIMUM, _SEED, _TOP_K = range(9)
+_TEMPERATURE, _TOP_P, _MIN_P = range(3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One response to write.
+
+    :param limit: most output tokens, the context's end considered.
+    :param stops: tokens that end the response: none, some, the model's own included where they count.
+    """
+
+    prompt: Prompt
+    sampling: SamplingParams
+    seed: int
+    limit: int
+    stops: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Response:
+    tokens: list[int]
+    logprobs: list[float]
+    finish_reason: Literal["stop", "length"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderModel:
+    """A causal language model and what the loop must know of it.
+
+    :param plain: all layers keep keys and values by position, so rows of any lengths share a batch.
+    :param window: sliding window of the layers that have one. :param mixed: other layers have none.
+    """
+
+    model: Any
+    device: torch.device
+    dtype: torch.dtype
+    plain: bool = True
+    window: int | None = None
+    mixed: bool = False
+
+
+class Decoder:
+    """Decodes samples with one model.
+
+    :param max_rows: most rows decoded at once.
+    """
+
+    def __init__(self, model: DecoderModel, memory: SlotCache, max_rows: int) -> None:
+        self.m = model
+        self.memory = memory
+        self.max_rows = max_rows
+
+    @torch.inference_mode()
+    def run(self, samples: Sequence[Sample], deadline: float | None = None) -> list[Response]:
+        """Write all responses, in order of the samples.
+
+        :raises TimeoutError: ``deadline`` (on the monotonic clock) passed.
+        """
+        if not samples:
+            return []
+        # Longest prompts first: the memory is as large as it will be from the start, and neighbours are alike in length.
+        order = [i for group in group_equal([s.prompt for s in samples]) for i in group]
+        order.sort(key=lambda i: -len(samples[i].prompt.ids))
+        batch = _Batch(self.m, self.memory, samples, rows=min(self.max_rows, len(samples)))
+        position = 0
+        while position < len(order) or batch.rows:
+            room = batch.max_rows - batch.rows
+            if room and position < len(order):
+                admitted = batch.admit(order[position : position + room])
+                position += admitted
+            while batch.rows and not batch.finished_enough(len(order) - position):
+                if deadline is not None and time.monotonic() > deadline:
+                    raise TimeoutError(f"{batch.rows + len(order) - position} of {len(order)} samples were unfinished")
+                batch.step()
+            batch.compact()
+        return batch.responses()
+
+
+class _Batch:
+    """The rows being decoded."""
+
+    def __init__(self, m: DecoderModel, memory: SlotCache, samples: Sequence[Sample], rows: int) -> None:
+        self.m, self.memory, self.samples, self.max_rows = m, memory, samples, rows
+        device = m.device
+        self.rows = 0
+        self.width = max(1, max(len(s.stops) for s in samples))
+        self.ints = torch.zeros((rows, 9), dtype=torch.int64, device=device)
+        self.floats = torch.zeros((rows, 3), dtype=torch.float32, device=device)
+        self.stops = torch.full((rows, self.width), -1, dtype=torch.int64, device=device)
+        self.done = torch.zeros(rows, dtype=torch.bool, device=device)
+        longest = max(s.limit for s in samples)
+        # One spare place a sample: until a finished row leaves, its further draws land there.
+        self.tokens = torch.zeros((len(samples), longest + 1), dtype=torch.int64, device=device)
+        self.logprobs = torch.zeros((len(samples), longest + 1), dtype=torch.float32, device=device)
+        self.counts = torch.zeros(len(samples), dtype=torch.int64, device=device)
+        self.stopped = torch.zeros(len(samples), dtype=torch.bool, device=device)
+        self.finished = 0
+        self.shape = SamplingShape()
+        self.any_minimum = self.any_stop = self.any_images = False
+        self.longest_row = 0
+        self.lockstep: Any = None  # transformers' own cache, for models that ours does not serve
+        self.mask = torch.empty(0)
+        self._views()
+
+    # ---- rows in and out --------------------------------------------------------------------------------------------
+    def admit(self, indices: Sequence[int]) -> int:
+        """Prefill samples and give them rows; returns how many were taken."""
+        if not self.m.plain:
+            if self.rows:
+                return 0
+            length = len(self.samples[indices[0]].prompt.ids)
+            indices = [
+                i for i in indices if len(self.samples[i].prompt.ids) == length and not self._needs_alone(i, indices[0])
+            ]
+        chosen = [self.samples[i] for i in indices]
+        groups = group_equal([s.prompt for s in chosen])
+        prompts = [chosen[group[0]].prompt for group in groups]
+        first, self.rows = self.rows, self.rows + len(chosen)
+        self._reserve(first, chosen)
+        # Prompts with further inputs (images) are prefilled one by one: each family lays its inputs out differently.
+        alone = [p for p, prompt in enumerate(prompts) if prompt.inputs]
+        plain = [p for p, prompt in enumerate(prompts) if not prompt.inputs]
+        buckets = [[plain[i] for i in b] for b in self._buckets([len(prompts[p].ids) for p in plain])]
+        row = first
+        logits: list[torch.Tensor] = []
+        for bucket in [*buckets, *([p] for p in alone)]:
+            members = [i for p in bucket for i in groups[p]]
+            source = torch.tensor([at for at, p in enumerate(bucket) for _ in groups[p]], device=self.m.device)
+            ends, shift = self._prefill([prompts[p] for p in bucket], row, source)
+            self._write_rows(row, [indices[i] for i in members], shift)
+            logits.append(ends[source])
+            row += len(members)
+        self.longest_row = max(self.longest_row, max(len(p.ids) for p in prompts))
+        self._views()
+        self._take(slice(first, self.rows), torch.cat(logits) if len(logits) > 1 else logits[0])
+        return len(chosen)
+
+    def _needs_alone(self, index: int, head: int) -> bool:
+        """In lockstep a prompt with images shares its batch with its own samples only, and so does a text prompt's batch."""
+        mine, theirs = self.samples[index].prompt, self.samples[head].prompt
+        return mine is not theirs and bool(mine.inputs or theirs.inputs)
+
+    def _buckets(self, lengths: Sequence[int]) -> list[list[int]]:
+        if self.m.plain:
+            return prefill_buckets(lengths)
+        return [list(range(len(lengths)))] if lengths else []  # in lockstep: one length, one batch
+
+    def finished_enough(self, waiting: int) -> bool:
+        return self.finished > 0 and worth_compacting(self.finished, self.rows, waiting)
+
+    def compact(self) -> None:
+        """Let finished rows go: living ones from the end take their places."""
+        if not self.finished:
+            return
+        done = self.done[: self.rows].tolist()
+        holes, movers = swap_remove(done)
+        living = self.rows - sum(done)
+        if living and self.lockstep is not None:
+            keep = list(range(living))
+            for hole, mover in zip(holes, movers, strict=True):
+                keep[hole] = mover
+            self.lockstep.reorder_cache(torch.tensor(keep, device=self.m.device))
+        if movers:
+            to, origin = (torch.tensor(rows, device=self.m.device) for rows in (holes, movers))
+            for table in (self.ints, self.floats, self.stops, self.mask):
+                table[to] = table[origin]
+            if self.lockstep is None:
+                self.memory.move(to, origin, self.longest_row)
+        self.rows, self.finished = living, 0
+        self.done[:] = False
+        self.longest_row = int(self.ints[:living, _LENGTH].max()) if living else 0
+        self._views()
+
+    def _reserve(self, first: int, chosen: Sequence[Sample]) -> None:
+        if not self.m.plain:
+            return
+        held = self.memory.capacity if first else 0
+        # Room for the prompts and a part of the answers now; long answers make it grow.
+        need = max(len(s.prompt.ids) + min(s.limit, 256) for s in chosen)
+        self._grow(max(need, held), first)
+
+    def _grow(self, capacity: int, living: int) -> None:
+        self.memory.reserve(self.max_rows, capacity, living)
+        if self.mask.shape[0] != self.max_rows or self.mask.shape[1] < self.memory.capacity:
+            mask = torch.full(
+                (self.max_rows, self.memory.capacity), -torch.inf, dtype=self.m.dtype, device=self.m.device
+            )
+            if living:
+                mask[:living, : self.mask.shape[1]] = self.mask[:living]
+            self.mask = mask
+
+    def _write_rows(self, first: int, indices: Sequence[int], shift: int) -> None:
+        chosen = [self.samples[i] for i in indices]
+        rows = slice(first, first + len(chosen))
+        ints, floats, stops = [], [], []
+        for index, s in zip(indices, chosen, strict=True):
+            p = s.sampling
+            free = p.greedy  # truncation has no meaning for the likeliest token
+            ints.append(
+                [index, len(s.prompt.ids), shift, 0, 0, s.limit, p.min_tokens, s.seed, 0 if free else max(p.top_k, 0)]
+            )
+            floats.append([p.temperature, 1.0 if free else p.top_p, 0.0 if free else p.min_p])
+            stops.append([*s.stops, *[s.stops[0] if s.stops else -1] * (self.width - len(s.stops))])
+        device = self.m.device
+        self.ints[rows] = torch.tensor(ints, device=device)
+        self.floats[rows] = torch.tensor(floats, device=device)
+        self.stops[rows] = torch.tensor(stops, device=device)
+        if self.m.plain:
+            slots = torch.arange(self.mask.shape[1], device=device)
+            self.mask[rows] = torch.where(slots < self.ints[rows, _LENGTH].unsqueeze(1), 0.0, -torch.inf).to(
+                self.mask.dtype
+            )
+        self.any_images |= shift != 0
+
+    def _views(self) -> None:
+        """Columns of the living rows, and what they ask for together."""
+        n = self.rows
+        self.length, self.token, self.index = (self.ints[:n, c] for c in (_LENGTH, _TOKEN, _INDEX))
+        self.sample = self.ints[:n, _SAMPLE].contiguous()
+        self.limit, self.minimum = (self.ints[:n, c].contiguous() for c in (_LIMIT, _MINIMUM))
+        self.row_stops, self.row_done = self.stops[:n], self.done[:n]
+        self.sampling = RowSampling(
+            temperature=self.floats[:n, _TEMPERATURE].contiguous(),
+            top_p=self.floats[:n, _TOP_P].contiguous(),
+            min_p=self.floats[:n, _MIN_P].contiguous(),
+            top_k=self.ints[:n, _TOP_K].contiguous(),
+            seed=self.ints[:n, _SEED].contiguous(),
+        )
+        living = [self.samples[i] for i in self.ints[:n, _SAMPLE].tolist()]
+        params = [s.sampling for s in living]
+        drawn = [p for p in params if not p.greedy]
+        top_k = [p.top_k for p in drawn]
+        self.shape = SamplingShape(
+            all_greedy=not drawn,
+            any_greedy=len(drawn) < len(params),
+            min_p=any(p.min_p > 0 for p in drawn),
+            top_p=any(p.top_p < 1 for p in drawn),
+            max_top_k=_widest(top_k if len(drawn) == len(params) else [*top_k, 0]),
+        )
+        self.any_minimum = any(p.min_tokens > 0 for p in params)
+        self.any_stop = any(s.stops for s in living)
+        if self.m.plain:
+            self.row_mask = self.mask[:n]
+
+    # ---- forwards ---------------------------------------------------------------------------------------------------
+    def _prefill(self, prompts: Sequence[Prompt], first_row: int, source: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """Run whole prompts; their cache goes to rows from ``first_row``, prompt ``source[i]`` to row i.
+
+        :return: logits ``[prompts, vocabulary]`` after each prompt, and how far positions run ahead of the token count.
+        """
+        device = self.m.device
+        lengths = [len(prompt.ids) for prompt in prompts]
+        longest = max(lengths)
+        ids = torch.tensor([[*p.ids, *[0] * (longest - len(p.ids))] for p in prompts], device=device)
+        ends = sorted({length - 1 for length in lengths})
+        inputs = {name: value.to(device) for name, value in prompts[0].inputs.items()}
+        if not inputs:  # with images the model itself finds the positions
+            inputs["position_ids"] = torch.arange(longest, device=device).expand(len(prompts), -1)
+        if self.m.plain:
+            caught: Any = Prefill()
+        else:
+            from transformers import DynamicCache
+
+            caught = DynamicCache(config=self.m.model.config)
+        keep = torch.tensor(ends, device=device) if len(ends) > 1 else 1
+        out = self.m.model(
+            input_ids=ids, attention_mask=None, past_key_values=caught, use_cache=True, logits_to_keep=keep, **inputs
+        )
+        if self.m.plain:
+            self.memory.admit(caught, first_row, source)
+        else:
+            caught.reorder_cache(source)
+            self.lockstep = caught
+        shift = getattr(out, "rope_deltas", None) if prompts[0].inputs else None
+        logits = out.logits
+        if len(ends) > 1:
+            at = torch.tensor([ends.index(length - 1) for length in lengths], device=device)
+            logits = logits[torch.arange(len(prompts), device=device), at]
+        else:
+            logits = logits[:, -1]
+        return logits, 0 if shift is None else int(shift.reshape(-1)[0])
+
+    def step(self) -> None:
+        """One token for every row."""
+        n, slots = self.rows, self.length
+        length = self.longest_row + 1
+        positions = slots.unsqueeze(1)
+        if self.any_images:
+            positions = (positions + self.ints[:n, _SHIFT].unsqueeze(1)).expand(3, -1, -1)
+        if self.m.plain:
+            if length > self.memory.capacity:
+                self._grow(max(length, self.memory.capacity * 3 // 2), n)
+                self.row_mask = self.mask[:n]
+            self.row_mask.scatter_(1, slots.unsqueeze(1), 0.0)
+            self.memory.aim(slots, length)
+            cache, mask = self.memory, self._attention_mask(length)
+        else:
+            cache, mask = self.lockstep, None
+        out = self.m.model(
+            input_ids=self.token.unsqueeze(1),
+            position_ids=positions,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self.length += ~self.row_done
+        self.longest_row = length
+        self._take(slice(0, n), out.logits[:, -1])
+
+    def _attention_mask(self, length: int) -> Any:
+        full = self.row_mask[:, :length]
+        if self.m.window is None:
+            return full[:, None, None]
+        near = full
+        if length > self.m.window:
+            slots = torch.arange(length, device=full.device)
+            near = full.masked_fill(slots <= (self.length - self.m.window).unsqueeze(1), -torch.inf)
+        if not self.m.mixed:
+            return near[:, None, None]
+        return {"full_attention": full[:, None, None], "sliding_attention": near[:, None, None]}
+
+    def _take(self, rows: slice, logits: torch.Tensor) -> None:
+        """Draw a token for each of ``rows``, store it, and note who is finished."""
+        index, sample, stops, done, limit = self.index, self.sample, self.row_stops, self.row_done, self.limit
+        minimum, sampling = self.minimum, self.sampling
+        if rows.start:  # rows that were just admitted behind others
+            index, sample, stops, done, limit = index[rows], sample[rows], stops[rows], done[rows], limit[rows]
+            minimum = minimum[rows]
+            sampling = RowSampling(**{name: value[rows] for name, value in vars(sampling).items()})
+        if self.any_minimum and self.any_stop:
+            logits = _forbid(logits.float(), stops, index < minimum)
+        token, logprob = draw(logits, index, sampling, self.shape)
+        self.tokens[sample, index] = token
+        self.logprobs[sample, index] = logprob
+        live = ~done
+        index += live
+        ended = index >= limit
+        if self.any_stop:
+            hit = (token.unsqueeze(1) == stops).any(1) & live
+            self.stopped[sample] |= hit
+            ended |= hit
+        self.token[rows] = token
+        done |= ended
+        self.counts[sample] = index
+        self.finished = int(self.done[: self.rows].sum())
+
+    def responses(self) -> list[Response]:
+        counts, stopped = self.counts.tolist(), self.stopped.tolist()
+        return [
+            Response(
+                tokens=self.tokens[i, :count].tolist(),
+                logprobs=self.logprobs[i, :count].tolist(),
+                finish_reason="stop" if stopped[i] else "length",
+            )
+            for i, count in enumerate(counts)
+        ]
+
+
+def _widest(top_k: Sequence[int]) -> int:
+    """The largest top_k where all rows have one, 0 where none has, -1 where only some have."""
+    limited = [k for k in top_k if k > 0]
+    if not limited:
+        return 0
+    return max(limited) if len(limited) == len(top_k) else -1
+
+
+def _forbid(logits: torch.Tensor, stops: torch.Tensor, early: torch.Tensor) -> torch.Tensor:
+    """Set the stop tokens (``[rows, stops]``, -1 for none) of the rows that are too ``early`` to end to -inf."""
+    ids = stops.clamp(min=0)
+    held = logits.gather(1, ids)
+    return logits.scatter(1, ids, held.masked_fill(early.unsqueeze(1) & (stops >= 0), -torch.inf))

@@ -1,0 +1,222 @@
+"""The embedded Hugging Face engine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from lightrft.strategy.device import empty_cache
+from lightrft.strategy.engine import (
+    EngineCapabilities,
+    EngineSpec,
+    GenerationOutput,
+    GenerationRequest,
+    Placement,
+    RequestId,
+    RolloutEngine,
+)
+from lightrft.strategy.errors import RolloutError
+from lightrft.strategy.lifecycle import Resource
+from lightrft.strategy.sampling import sample_seed
+from lightrft.strategy.weights import TensorSpec, UpdateKind, UpdatePlan
+
+from . import loading
+
+_ROWS_ON_CPU, _ROWS_ON_ACCELERATOR = 128, 256
+
+
+class HFEngine(RolloutEngine):
+    """Writes rollouts with the transformers model itself, in the calling process.
+
+    Any causal language model of transformers works, and vision-language ones through their processor. It runs on one
+    rank; each rank may have its own.
+    """
+
+    name: ClassVar[str] = "hf"
+    capabilities: ClassVar[EngineCapabilities] = EngineCapabilities(
+        devices=("cpu", "cuda", "xpu", "mps", "npu"), multimodal=True, requires="transformers>=5.12"
+    )
+    placement: ClassVar[Placement] = "spmd"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._deadline: float | None = None
+        self._prompts: dict[RequestId, Any] = {}
+        self._clear()
+
+    def _clear(self) -> None:
+        self._model: Any = None
+        self._decoder: Any = None
+        self._cache: Any = None
+        self._reader: Any = None
+        self._weights: Any = None
+        self._memory: Any = None
+        self._ends: tuple[int, ...] = ()
+        self._context: int | None = None
+        self._prompts.clear()
+
+    # ---- life -------------------------------------------------------------------------------------------------------
+    def _start(self, spec: EngineSpec, group: Any) -> None:
+        loading.require_transformers()
+        from . import attention
+        from .cache import SlotCache, attention_windows
+        from .decoding import Decoder, DecoderModel
+        from .prompts import PromptReader
+        from .weights import WeightMemory
+
+        if spec.pretrain is None and spec.model_config is None:
+            raise ValueError('engine "hf" needs a model: set --pretrain, or pass EngineSpec(model_config=...)')
+        if spec.extra:
+            raise ValueError(f'engine "hf" has no extra options, got {", ".join(sorted(spec.extra))}: remove them')
+        model, generation = loading.load_model(spec)
+        attention.install(model)
+        plain, window, mixed = attention_windows(model.config)
+        self._model, self._cache = model, SlotCache()
+        self._memory = WeightMemory(model)
+        self._ends = loading.end_tokens(model, generation)
+        self._context = loading.context_length(model, spec.max_model_len)
+        rows = spec.max_batch_size or (_ROWS_ON_CPU if spec.device.type == "cpu" else _ROWS_ON_ACCELERATOR)
+        self._decoder = Decoder(
+            DecoderModel(model=model, device=spec.device, dtype=spec.dtype, plain=plain, window=window, mixed=mixed),
+            self._cache,
+            rows,
+        )
+        self._reader = PromptReader(
+            type(model).__name__,
+            load_tokenizer=lambda: self._from_hub("AutoTokenizer"),
+            load_processor=lambda: self._from_hub("AutoProcessor"),
+            takes_images=loading.takes_images(model),
+            max_images=spec.max_images,
+        )
+
+    def _from_hub(self, loader: str) -> Any:
+        import transformers
+
+        if self.spec.pretrain is None:
+            raise ValueError(
+                "a prompt as text, or with images, needs the model's tokenizer and processor, and this engine was built "
+                "from a configuration: send prompt_token_ids, or start it from a folder (pretrain)"
+            )
+        return getattr(transformers, loader).from_pretrained(
+            self.spec.pretrain, trust_remote_code=self.spec.trust_remote_code
+        )
+
+    def _shutdown(self) -> None:
+        device = self.spec.device
+        self._clear()
+        empty_cache(device)
+
+    # ---- generation -------------------------------------------------------------------------------------------------
+    def _submit(self, requests: Mapping[RequestId, GenerationRequest]) -> None:
+        from .prompts import prompt_key
+
+        read: dict[Any, Any] = {}
+        for request in requests.values():
+            key = prompt_key(request)
+            if key not in read:
+                read[key] = prompt = self._reader.read(request)
+                if not prompt.ids:
+                    raise ValueError("a prompt is empty: it must have at least one token")
+                if self._context is not None and len(prompt.ids) >= self._context:
+                    raise ValueError(
+                        f"a prompt of {len(prompt.ids)} tokens leaves no room for a response in a context of "
+                        f"{self._context}: shorten it (--prompt_max_len) or give the engine a longer context (--max_model_len)"
+                    )
+        self._prompts.update({name: read[prompt_key(request)] for name, request in requests.items()})
+        super()._submit(requests)
+
+    def _poll(self, until: Literal["all", "any"], timeout: float | None) -> list[GenerationOutput]:
+        self._deadline = None if timeout is None else time.monotonic() + timeout
+        return super()._poll(until, timeout)
+
+    def _abort(self, ids: Sequence[RequestId]) -> None:
+        super()._abort(ids)
+        for request_id in ids:
+            self._prompts.pop(request_id, None)
+
+    def _generate(self, requests: Mapping[RequestId, GenerationRequest]) -> list[GenerationOutput]:
+        prompts = [self._prompts.pop(request_id) for request_id in requests]
+        samples = [
+            self._sample(prompt, request, number)
+            for number, (prompt, request) in enumerate(zip(prompts, requests.values(), strict=True))
+        ]
+        version = self.lifecycle.state.version
+        try:
+            responses = self._decoder.run(samples, self._deadline)
+        except TimeoutError as error:
+            raise TimeoutError(f'engine "hf" was stopped by its deadline: {error}') from None
+        outputs = []
+        for (request_id, request), prompt, response in zip(requests.items(), prompts, responses, strict=True):
+            if any(value != value for value in response.logprobs):
+                raise RolloutError(
+                    f'engine "hf", weights version {version}: the model\'s logits are not numbers (NaN); '
+                    "its weights are broken or overflow in this dtype"
+                )
+            outputs.append(
+                GenerationOutput(
+                    request_id=request_id,
+                    prompt_token_ids=list(prompt.ids),
+                    output_token_ids=response.tokens,
+                    logprobs=response.logprobs if request.sampling.logprobs else None,
+                    finish_reason=response.finish_reason,
+                    weight_version=version,
+                )
+            )
+        return outputs
+
+    def _sample(self, prompt: Any, request: GenerationRequest, number: int) -> Any:
+        from .decoding import Sample
+
+        sampling = request.sampling
+        own = () if sampling.ignore_eos else self._ends
+        room = sampling.max_tokens if self._context is None else self._context - len(prompt.ids)
+        return Sample(
+            prompt=prompt,
+            sampling=sampling,
+            seed=sample_seed(self.spec.seed, 0, 0, number) if sampling.seed is None else sampling.seed,
+            limit=min(sampling.max_tokens, room),
+            stops=tuple(dict.fromkeys((*own, *sampling.stop_token_ids))),
+        )
+
+    # ---- weights ----------------------------------------------------------------------------------------------------
+    def _plan_update(
+        self, version: int, specs: tuple[TensorSpec, ...], kind: UpdateKind, bucket_bytes: int
+    ) -> UpdatePlan:
+        if kind != "full":
+            raise ValueError('engine "hf" takes whole models only: merge the adapter, or send kind="full"')
+        self._weight_store().check(specs)
+        dtype = self.spec.dtype
+        return UpdatePlan(
+            version=version,
+            specs=tuple(spec.cast(dtype) for spec in specs),
+            dtype=dtype,
+            bucket_bytes=bucket_bytes,
+        )
+
+    def _load_bucket(self, bucket: Any) -> None:
+        self._weight_store().load(bucket.tensors)
+
+    def sample_weights(self, positions: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return self._weight_store().sample(positions)
+
+    def _weight_store(self) -> Any:
+        from .weights import WeightStore
+
+        if self._weights is None:
+            self._weights = WeightStore(self._model)
+        return self._weights
+
+    # ---- memory -----------------------------------------------------------------------------------------------------
+    def _release(self, what: Resource, keep: bool) -> int:
+        if what == "kv_cache":
+            freed = self._cache.drop()
+        else:
+            freed = self._memory.to_host() if keep else self._memory.drop()
+        empty_cache(self.spec.device)
+        return freed
+
+    def _restore(self, what: Resource, values: bool) -> None:
+        if what == "weights":
+            self._memory.back()

@@ -1,0 +1,102 @@
+"""Bringing a transformers model up: from a folder or the hub, or from its configuration alone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightrft.strategy.engine import EngineSpec
+from lightrft.strategy.errors import PluginError
+
+
+def require_transformers() -> None:
+    """:raises PluginError: transformers is not installed."""
+    try:
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise PluginError(
+            'engine "hf" needs transformers, which is not installed: pip install "lightrft-engines[hf]"'
+        ) from error
+
+
+def load_model(spec: EngineSpec) -> tuple[Any, Any]:
+    """Model (in eval mode, no gradients) and its generation settings.
+
+    A model made from ``spec.model_config`` has memory for its weights and nothing in it; buffers that no checkpoint
+    holds (rotary frequencies) are right.
+    """
+    from transformers import AutoConfig, GenerationConfig
+
+    with _rng_untouched():
+        if spec.pretrain is not None:
+            config = AutoConfig.from_pretrained(spec.pretrain, trust_remote_code=spec.trust_remote_code)
+            model = _model_class(config).from_pretrained(
+                spec.pretrain, dtype=spec.dtype, trust_remote_code=spec.trust_remote_code
+            )
+            model = model.to(spec.device)
+        else:
+            from transformers.initialization import no_init_weights
+
+            config = copy.deepcopy(spec.model_config)  # the trainer's model may hold this very object
+            with no_init_weights(), torch.device(spec.device):
+                model = _model_class(config).from_config(
+                    config, dtype=spec.dtype, trust_remote_code=spec.trust_remote_code
+                )
+            model.tie_weights()
+    model.eval().requires_grad_(False)
+    own_storages(model)
+    return model, model.generation_config or GenerationConfig.from_model_config(model.config)
+
+
+def _model_class(config: Any) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    return AutoModelForImageTextToText if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING else AutoModelForCausalLM
+
+
+def takes_images(model: Any) -> bool:
+    return getattr(model.config, "vision_config", None) is not None
+
+
+def own_storages(model: torch.nn.Module) -> None:
+    """Give every parameter a resizable storage of its own: a checkpoint's memory map is neither ours nor shrinkable."""
+    fresh: dict[int, torch.Tensor] = {}
+    for parameter in model.parameters():
+        storage = parameter.untyped_storage()
+        if storage.resizable() and storage.nbytes() == parameter.nbytes and parameter.is_contiguous():
+            continue
+        key = parameter.data_ptr()
+        if key not in fresh:
+            fresh[key] = parameter.detach().clone(memory_format=torch.contiguous_format)
+        parameter.data = fresh[key]
+
+
+def end_tokens(model: Any, generation_config: Any) -> tuple[int, ...]:
+    """The model's own end tokens: those of its generation settings, else of its configuration."""
+    text = model.config.get_text_config(decoder=True)
+    for config in (generation_config, model.config, text):
+        ids = getattr(config, "eos_token_id", None)
+        if ids is not None:
+            return tuple(ids) if isinstance(ids, (list, tuple)) else (int(ids),)
+    return ()
+
+
+def context_length(model: Any, asked: int | None) -> int | None:
+    """Most tokens of prompt and response: what was asked for, bounded by the model's positions."""
+    own = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    known = [limit for limit in (asked, own) if isinstance(limit, int) and limit > 0]
+    return min(known) if known else None
+
+
+@contextmanager
+def _rng_untouched() -> Iterator[None]:
+    """Give torch's CPU generator back as it was: constructing modules draws from it."""
+    state = torch.get_rng_state()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)

@@ -1,0 +1,104 @@
+"""From requests to prompts the model takes: token ids, images through the processor, one entry for equal prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from lightrft.strategy.engine import GenerationRequest
+
+
+@dataclass(eq=False)  # equal prompts are one object; hashing thousands of ids again would be waste
+class Prompt:
+    """One distinct prompt.
+
+    :param ids: token ids as the model sees them, image placeholders expanded.
+    :param inputs: further arguments of the model's forward for the prefill (pixel values and the like).
+    """
+
+    ids: tuple[int, ...]
+    inputs: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def prompt_key(request: GenerationRequest) -> tuple[Any, ...]:
+    """Requests with equal keys have the same prompt (images are compared by identity)."""
+    return request.prompt_token_ids, request.prompt, tuple(id(image) for image in request.images)
+
+
+class PromptReader:
+    """Turns a request into a :class:`Prompt`.
+
+    The tokenizer and the processor are loaded when the first prompt asks for them: token ids alone need neither.
+
+    :param load_tokenizer: gives a tokenizer. :param load_processor: gives a multimodal processor, or None.
+    :param model_name: for messages.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        *,
+        load_tokenizer: Callable[[], Any],
+        load_processor: Callable[[], Any],
+        takes_images: bool,
+        max_images: int | None = None,
+    ) -> None:
+        self._model_name = model_name
+        self._load_tokenizer = load_tokenizer
+        self._load_processor = load_processor
+        self._takes_images = takes_images
+        self._max_images = max_images
+        self._tokenizer: Any = None
+        self._processor: Any = None
+
+    def read(self, request: GenerationRequest) -> Prompt:
+        """:raises ValueError: images for a text model, more images than allowed, or another count than placeholders."""
+        if not request.images:
+            if request.prompt_token_ids is not None:
+                return Prompt(tuple(request.prompt_token_ids))
+            self._tokenizer = self._tokenizer or self._load_tokenizer()
+            return Prompt(tuple(self._tokenizer(request.prompt)["input_ids"]))
+        if not self._takes_images:
+            raise ValueError(
+                f"{self._model_name} takes no images: send text only, or set --pretrain to a vision-language model"
+            )
+        if self._max_images is not None and len(request.images) > self._max_images:
+            raise ValueError(
+                f"a prompt brings {len(request.images)} images, at most {self._max_images} are allowed: raise max_images"
+            )
+        self._processor = self._processor or self._load_processor()
+        if request.prompt_token_ids is not None:
+            return self._expand(request.prompt_token_ids, request.images)
+        assert request.prompt is not None
+        self._check_count(request.prompt.count(self._processor.image_token), len(request.images))
+        batch = self._processor(text=[request.prompt], images=list(request.images), return_tensors="pt")
+        return self._prompt(batch["input_ids"][0].tolist(), batch)
+
+    def _expand(self, ids: Sequence[int], images: Sequence[Any]) -> Prompt:
+        """Ids with one placeholder for each image: let the processor write what each becomes, and put that in its place."""
+        placeholder = self._processor.image_token_id
+        self._check_count(sum(token == placeholder for token in ids), len(images))
+        text = [self._processor.image_token] * len(images)
+        batch = self._processor(text=text, images=list(images), add_special_tokens=False, padding=False)
+        written = iter(batch["input_ids"])
+        expanded = [token for given in ids for token in (next(written) if given == placeholder else [given])]
+        rest = {name: torch.as_tensor(value) for name, value in batch.items() if name not in _PER_TOKEN}
+        if "mm_token_type_ids" in batch:
+            rest["mm_token_type_ids"] = torch.tensor(self._processor.create_mm_token_type_ids([expanded]))
+        return self._prompt(expanded, rest)
+
+    def _prompt(self, ids: Sequence[int], batch: Any) -> Prompt:
+        inputs = {name: value for name, value in batch.items() if name not in ("input_ids", "attention_mask")}
+        return Prompt(tuple(ids), inputs)
+
+    def _check_count(self, placeholders: int, images: int) -> None:
+        if placeholders != images:
+            raise ValueError(
+                f"a prompt has {placeholders} image placeholders ({self._processor.image_token}) and {images} images: "
+                "write one placeholder for each image"
+            )
+
+
+_PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids")

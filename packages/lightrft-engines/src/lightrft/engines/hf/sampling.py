@@ -1,0 +1,204 @@
+"""Logits to tokens: temperature, truncation, Gumbel-max on counter-based noise, and the logprob of what was drawn.
+
+Each row of a batch is drawn from its own distribution with its own noise. The noise of a token is a pure function of
+(the sample's seed, the index of the output token, the vocabulary id), so that a sample does not depend on the rows
+beside it. Gumbel-max (Gumbel 1954; Maddison et al., 2014, "A* Sampling") turns a small change of the logits into a
+changed token far more rarely than inverting the cumulative distribution does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+_GOLDEN = -7046029254386353131  # 2**64 / golden ratio, odd, as int64: splitmix64's step
+_MIX_A, _MIX_B = -4658895280553007687, -7723592293110705685  # splitmix64's multipliers (Steele et al., 2014)
+_STEP32, _MUL32_A, _MUL32_B = -1640531527, 0x7FEB352D, 0x846CA68B - 2**32  # C. Wellons' low-bias 32-bit mixer
+_BLOCK = 2**19  # elements worked on at once: two megabytes of float32 stay in a core's cache
+_FIRST_CANDIDATES = 256  # top_p looks this far down the ranking before it sorts the whole vocabulary
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowSampling:
+    """What a batch's rows ask for, one element a row; greedy rows have temperature 0.
+
+    :param temperature: float32 ``[rows]``. :param top_k: int64, 0 keeps all. :param top_p: float32, 1 keeps all.
+    :param min_p: float32, 0 keeps all. :param seed: int64.
+    """
+
+    temperature: torch.Tensor
+    top_k: torch.Tensor
+    top_p: torch.Tensor
+    min_p: torch.Tensor
+    seed: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingShape:
+    """Which of the steps any row of the batch needs: known on the host, so that no step asks the device.
+
+    :param max_top_k: the largest top_k, or 0 where some row keeps all tokens.
+    """
+
+    all_greedy: bool = False
+    any_greedy: bool = False
+    min_p: bool = False
+    top_p: bool = False
+    max_top_k: int = 0
+
+    @property
+    def truncates(self) -> bool:
+        return self.min_p or self.top_p or self.max_top_k != 0
+
+
+def splitmix64(state: torch.Tensor) -> torch.Tensor:
+    """The splitmix64 finaliser on int64 (two's complement), a bijection.
+
+    :param state: int64 of any shape; left as it is.
+    """
+    state = state ^ ((state >> 30) & (2**34 - 1))
+    state = state * _MIX_A
+    state = state ^ ((state >> 27) & (2**37 - 1))
+    state = state * _MIX_B
+    return state ^ ((state >> 31) & (2**33 - 1))
+
+
+def noise_keys(seed: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """A 64-bit key for output token ``index`` of the sample with ``seed``.
+
+    :param seed: int64 ``[rows]``. :param index: int64 ``[rows]``, 0 for the first output token. :return: int64 ``[rows]``.
+    """
+    return splitmix64(splitmix64(seed) + (index + 1) * _GOLDEN)
+
+
+def _hash32(ids: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """31 random bits for each (key, id): int32 ``[rows, ids]`` in [0, 2**31).
+
+    The two halves of the key enter at two stages of the mixer, so that no two keys give shifted copies of one stream.
+    """
+    low = keys.to(torch.int32).unsqueeze(1)
+    high = (keys >> 32).to(torch.int32).unsqueeze(1)
+    x = ids * _STEP32 + low
+    shifted = x >> 16
+    x ^= shifted.bitwise_and_(0xFFFF)
+    x *= _MUL32_A
+    torch.bitwise_right_shift(x, 15, out=shifted)
+    x ^= shifted.bitwise_and_(0x1FFFF)
+    x += high
+    x *= _MUL32_B
+    torch.bitwise_right_shift(x, 16, out=shifted)
+    x ^= shifted
+    return x.bitwise_and_(0x7FFFFFFF)
+
+
+def gumbel_noise(keys: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Standard Gumbel noise for vocabulary ids.
+
+    Built on a uniform in the open interval (0, 1) that keeps its relative precision near 0, so that a token of
+    probability 1e-9 is still drawn as rarely as that and no rarer.
+
+    :param keys: int64 ``[rows]``. :param ids: int32 ``[ids]`` or ``[rows, ids]``. :return: float32 ``[rows, ids]``.
+    """
+    uniform = _hash32(ids, keys).to(torch.float32)
+    uniform.add_(0.5).mul_(-(2.0**-31)).clamp_(min=-1 + 2.0**-24)  # this is -u; a float32 must not round it to -1
+    return uniform.log1p_().neg_().log_().neg_()  # -log(-log(1 - u))
+
+
+def truncate(logits: torch.Tensor, rows: RowSampling, shape: SamplingShape) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Drop tokens by min_p, then top_k, then top_p over what is left (vLLM's order). Dropped tokens become -inf.
+
+    :param logits: float32 ``[rows, vocabulary]``, temperature already applied.
+    :return: values and their vocabulary ids (int64), ``[rows, candidates]`` ranked downwards; ids are None where no
+        ranking was needed and ``values`` covers the vocabulary.
+    """
+    if shape.min_p:
+        floor = logits.amax(-1, keepdim=True) + rows.min_p.log().unsqueeze(1)
+        logits = logits.masked_fill(logits < floor, -torch.inf)
+    vocabulary = logits.shape[-1]
+    if shape.max_top_k > 0:
+        values, ids = logits.topk(min(shape.max_top_k, vocabulary), dim=-1)
+        rank = torch.arange(values.shape[-1], device=values.device)
+        values = values.masked_fill(rank >= rows.top_k.unsqueeze(1), -torch.inf)
+        return (_top_p(values, rows.top_p, values.logsumexp(-1))[0] if shape.top_p else values), ids
+    some_top_k = shape.max_top_k < 0
+    if not some_top_k and not shape.top_p:
+        return logits, None
+    if not some_top_k:
+        total, count = logits.logsumexp(-1), _FIRST_CANDIDATES
+        while count < vocabulary:
+            values, ids = logits.topk(count, dim=-1)
+            values, reached = _top_p(values, rows.top_p, total)
+            if bool(reached.all()):
+                return values, ids
+            count *= 8
+    values, ids = logits.sort(dim=-1, descending=True)
+    if some_top_k:
+        kept = torch.where(rows.top_k > 0, rows.top_k, vocabulary)
+        values = values.masked_fill(torch.arange(vocabulary, device=values.device) >= kept.unsqueeze(1), -torch.inf)
+    return (_top_p(values, rows.top_p, values.logsumexp(-1))[0] if shape.top_p else values), ids
+
+
+def _top_p(values: torch.Tensor, top_p: torch.Tensor, total: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keep ranked tokens until their probability reaches top_p; also says for each row whether they reached it."""
+    share = (values - total.unsqueeze(1)).exp()
+    before = share.cumsum(-1) - share
+    limit = top_p.unsqueeze(1)
+    reached = (before[:, -1] + share[:, -1] >= top_p) & (top_p < 1)
+    return values.masked_fill((before >= limit) & (limit < 1), -torch.inf), reached
+
+
+def draw(
+    logits: torch.Tensor, index: torch.Tensor, rows: RowSampling, shape: SamplingShape
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw one token a row.
+
+    :param logits: ``[rows, vocabulary]`` of any floating dtype. :param index: int64 ``[rows]``, how many output tokens
+        the row already has.
+    :return: tokens (int64 ``[rows]``) and their natural-log probabilities (float32 ``[rows]``) under the distribution
+        drawn from; for greedy rows under the model's own, at temperature 1.
+    """
+    per_block = max(1, _BLOCK // logits.shape[-1]) if logits.device.type == "cpu" else logits.shape[0]
+    if logits.shape[0] <= per_block:
+        return _draw_block(logits.float(), index, rows, shape)
+    tokens, logprobs = [], []
+    for begin in range(0, logits.shape[0], per_block):
+        part = slice(begin, begin + per_block)
+        block = RowSampling(
+            temperature=rows.temperature[part],
+            top_k=rows.top_k[part],
+            top_p=rows.top_p[part],
+            min_p=rows.min_p[part],
+            seed=rows.seed[part],
+        )
+        token, logprob = _draw_block(logits[part].float(), index[part], block, shape)
+        tokens.append(token)
+        logprobs.append(logprob)
+    return torch.cat(tokens), torch.cat(logprobs)
+
+
+def _draw_block(
+    logits: torch.Tensor, index: torch.Tensor, rows: RowSampling, shape: SamplingShape
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if shape.all_greedy:
+        values, ids, scores = logits, None, logits
+    else:
+        temperature = rows.temperature
+        if shape.any_greedy:
+            temperature = torch.where(temperature > 0, temperature, 1.0)
+        values, ids = logits / temperature.unsqueeze(1), None
+        if shape.truncates:
+            values, ids = truncate(values, rows, shape)
+        keys = noise_keys(rows.seed, index)
+        wanted = (
+            torch.arange(values.shape[-1], dtype=torch.int32, device=values.device)
+            if ids is None
+            else ids.to(torch.int32)
+        )
+        noise = gumbel_noise(keys, wanted)
+        if shape.any_greedy:
+            noise.masked_fill_((rows.temperature == 0).unsqueeze(1), 0.0)
+        scores = noise.add_(values)
+    choice = scores.argmax(-1, keepdim=True)
+    logprobs = values.gather(-1, choice).squeeze(1) - values.logsumexp(-1)
+    return (choice if ids is None else ids.gather(-1, choice)).squeeze(1), logprobs

@@ -1,0 +1,128 @@
+"""The engine's side of a weight sync: its model's hub layout, copies into views, and the memory behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from lightrft.strategy.errors import WeightSyncError
+from lightrft.strategy.hub_layout import HubLayout, hub_sources
+from lightrft.strategy.weights import TensorSpec, take_samples
+
+_SHOWN = 8
+
+
+class WeightStore:
+    """The weights of one model, by hub name."""
+
+    def __init__(self, model: Any) -> None:
+        self._tensors = dict(hub_sources(model))
+        self._layout = HubLayout(model)
+        self._aliases = _tied_aliases(model, self._layout, self._tensors)
+        self._written: set[str] = set()
+
+    def check(self, specs: Sequence[TensorSpec]) -> None:
+        """Compare an announced manifest with the model.
+
+        A second name of a tied weight may come or not.
+
+        :raises WeightSyncError: names or shapes differ; all kinds of difference are named at once.
+        """
+        announced = {spec.name: spec.shape for spec in specs}
+        mine = {name: tensor.shape for name, tensor in self._layout.by_name.items()}
+        taken = {**mine, **{alias: mine[name] for alias, name in self._aliases.items()}}
+        missing = [name for name in mine if name not in announced]
+        unknown = [name for name in announced if name not in taken]
+        shapes = [
+            f"{name} (announced {announced[name]}, the engine's is {taken[name]})"
+            for name in announced
+            if name in taken and announced[name] != taken[name]
+        ]
+        doubled = len(specs) - len(announced)
+        problems = [
+            f"{len(names)} {what}: {', '.join(names[:_SHOWN])}{' ...' if len(names) > _SHOWN else ''}"
+            for what, names in (("missing", missing), ("unknown to the engine", unknown), ("of another shape", shapes))
+            if names
+        ]
+        if doubled:
+            problems.append(f"{doubled} announced twice")
+        if problems:
+            raise WeightSyncError("the weights do not fit the engine's model: " + "; ".join(problems))
+        self._written.clear()
+
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Copy tensors in. :raises WeightSyncError: two names of one tied weight came with different values."""
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                owner = self._aliases.get(name, name)
+                view = self.view(owner)
+                if owner in self._written:
+                    if not torch.equal(view, tensor.to(view.device, view.dtype)):
+                        raise WeightSyncError(
+                            f"{name} is tied to {owner} in the engine's model, but another value was sent for it: "
+                            "give the engine a model with tie_word_embeddings=False, or tie the trainer's"
+                        )
+                    continue
+                view.copy_(tensor)
+                self._written.add(owner)
+
+    def view(self, name: str) -> torch.Tensor:
+        tensor = self._layout.by_name[name]
+        return tensor.view(self._tensors[tensor.source].detach())
+
+    def sample(self, positions: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Elements at flat positions, on the CPU. :raises WeightSyncError: a name is unknown."""
+        unknown = [name for name in positions if self._aliases.get(name, name) not in self._layout.by_name]
+        if unknown:
+            raise WeightSyncError(f"the engine has no weights named {', '.join(unknown[:_SHOWN])}")
+        return {name: take_samples(self.view(self._aliases.get(name, name)), at) for name, at in positions.items()}
+
+
+class WeightMemory:
+    """The storages behind a model's weights: emptied and filled again without touching the tensors that use them."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        storages = {t.untyped_storage()._cdata: t.untyped_storage() for _, t in hub_sources(model)}
+        self._storages = list(storages.values())
+        self._sizes = [storage.nbytes() for storage in self._storages]
+        self._host: list[torch.UntypedStorage] | None = None
+
+    def drop(self) -> int:
+        """Free the memory and forget the values; returns the bytes."""
+        self._host = None
+        freed = sum(storage.nbytes() for storage in self._storages)
+        for storage in self._storages:
+            storage.resize_(0)
+        return freed
+
+    def to_host(self) -> int:
+        """Keep the values on the host and free the device; on a CPU, where these are one, nothing is freed."""
+        if all(storage.device.type == "cpu" for storage in self._storages):
+            return 0
+        host = [storage.cpu() for storage in self._storages]
+        freed = self.drop()
+        self._host = host
+        return freed
+
+    def back(self) -> None:
+        """Take the memory again, with the values where they were kept."""
+        for i, (storage, size) in enumerate(zip(self._storages, self._sizes, strict=True)):
+            if storage.nbytes() == size:
+                continue
+            storage.resize_(size)
+            if self._host is not None:
+                storage.copy_(self._host[i])
+        self._host = None
+
+
+def _tied_aliases(model: Any, layout: HubLayout, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Hub names under which a checkpoint may repeat a tied weight, to the names that we keep."""
+    names = {id(tensor): name for name, tensor in tensors.items()}
+    aliases: dict[str, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        source = names[id(parameter)]
+        inside = layout.by_source[source]
+        if source != name and len(inside) == 1:
+            aliases[name] = inside[0].name
+    return aliases
