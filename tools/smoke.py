@@ -81,7 +81,7 @@ def check_imports(distribution: str) -> list[str]:
             continue
         try:
             point.load()
-        except ImportError as error:
+        except (ImportError, AttributeError) as error:
             # Without its extra a plug-in may be unable to load, but it says what to install.
             if "pip install" not in str(error):
                 faults.append(
