@@ -36,7 +36,9 @@ def all_reduce(data: Any, op: str = "mean", group: Group = None, device: torch.d
     for kind in (int, float):
         batch = [(value, put) for value, put in numbers if isinstance(value, int) == (kind is int)]
         if batch:
-            packed = torch.tensor([v for v, _ in batch], dtype=torch.int64 if kind is int else torch.float64, device=device)
+            packed = torch.tensor(
+                [v for v, _ in batch], dtype=torch.int64 if kind is int else torch.float64, device=device
+            )
             total = _reduce_tensor(packed, "sum" if op == "mean" else op, group)
             for (_, put), value in zip(batch, total.tolist(), strict=True):
                 put(value / size_of(group) if op == "mean" else value)

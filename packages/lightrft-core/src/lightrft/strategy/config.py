@@ -20,7 +20,9 @@ Backend = Literal["deepspeed", "fsdp"]
 Rule = tuple[str, Callable[["StrategyConfig"], bool], str]
 
 
-def option(default: T, help: str, *, group: str, rule: tuple[Callable[[T], bool], str] | None = None, later: str = "") -> T:
+def option(
+    default: T, help: str, *, group: str, rule: tuple[Callable[[T], bool], str] | None = None, later: str = ""
+) -> T:
     """A field with its help text, its flag group and what makes a value right.
 
     :param rule: a predicate of the value, and the words that complete "must be ...".
@@ -54,12 +56,16 @@ class StrategyConfig:
     # ---- run
     seed: int = option(42, "Seed of everything random in the run.", group=RUN, rule=at_least_0)
     local_rank: int = option(-1, "This process's rank on its node; set by the launcher, LOCAL_RANK wins.", group=RUN)
-    dist_timeout: float = option(600.0, "Seconds after which a late rank ends the run, with its name.", group=RUN, rule=positive)
+    dist_timeout: float = option(
+        600.0, "Seconds after which a late rank ends the run, with its name.", group=RUN, rule=positive
+    )
 
     # ---- training backend
     strategy: str | None = option(None, "Training backend by its registered name; overrides --fsdp.", group=BACKEND)
     fsdp: bool = option(False, "Train with PyTorch FSDP2 instead of DeepSpeed.", group=BACKEND)
-    zero_stage: int = option(2, "DeepSpeed ZeRO stage: 1, 2 or 3.", group=BACKEND, rule=(lambda v: v in (1, 2, 3), "1, 2 or 3"))
+    zero_stage: int = option(
+        2, "DeepSpeed ZeRO stage: 1, 2 or 3.", group=BACKEND, rule=(lambda v: v in (1, 2, 3), "1, 2 or 3")
+    )
     bf16: bool = option(False, "Compute in bfloat16.", group=BACKEND)
     fp16: bool = option(False, "Compute in float16.", group=BACKEND)
     use_mp_opt: bool = option(
@@ -67,58 +73,92 @@ class StrategyConfig:
     )
     fsdp_cpu_offload: bool = option(False, "FSDP: optimizer states and gradients live on the CPU.", group=BACKEND)
     adam_offload: bool = option(False, "Adam's states and its step live on the CPU.", group=BACKEND)
-    zpg: int = option(1, "DeepSpeed ZeRO++: ranks of a secondary parameter shard (stage 3).", group=BACKEND, rule=at_least_1)
+    zpg: int = option(
+        1, "DeepSpeed ZeRO++: ranks of a secondary parameter shard (stage 3).", group=BACKEND, rule=at_least_1
+    )
     overlap_comm: bool = option(False, "DeepSpeed: overlap gradient reduction with the backward pass.", group=BACKEND)
     grad_accum_dtype: Literal["fp32", "bf16", "fp16"] | None = option(
         None, "DeepSpeed: dtype in which gradients accumulate.", group=BACKEND
     )
     sp_size: int = option(
-        1, "Ranks that share one sequence.", group=BACKEND, rule=at_least_1, later="sequence parallelism is not built yet"
+        1,
+        "Ranks that share one sequence.",
+        group=BACKEND,
+        rule=at_least_1,
+        later="sequence parallelism is not built yet",
     )
     meta_init: bool = option(False, "Build models on the meta device; each rank fills only its shard.", group=BACKEND)
     initial_model_shard_size: int | None = option(
         None, "Ranks over which the reference model is sharded; default: all.", group=BACKEND, rule=at_least_1
     )
-    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.", group=BACKEND)
+    gradient_checkpointing: bool = option(
+        False, "Recompute activations in the backward pass to save memory.", group=BACKEND
+    )
 
     # ---- inference engine
     engine_type: str = option("vllm", "Rollout engine by its registered name: vllm, sglang or hf.", group=ENGINE)
     engine_tp_size: int = option(1, "Ranks over which the engine splits the model.", group=ENGINE, rule=at_least_1)
-    engine_mem_util: float = option(0.5, "Share of the device's memory for the engine.", group=ENGINE, rule=above_0_share)
+    engine_mem_util: float = option(
+        0.5, "Share of the device's memory for the engine.", group=ENGINE, rule=above_0_share
+    )
     enable_engine_sleep: bool = option(True, "Let the engine sleep while the trainer trains.", group=ENGINE)
     engine_sleep_level: int = option(
         1, "1: weights wait on the host; 2: they are dropped.", group=ENGINE, rule=(lambda v: v in (1, 2), "1 or 2")
     )
-    max_model_len: int | None = option(None, "The engine's context in tokens; default: the model's.", group=ENGINE, rule=at_least_1)
-    weight_bucket_mb: float = option(512.0, "Weights travel to the engine in buckets of this many MiB.", group=ENGINE, rule=positive)
+    max_model_len: int | None = option(
+        None, "The engine's context in tokens; default: the model's.", group=ENGINE, rule=at_least_1
+    )
+    weight_bucket_mb: float = option(
+        512.0, "Weights travel to the engine in buckets of this many MiB.", group=ENGINE, rule=positive
+    )
     verify_weights: Literal["sampled", "full"] = option(
         "sampled", "What a weight sync compares: some elements of each tensor, or every one.", group=ENGINE
     )
     engine_timeout: float = option(1800.0, "Seconds that one engine call may take.", group=ENGINE, rule=positive)
-    limit_mm_image_per_prompt: int = option(-1, "Most images a prompt; -1: no limit.", group=ENGINE, rule=(lambda v: v >= -1, "-1 or more"))
-    rm_use_engine: bool = option(False, "Run the reward model in an engine.", group=ENGINE, later="reward models in an engine are not built yet")
+    limit_mm_image_per_prompt: int = option(
+        -1, "Most images a prompt; -1: no limit.", group=ENGINE, rule=(lambda v: v >= -1, "-1 or more")
+    )
+    rm_use_engine: bool = option(
+        False, "Run the reward model in an engine.", group=ENGINE, later="reward models in an engine are not built yet"
+    )
     rm_engine_cudagraph: bool = option(
-        False, "CUDA graphs for the reward model's engine.", group=ENGINE, later="reward models in an engine are not built yet"
+        False,
+        "CUDA graphs for the reward model's engine.",
+        group=ENGINE,
+        later="reward models in an engine are not built yet",
     )
 
     # ---- models
     pretrain: str | None = option(None, "The model to fine-tune: a folder or a hub name.", group=MODEL)
-    critic_pretrain: str | None = option(None, "The critic's starting point (with --advantage_estimator gae).", group=MODEL)
+    critic_pretrain: str | None = option(
+        None, "The critic's starting point (with --advantage_estimator gae).", group=MODEL
+    )
     reward_pretrain: str | None = option(None, "A reward model: a folder or a hub name.", group=MODEL)
     flash_attn: bool = option(False, "Use flash attention; refused where it is not installed.", group=MODEL)
     trust_remote_code: bool = option(False, "Run code that a hub model brings along.", group=MODEL)
     enable_ema: bool = option(False, "Keep an exponential moving average of the actor and save it too.", group=MODEL)
     ema_beta: float = option(0.992, "Decay of the moving average.", group=MODEL, rule=share)
-    mixed_mm_data: bool = option(False, "Batches mix prompts with and without images, unevenly over ranks.", group=MODEL)
-    packing_samples: bool = option(False, "Pack several samples into one row.", group=MODEL, later="packing is not built yet")
+    mixed_mm_data: bool = option(
+        False, "Batches mix prompts with and without images, unevenly over ranks.", group=MODEL
+    )
+    packing_samples: bool = option(
+        False, "Pack several samples into one row.", group=MODEL, later="packing is not built yet"
+    )
     fused_linear_logprob: bool = option(
-        False, "Logprobs straight from hidden states, without the logits.", group=MODEL, later="the fused logprob is not built yet"
+        False,
+        "Logprobs straight from hidden states, without the logits.",
+        group=MODEL,
+        later="the fused logprob is not built yet",
     )
     chunk_size: int = option(4096, "Chunk of --fused_linear_logprob.", group=MODEL, rule=at_least_1)
-    lora_rank: int = option(0, "Rank of LoRA adapters; 0: train all weights.", group=MODEL, rule=at_least_0, later="LoRA is not built yet")
+    lora_rank: int = option(
+        0, "Rank of LoRA adapters; 0: train all weights.", group=MODEL, rule=at_least_0, later="LoRA is not built yet"
+    )
 
     # ---- data
-    prompt_data: str | None = option(None, "Prompts: .jsonl, .parquet, a dataset's name, reasoning_gym:TASK; commas join several.", group=DATA)
+    prompt_data: str | None = option(
+        None, "Prompts: .jsonl, .parquet, a dataset's name, reasoning_gym:TASK; commas join several.", group=DATA
+    )
     prompt_data_probs: str | None = option(None, "Shares of several --prompt_data, for example 0.7,0.3.", group=DATA)
     prompt_split: str = option("train", "Split of --prompt_data.", group=DATA)
     eval_data: str | None = option(None, "Held-out prompts, in any form that --prompt_data takes.", group=DATA)
@@ -136,24 +176,39 @@ class StrategyConfig:
 
     # ---- rollout
     rollout_batch_size: int = option(512, "Prompts a step, over all ranks.", group=ROLLOUT, rule=at_least_1)
-    micro_rollout_batch_size: int = option(8, "Samples a forward pass while experience is made.", group=ROLLOUT, rule=at_least_1)
+    micro_rollout_batch_size: int = option(
+        8, "Samples a forward pass while experience is made.", group=ROLLOUT, rule=at_least_1
+    )
     n_samples_per_prompt: int = option(8, "Samples a prompt.", group=ROLLOUT, rule=at_least_1)
     generate_max_len: int = option(1024, "Longest response in tokens.", group=ROLLOUT, rule=at_least_1)
     temperature: float = option(1.0, "Sampling temperature.", group=ROLLOUT, rule=positive)
-    top_p: float = option(1.0, "Sample from the smallest set of tokens with this probability.", group=ROLLOUT, rule=above_0_share)
+    top_p: float = option(
+        1.0, "Sample from the smallest set of tokens with this probability.", group=ROLLOUT, rule=above_0_share
+    )
     top_k: int = option(-1, "Sample from this many likeliest tokens; -1: all.", group=ROLLOUT, rule=every)
-    min_p: float = option(0.0, "Drop tokens below this share of the likeliest one's probability.", group=ROLLOUT, rule=share)
-    dynamic_sampling: bool = option(False, "Redraw groups whose rewards are all equal (DAPO, arXiv:2503.14476).", group=ROLLOUT)
+    min_p: float = option(
+        0.0, "Drop tokens below this share of the likeliest one's probability.", group=ROLLOUT, rule=share
+    )
+    dynamic_sampling: bool = option(
+        False, "Redraw groups whose rewards are all equal (DAPO, arXiv:2503.14476).", group=ROLLOUT
+    )
     dynamic_sampling_max_rounds: int = option(4, "Most redraws of one step.", group=ROLLOUT, rule=at_least_1)
 
     # ---- optimization
     train_batch_size: int = option(128, "Samples an optimizer step, over all ranks.", group=TRAIN, rule=at_least_1)
-    micro_train_batch_size: int = option(1, "Samples a forward and backward pass on one rank.", group=TRAIN, rule=at_least_1)
-    max_norm: float = option(1.0, "Clip the global gradient norm to this; 0: no clipping.", group=TRAIN, rule=at_least_0)
+    micro_train_batch_size: int = option(
+        1, "Samples a forward and backward pass on one rank.", group=TRAIN, rule=at_least_1
+    )
+    max_norm: float = option(
+        1.0, "Clip the global gradient norm to this; 0: no clipping.", group=TRAIN, rule=at_least_0
+    )
     actor_learning_rate: float = option(1e-6, "Peak learning rate of the actor.", group=TRAIN, rule=at_least_0)
     critic_learning_rate: float = option(9e-6, "Peak learning rate of the critic.", group=TRAIN, rule=at_least_0)
     adam_betas: tuple[float, float] = option(
-        (0.9, 0.95), "Adam's two betas.", group=TRAIN, rule=(lambda v: all(0 <= b < 1 for b in v), "two numbers in [0, 1)")
+        (0.9, 0.95),
+        "Adam's two betas.",
+        group=TRAIN,
+        rule=(lambda v: all(0 <= b < 1 for b in v), "two numbers in [0, 1)"),
     )
     adam_eps: float = option(1e-8, "Adam's epsilon.", group=TRAIN, rule=positive)
     l2: float = option(0.0, "Weight decay, not applied to biases and norms.", group=TRAIN, rule=at_least_0)
@@ -161,62 +216,94 @@ class StrategyConfig:
     lr_warmup_ratio: float = option(0.03, "Share of the steps that warm up.", group=TRAIN, rule=share)
     num_episodes: int = option(1, "Passes over the prompts.", group=TRAIN, rule=at_least_1)
     max_epochs: int = option(1, "Passes over each rollout buffer.", group=TRAIN, rule=at_least_1)
-    max_steps: int | None = option(None, "Most rollout steps; default: all prompts, --num_episodes times.", group=TRAIN, rule=at_least_1)
-    freezing_actor_steps: int = option(-1, "Train only the critic for so many steps first.", group=TRAIN, rule=(lambda v: v >= -1, "-1 or more"))
+    max_steps: int | None = option(
+        None, "Most rollout steps; default: all prompts, --num_episodes times.", group=TRAIN, rule=at_least_1
+    )
+    freezing_actor_steps: int = option(
+        -1, "Train only the critic for so many steps first.", group=TRAIN, rule=(lambda v: v >= -1, "-1 or more")
+    )
 
     # ---- algorithm
-    advantage_estimator: Literal["group_norm", "grpo", "dr_grpo", "rloo", "reinforce", "reinforce_baseline", "gae"] = option(
-        "group_norm", "How rewards become advantages; group_norm and grpo are one.", group=ALGORITHM
+    advantage_estimator: Literal["group_norm", "grpo", "dr_grpo", "rloo", "reinforce", "reinforce_baseline", "gae"] = (
+        option("group_norm", "How rewards become advantages; group_norm and grpo are one.", group=ALGORITHM)
     )
     gamma: float = option(1.0, "Discount of rewards.", group=ALGORITHM, rule=share)
     lambd: float = option(0.95, "Lambda of GAE.", group=ALGORITHM, rule=share)
     eps_clip: float = option(0.2, "Clip range of the policy ratio.", group=ALGORITHM, rule=positive)
-    eps_clip_high: float | None = option(None, "Upper clip range; default: --eps_clip (DAPO's clip-higher).", group=ALGORITHM, rule=positive)
+    eps_clip_high: float | None = option(
+        None, "Upper clip range; default: --eps_clip (DAPO's clip-higher).", group=ALGORITHM, rule=positive
+    )
     value_clip: float = option(0.2, "Clip range of the critic's values.", group=ALGORITHM, rule=positive)
     loss_agg_mode: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"] = option(
         "token-mean", "How token losses are averaged.", group=ALGORITHM
     )
     use_gspo: bool = option(False, "Sequence-level ratio (GSPO, arXiv:2507.18071).", group=ALGORITHM)
     use_cpg_loss: bool = option(False, "Clipped policy gradient with drift (CPGD, arXiv:2505.12504).", group=ALGORITHM)
-    init_kl_coef: float = option(0.01, "Weight of the KL to the reference model; 0 loads no reference model.", group=ALGORITHM, rule=at_least_0)
+    init_kl_coef: float = option(
+        0.01, "Weight of the KL to the reference model; 0 loads no reference model.", group=ALGORITHM, rule=at_least_0
+    )
     kl_estimator: Literal["k1", "k2", "k3"] = option("k3", "Estimator of the KL.", group=ALGORITHM)
     use_kl_loss: bool = option(False, "Add the KL to the loss instead of the reward.", group=ALGORITHM)
     kl_target: float | None = option(None, "Adapt the KL's weight toward this KL.", group=ALGORITHM, rule=positive)
     kl_horizon: int = option(10000, "Samples over which the KL's weight adapts.", group=ALGORITHM, rule=at_least_1)
     entropy_coef: float = option(0.0, "Weight of an entropy bonus.", group=ALGORITHM, rule=at_least_0)
     high_entropy_token_ratio: float = option(
-        0.0, "Train on this share of tokens with the highest entropy; 0: on all (arXiv:2506.01939).", group=ALGORITHM, rule=share
+        0.0,
+        "Train on this share of tokens with the highest entropy; 0: on all (arXiv:2506.01939).",
+        group=ALGORITHM,
+        rule=share,
     )
     advantages_norm: bool = option(False, "Whiten advantages over the whole batch.", group=ALGORITHM)
-    advantage_clip: float = option(0.0, "Clip advantages to plus and minus this; 0: no clipping.", group=ALGORITHM, rule=at_least_0)
+    advantage_clip: float = option(
+        0.0, "Clip advantages to plus and minus this; 0: no clipping.", group=ALGORITHM, rule=at_least_0
+    )
     importance_sampling_cap: float = option(
-        0.0, "Correct engine/trainer drift by importance weights truncated at this; 0: only measure.", group=ALGORITHM, rule=at_least_0
+        0.0,
+        "Correct engine/trainer drift by importance weights truncated at this; 0: only measure.",
+        group=ALGORITHM,
+        rule=at_least_0,
     )
     max_logprob_drift: float | None = option(
         None, "Stop when the mean engine/trainer logprob difference exceeds this.", group=ALGORITHM, rule=positive
     )
 
     # ---- rewards
-    reward: str | None = option(None, "Rule rewards, or module:function; commas join several, name=weight weighs them.", group=REWARD)
-    remote_rm_url: str | None = option(None, "URL of a reward server that speaks JSON; commas join several.", group=REWARD)
+    reward: str | None = option(
+        None, "Rule rewards, or module:function; commas join several, name=weight weighs them.", group=REWARD
+    )
+    remote_rm_url: str | None = option(
+        None, "URL of a reward server that speaks JSON; commas join several.", group=REWARD
+    )
     reward_timeout: float = option(60.0, "Seconds that one reward call may take.", group=REWARD, rule=positive)
-    reward_clip: float = option(0.0, "Clip rewards to plus and minus this; 0: no clipping.", group=REWARD, rule=at_least_0)
+    reward_clip: float = option(
+        0.0, "Clip rewards to plus and minus this; 0: no clipping.", group=REWARD, rule=at_least_0
+    )
     reward_running_norm: bool = option(False, "Divide rewards by their running standard deviation.", group=REWARD)
     reward_running_norm_minus_mean: bool = option(False, "Subtract the running mean as well.", group=REWARD)
     overlong_buffer: bool = option(False, "Penalize responses near the length limit (DAPO).", group=REWARD)
-    overlong_buffer_len: int = option(1024, "Tokens before the limit over which the penalty grows.", group=REWARD, rule=at_least_1)
+    overlong_buffer_len: int = option(
+        1024, "Tokens before the limit over which the penalty grows.", group=REWARD, rule=at_least_1
+    )
     overlong_buffer_penalty_factor: float = option(1.0, "Largest penalty.", group=REWARD, rule=at_least_0)
 
     # ---- output and logging
-    output_dir: str = option("lightrft_runs/latest", "Folder of the run: config, metrics, plots, checkpoints, model.", group=OUTPUT)
+    output_dir: str = option(
+        "lightrft_runs/latest", "Folder of the run: config, metrics, plots, checkpoints, model.", group=OUTPUT
+    )
     log_dir: str | None = option(None, "Folder of plots and logs; default: --output_dir.", group=OUTPUT)
     plot_every: int = option(10, "Plot response lengths every so many steps; -1: never.", group=OUTPUT, rule=every)
-    save_steps: int = option(-1, "Checkpoint every so many steps; -1: only at the end and on Ctrl-C.", group=OUTPUT, rule=every)
+    save_steps: int = option(
+        -1, "Checkpoint every so many steps; -1: only at the end and on Ctrl-C.", group=OUTPUT, rule=every
+    )
     max_ckpt_num: int = option(3, "Checkpoints to keep.", group=OUTPUT, rule=at_least_1)
-    max_ckpt_mem: float = option(1e8, "Most space for checkpoints, in GB (10^9 bytes); the newest is always kept.", group=OUTPUT, rule=positive)
+    max_ckpt_mem: float = option(
+        1e8, "Most space for checkpoints, in GB (10^9 bytes); the newest is always kept.", group=OUTPUT, rule=positive
+    )
     async_save: bool = option(False, "Write checkpoints in the background.", group=OUTPUT)
     resume: bool = option(False, "Go on from the last whole checkpoint in --output_dir.", group=OUTPUT)
-    save_trajectories: bool = option(False, "Write some prompts, responses and rewards of each step as JSONL.", group=OUTPUT)
+    save_trajectories: bool = option(
+        False, "Write some prompts, responses and rewards of each step as JSONL.", group=OUTPUT
+    )
     num_trajectories_to_save: int = option(10, "How many of them.", group=OUTPUT, rule=at_least_1)
     use_tensorboard: bool | None = option(None, "Log to TensorBoard; default: where it is installed.", group=OUTPUT)
     use_wandb: bool = option(False, "Log to Weights & Biases.", group=OUTPUT)
@@ -305,7 +392,9 @@ class StrategyConfig:
             if rule is not None and not rule[0](value):
                 problems.append(f"--{name} {_shown(value)}: must be {rule[1]}")
             elif spec.metadata["later"] and value != _default(spec):
-                problems.append(f"--{name} {_shown(value)}: {spec.metadata['later']}; leave it at {_shown(_default(spec))}")
+                problems.append(
+                    f"--{name} {_shown(value)}: {spec.metadata['later']}; leave it at {_shown(_default(spec))}"
+                )
         broken = set(faults)
         problems += [text for names, text in _cross_checks(config, world_size) if not broken.intersection(names)]
         if problems:
@@ -313,7 +402,9 @@ class StrategyConfig:
         return config
 
 
-FIELDS: dict[str, dataclasses.Field[Any]] = {spec.name: spec for spec in dataclasses.fields(StrategyConfig) if spec.metadata}
+FIELDS: dict[str, dataclasses.Field[Any]] = {
+    spec.name: spec for spec in dataclasses.fields(StrategyConfig) if spec.metadata
+}
 
 
 def field_groups() -> dict[str, list[str]]:
@@ -362,36 +453,53 @@ def _cross_checks(c: StrategyConfig, world_size: int | None) -> Iterator[tuple[t
             f"--train_batch_size {c.train_batch_size}: must be a multiple of --micro_train_batch_size {c.micro_train_batch_size}",
         )
     if c.chunk_size != FIELDS["chunk_size"].default and not c.fused_linear_logprob:
-        yield ("chunk_size", "fused_linear_logprob"), f"--chunk_size {c.chunk_size}: works only with --fused_linear_logprob"
+        yield (
+            ("chunk_size", "fused_linear_logprob"),
+            f"--chunk_size {c.chunk_size}: works only with --fused_linear_logprob",
+        )
     if c.reward_running_norm_minus_mean and not c.reward_running_norm:
-        yield ("reward_running_norm_minus_mean", "reward_running_norm"), (
-            "--reward_running_norm_minus_mean: works only with --reward_running_norm"
+        yield (
+            ("reward_running_norm_minus_mean", "reward_running_norm"),
+            ("--reward_running_norm_minus_mean: works only with --reward_running_norm"),
         )
     if c.use_gspo and c.use_cpg_loss:
         yield ("use_gspo", "use_cpg_loss"), "--use_gspo with --use_cpg_loss: choose one"
     if c.advantage_estimator in ("group_norm", "grpo", "dr_grpo", "rloo") and c.n_samples_per_prompt < 2:
-        yield ("advantage_estimator", "n_samples_per_prompt"), (
-            f"--n_samples_per_prompt {c.n_samples_per_prompt}: --advantage_estimator {c.advantage_estimator} compares "
-            "samples of one prompt and needs at least 2"
+        yield (
+            ("advantage_estimator", "n_samples_per_prompt"),
+            (
+                f"--n_samples_per_prompt {c.n_samples_per_prompt}: --advantage_estimator {c.advantage_estimator} compares "
+                "samples of one prompt and needs at least 2"
+            ),
         )
     if c.prompt_data_probs is not None:
         counts = len(c.prompt_data_probs.split(",")), len((c.prompt_data or "").split(","))
         if counts[0] != counts[1]:
-            yield ("prompt_data_probs", "prompt_data"), (
-                f"--prompt_data_probs {c.prompt_data_probs}: {counts[0]} shares for {counts[1]} datasets"
+            yield (
+                ("prompt_data_probs", "prompt_data"),
+                (f"--prompt_data_probs {c.prompt_data_probs}: {counts[0]} shares for {counts[1]} datasets"),
             )
     if c.max_model_len is not None and c.max_model_len <= c.prompt_max_len:
-        yield ("max_model_len", "prompt_max_len"), (
-            f"--max_model_len {c.max_model_len}: must exceed --prompt_max_len {c.prompt_max_len} to leave room for a response"
+        yield (
+            ("max_model_len", "prompt_max_len"),
+            (
+                f"--max_model_len {c.max_model_len}: must exceed --prompt_max_len {c.prompt_max_len} to leave room for a response"
+            ),
         )
     only_fsdp, only_deepspeed = ("use_mp_opt", "fsdp_cpu_offload"), ("zpg", "overlap_comm", "grad_accum_dtype")
     strange = {"deepspeed": only_fsdp, "fsdp": only_deepspeed}.get(c.backend, ())
     for name in strange:
         if getattr(c, name) != _default(FIELDS[name]):
             other = "--fsdp" if c.backend == "deepspeed" else "DeepSpeed (without --fsdp)"
-            yield (name, "fsdp", "strategy"), f"--{name} {_shown(getattr(c, name))}: works only with {other}; the backend is {c.backend}"
+            yield (
+                (name, "fsdp", "strategy"),
+                f"--{name} {_shown(getattr(c, name))}: works only with {other}; the backend is {c.backend}",
+            )
     if c.use_mp_opt and not (c.bf16 or c.fp16):
-        yield ("use_mp_opt", "bf16", "fp16"), "--use_mp_opt: works only with --bf16 or --fp16; in fp32 there is nothing to mix"
+        yield (
+            ("use_mp_opt", "bf16", "fp16"),
+            "--use_mp_opt: works only with --bf16 or --fp16; in fp32 there is nothing to mix",
+        )
     if c.zpg > 1 and c.zero_stage != 3:
         yield ("zpg", "zero_stage"), f"--zpg {c.zpg}: works only with --zero_stage 3"
     if world_size is None:
@@ -399,13 +507,19 @@ def _cross_checks(c: StrategyConfig, world_size: int | None) -> Iterator[tuple[t
     for name in ("engine_tp_size", "sp_size"):
         if (size := getattr(c, name)) >= 1 and world_size % size:
             divisors = [d for d in range(1, world_size + 1) if world_size % d == 0]
-            yield (name,), f"--{name} {size}: must divide the world size {world_size}; possible are {', '.join(map(str, divisors))}"
+            yield (
+                (name,),
+                f"--{name} {size}: must divide the world size {world_size}; possible are {', '.join(map(str, divisors))}",
+            )
     data_ranks = max(1, world_size // max(c.sp_size, 1))
     whole = c.micro_train_batch_size * data_ranks
     if c.train_batch_size % whole:
-        yield ("train_batch_size", "micro_train_batch_size", "sp_size"), (
-            f"--train_batch_size {c.train_batch_size}: must be a multiple of micro_train_batch_size × data ranks = "
-            f"{c.micro_train_batch_size} × {data_ranks} = {whole}"
+        yield (
+            ("train_batch_size", "micro_train_batch_size", "sp_size"),
+            (
+                f"--train_batch_size {c.train_batch_size}: must be a multiple of micro_train_batch_size × data ranks = "
+                f"{c.micro_train_batch_size} × {data_ranks} = {whole}"
+            ),
         )
 
 
@@ -453,7 +567,13 @@ def _default(spec: dataclasses.Field[Any]) -> Any:
 
 
 def _shown(value: Any) -> str:
-    return repr(value) if isinstance(value, str) else " ".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
+    return (
+        repr(value)
+        if isinstance(value, str)
+        else " ".join(map(str, value))
+        if isinstance(value, (tuple, list))
+        else str(value)
+    )
 
 
 def _plain(value: Any) -> Any:

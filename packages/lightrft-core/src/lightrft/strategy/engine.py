@@ -35,6 +35,7 @@ class EngineCapabilities:
     :param logprobs: returns the sampled tokens' logprobs under the distribution they were drawn from.
     :param seeds: honours a seed for each request.
     :param readback: can show elements of the weights that it holds (see :meth:`RolloutEngine.sample_weights`).
+    :param needs_model: cannot start without a model's folder or configuration.
     :param requires: the distribution that it needs and the range that was tested, for example "vllm>=0.30,<0.33".
     """
 
@@ -45,6 +46,7 @@ class EngineCapabilities:
     logprobs: bool = True
     seeds: bool = True
     readback: bool = True
+    needs_model: bool = True
     requires: str | None = None
 
 
@@ -154,7 +156,7 @@ class RolloutEngine(ABC):
             )
         self.spec = spec
         self._start(spec, group)
-        self.lifecycle.started(has_weights=spec.pretrain is not None)
+        self.lifecycle.started(has_weights=spec.pretrain is not None or not self.capabilities.needs_model)
 
     def status(self) -> EngineState:
         return self.lifecycle.state
@@ -333,7 +335,9 @@ class RolloutEngine(ABC):
         deadline = None if timeout is None else time.monotonic() + timeout
         outputs = self._generate(waiting) if waiting else []
         if deadline is not None and time.monotonic() > deadline:
-            raise TimeoutError(f"engine {self.name!r}: generating {len(waiting)} samples took longer than {timeout:g} s")
+            raise TimeoutError(
+                f"engine {self.name!r}: generating {len(waiting)} samples took longer than {timeout:g} s"
+            )
         return [*_drain(self._finished), *outputs]
 
     def _abort(self, ids: Sequence[RequestId]) -> None:

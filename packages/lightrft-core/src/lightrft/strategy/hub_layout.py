@@ -91,7 +91,9 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def is_pretrained_model(module: nn.Module) -> bool:
     """Is it a transformers model? Told by its class, because core must not import transformers."""
-    return any(c.__name__ == "PreTrainedModel" and c.__module__.startswith("transformers.") for c in type(module).__mro__)
+    return any(
+        c.__name__ == "PreTrainedModel" and c.__module__.startswith("transformers.") for c in type(module).__mro__
+    )
 
 
 def hub_models(model: nn.Module) -> list[tuple[str, nn.Module]]:

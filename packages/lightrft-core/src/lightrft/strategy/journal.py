@@ -88,6 +88,8 @@ def _is_lost_peer(error: BaseException) -> bool:
 def _call_site() -> str:
     """The nearest line outside this package and contextlib: where the user called."""
     frame = sys._getframe(1)
-    while frame.f_back and (frame.f_code.co_filename.startswith(_PACKAGE) or frame.f_code.co_filename == contextlib.__file__):
+    while frame.f_back and (
+        frame.f_code.co_filename.startswith(_PACKAGE) or frame.f_code.co_filename == contextlib.__file__
+    ):
         frame = frame.f_back
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"

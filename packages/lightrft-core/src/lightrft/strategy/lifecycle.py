@@ -58,7 +58,9 @@ class EngineState:
         return EngineStatus.WAKEUP if awake else EngineStatus.SLEEPED
 
     def __str__(self) -> str:
-        return f"{self.phase.value}, weights {self.weights.value}, KV cache {self.kv_cache.value}, version {self.version}"
+        return (
+            f"{self.phase.value}, weights {self.weights.value}, KV cache {self.kv_cache.value}, version {self.version}"
+        )
 
 
 class Lifecycle:
@@ -83,7 +85,9 @@ class Lifecycle:
                 "strategy.update_engine_weights(actor)"
             )
         if self.state.weights is Weights.OFFLOADED or self.state.kv_cache is KVCache.RELEASED:
-            raise EngineStateError(f"generate: the engine is asleep ({self.state}); call wakeup_inference_engine() first")
+            raise EngineStateError(
+                f"generate: the engine is asleep ({self.state}); call wakeup_inference_engine() first"
+            )
 
     def released(self, what: Resource, *, keep: bool) -> bool:
         """Note a release. Returns False where there was nothing left to release."""

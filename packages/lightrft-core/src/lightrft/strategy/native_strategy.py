@@ -127,7 +127,10 @@ class NativeStrategy(StrategyBase):
             else:
                 record.skipped_steps += 1
                 logger.warning(
-                    "%s: gradient norm is %s, step skipped on all ranks (%d so far)", name, norm.item(), record.skipped_steps
+                    "%s: gradient norm is %s, step skipped on all ranks (%d so far)",
+                    name,
+                    norm.item(),
+                    record.skipped_steps,
                 )
             optimizer.zero_grad(set_to_none=True)
             record.loss_scale.update(finite=finite)

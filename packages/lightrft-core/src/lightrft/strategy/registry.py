@@ -79,7 +79,9 @@ def _check_api_range(point: EntryPoint) -> None:
     core = version("lightrft-core")
     for text in (point.dist.requires or []) if point.dist else []:
         requirement = Requirement(text)
-        if canonicalize_name(requirement.name) == "lightrft-core" and not requirement.specifier.contains(core, prereleases=True):
+        if canonicalize_name(requirement.name) == "lightrft-core" and not requirement.specifier.contains(
+            core, prereleases=True
+        ):
             raise PluginError(
                 f"{_owner(point)} was built for lightrft-core {requirement.specifier}, installed is {core}; "
                 f"install versions that fit: pip install -U {point.dist.name} lightrft-core"  # type: ignore[union-attr]

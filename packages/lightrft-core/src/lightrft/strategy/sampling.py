@@ -85,7 +85,9 @@ class SamplingParams:
             given = {ALIASES.get(str(key), str(key)): item for key, item in value.items()}
             unknown = sorted(set(given) - names)
             if unknown:
-                raise ValueError(f"sampling parameters: unknown {', '.join(unknown)}; known are {', '.join(sorted(names))}")
+                raise ValueError(
+                    f"sampling parameters: unknown {', '.join(unknown)}; known are {', '.join(sorted(names))}"
+                )
         else:
             spelled = {**{name: name for name in names}, **ALIASES}
             given = {ours: getattr(value, theirs) for theirs, ours in spelled.items() if hasattr(value, theirs)}

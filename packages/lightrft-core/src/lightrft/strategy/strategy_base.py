@@ -100,7 +100,10 @@ class StrategyBase(ABC):
         **settings: Any,
     ) -> None:
         given = dict(
-            seed=seed, max_norm=max_norm, micro_train_batch_size=micro_train_batch_size, train_batch_size=train_batch_size
+            seed=seed,
+            max_norm=max_norm,
+            micro_train_batch_size=micro_train_batch_size,
+            train_batch_size=train_batch_size,
         )
         given = {key: value for key, value in given.items() if value is not None}
         base = StrategyConfig.from_args(args)
@@ -303,7 +306,13 @@ class StrategyBase(ABC):
         """Prepare one model, frozen unless ``is_training``, sharded over at most ``shard_size`` ranks (None: all)."""
 
     def prepare_models_and_optimizers(
-        self, actor: nn.Module, critic: nn.Module | None, reward_models: Any, initial_model: Any, args: Any, max_steps: int
+        self,
+        actor: nn.Module,
+        critic: nn.Module | None,
+        reward_models: Any,
+        initial_model: Any,
+        args: Any,
+        max_steps: int,
     ) -> tuple[Any, Any, Any, Any]:
         """Everything that PPO needs, in the order that scripts unpack.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Literal
 
 import torch
@@ -160,17 +161,14 @@ def plan_buckets(plan: UpdatePlan) -> list[list[TensorSpec]]:
     return buckets
 
 
-def sample_positions(spec: TensorSpec, version: int, count: int = SAMPLES_PER_TENSOR) -> torch.Tensor:
-    """Flat positions (int64 ``[<= count]``) at which a sync is checked; they move with the version.
+@cache
+def sample_positions(numel: int, count: int = SAMPLES_PER_TENSOR) -> torch.Tensor:
+    """Flat positions (int64 ``[<= count]``) at which a sync is checked, spread evenly. Do not write to the result.
 
-    The first and the last element are always among them: a truncated tensor shows at its end.
+    The first and the last element are always among them: a truncated tensor shows at its end. They are the same in every
+    sync, so that two syncs can be compared.
     """
-    if spec.numel <= count:
-        return torch.arange(spec.numel)
-    stride = (spec.numel - 1) // (count - 1)
-    shift = (version * 7919) % stride
-    inner = torch.arange(1, count - 1) * stride + shift
-    return torch.cat([torch.tensor([0]), inner.clamp_(max=spec.numel - 2), torch.tensor([spec.numel - 1])])
+    return torch.linspace(0, numel - 1, min(count, numel), dtype=torch.float64).long()
 
 
 def take_samples(tensor: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,472 @@
+"""Checkpoints that are whole or not there: staged beside, digested, flushed, renamed; ``latest`` moves last.
+
+A checkpoint is a folder ``save_dir/TAG``::
+
+    manifest.json        what it is: format, world size, parameter names and shapes, a digest of each file
+    client_state.json    the caller's own state
+    MODEL/               one folder a model: its weights and optimizer in the backend's format, scheduler.json, ...
+    ranks/RANK.json|.safetensors   random state and the caller's tensors of each rank
+
+What is in ``MODEL/`` is the backend's affair (:meth:`StrategyBase.write_state`); everything else is done here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import xxhash
+
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from .errors import CheckpointError
+from .hub_layout import hub_sources
+from .rng import restore_rng, rng_state
+from .weights import TensorSpec
+
+if TYPE_CHECKING:
+    from .strategy_base import ModelRecord, StrategyBase
+
+FORMAT = "lightrft-checkpoint-1"
+MANIFEST, CLIENT, LATEST, RANKS = "manifest.json", "client_state.json", "latest", "ranks"
+DEFAULT_NAME = "model"
+
+
+@dataclass(kw_only=True)
+class LoadedCheckpoint:
+    """What ``load_ckpt`` found. Unpacks as (path, client_state).
+
+    :param path: the folder that was read.
+    :param client_state: the dict given to ``save_ckpt``.
+    :param rank_states: the tensors that each rank of the saving run gave, in rank order.
+    :param world_size: ranks of the saving run.
+    :param skipped: newer checkpoints that were damaged, with the reason.
+    """
+
+    path: Path
+    client_state: dict[str, Any]
+    rank_states: list[dict[str, torch.Tensor]]
+    world_size: int
+    skipped: list[str] = field(default_factory=list)
+
+    def __iter__(self) -> Any:
+        return iter((str(self.path), self.client_state))
+
+
+@dataclass(kw_only=True)
+class PendingSave:
+    """A save whose files may still be on their way."""
+
+    staging: Path
+    final: Path
+    save_latest: bool
+    max_num: int | None
+    max_mem: float | None
+    manifest: dict[str, Any]
+    futures: list[Any]
+
+
+# ---- saving ----------------------------------------------------------------------------------------------------------
+def save(
+    strategy: StrategyBase,
+    model: nn.Module | Mapping[str, nn.Module],
+    save_dir: Path,
+    tag: str | None = None,
+    max_num: int | None = None,
+    max_mem: float | None = None,
+    client_state: Mapping[str, Any] | None = None,
+    save_latest: bool = True,
+    *,
+    optimizer: Any = None,
+    scheduler: Any = None,
+    rank_state: Mapping[str, torch.Tensor] | None = None,
+    asynchronous: bool = False,
+) -> None:
+    """Write a checkpoint. Every rank must call.
+
+    :param model: a module, or several by name, saved together: all or none. Their optimizers and schedulers are those
+        that the strategy knows.
+    :param tag: the folder's name; default ``step_N`` of ``client_state["step"]``, else the next free ``save_N``.
+    :param max_num: keep at most this many checkpoints, the new one included. :param max_mem: and at most this many GB
+        (10^9 bytes). Pruning comes after success and touches only checkpoints that we wrote.
+    :param client_state: JSON-able state of the caller.
+    :param optimizer: and ``scheduler``: of a single model, where the strategy has not seen them yet.
+    :param rank_state: this rank's own tensors by name, such as its part of a rollout buffer.
+    :param asynchronous: return once the state is copied; ``finish_checkpoint`` completes it (as the next save does).
+    :raises ValueError: max_num below 1, or a client_state that is not JSON.
+    """
+    if max_num is not None and max_num < 1:
+        raise ValueError(
+            f"save_ckpt: max_num = {max_num}: must be at least 1, the checkpoint being written; None keeps all"
+        )
+    if max_mem is not None and max_mem <= 0:
+        raise ValueError(f"save_ckpt: max_mem = {max_mem} GB: must be above 0; None sets no limit")
+    client_text = _to_json(client_state or {})
+    strategy.setup_distributed()
+    finish(strategy)
+    records = _records(strategy, model, optimizer, scheduler)
+    tag = strategy.all_gather_object(tag or _default_tag(save_dir, client_state))[0]
+    final, staging = save_dir / tag, save_dir / f".{tag}.partial"
+    if strategy.is_rank_0():
+        shutil.rmtree(staging, ignore_errors=True)
+        for folder in (*records, RANKS):
+            (staging / folder).mkdir(parents=True)
+        (staging / CLIENT).write_text(client_text)
+    strategy.barrier()
+    futures = []
+    with strategy.waits_for_ranks("save_ckpt"):
+        for name, record in records.items():
+            futures.append(strategy.write_state(record, staging / name, asynchronous=asynchronous))
+            if strategy.is_rank_0():
+                _write_scalars(record, staging / name)
+        _write_rank(strategy, staging / RANKS, rank_state or {})
+    strategy._pending_save = PendingSave(
+        staging=staging,
+        final=final,
+        save_latest=save_latest,
+        max_num=max_num,
+        max_mem=max_mem,
+        manifest={
+            "format": FORMAT,
+            "tag": tag,
+            "strategy": strategy.name,
+            "world_size": strategy.world_size,
+            "models": {name: _shapes(record.model) for name, record in records.items()},
+        },
+        futures=[future for future in futures if future is not None],
+    )
+    if not asynchronous:
+        finish(strategy)
+
+
+def finish(strategy: StrategyBase, *, block: bool = True) -> bool:
+    """Complete a pending save: digest, flush, rename, ``latest``, prune. Every rank must call.
+
+    :return: True where nothing is pending any more.
+    """
+    pending = strategy._pending_save
+    if pending is None:
+        return True
+    if not block:
+        done = all(future.done() for future in pending.futures)
+        if not strategy.all_reduce(int(done), "min"):
+            return False
+    strategy._pending_save = None
+    for future in pending.futures:
+        future.result()
+    strategy.barrier()  # all files of all ranks are there
+    with strategy.waits_for_ranks("save_ckpt"):
+        files = _digests(strategy, pending.staging, flush=True)
+    if strategy.is_rank_0():
+        _write_flushed(pending.staging / MANIFEST, json.dumps({**pending.manifest, "files": files}, indent=1))
+        _flush_folders(pending.staging)
+        _swap(pending.staging, pending.final)
+        if pending.save_latest:
+            _write_flushed(pending.final.parent / f".{LATEST}", pending.final.name)
+            (pending.final.parent / f".{LATEST}").rename(pending.final.parent / LATEST)
+        _flush(pending.final.parent)
+        _prune(pending.final, pending.max_num, pending.max_mem)
+    strategy.barrier()
+    return True
+
+
+# ---- loading ---------------------------------------------------------------------------------------------------------
+def load(
+    strategy: StrategyBase,
+    model: nn.Module | Mapping[str, nn.Module],
+    load_dir: Path,
+    tag: str | None = None,
+    load_module_strict: bool = True,
+    load_optimizer_states: bool = True,
+    load_lr_scheduler_states: bool = True,
+    load_module_only: bool = False,
+    *,
+    optimizer: Any = None,
+    scheduler: Any = None,
+) -> LoadedCheckpoint:
+    """Read the newest whole checkpoint, or the one named ``tag``. Every rank must call.
+
+    Digests are checked first. A damaged one is passed over, with a warning, for the next older; a named one is not.
+
+    :param load_module_strict: parameter names and shapes must be equal; False is refused: half a model is no model.
+    :param load_module_only: weights alone: no optimizer, scheduler, random state.
+    :raises CheckpointError: nothing whole is there, or it belongs to another model (first difference named).
+    """
+    if not load_module_strict:
+        raise ValueError("load_ckpt: load_module_strict=False is not possible; load what you need with import_weights")
+    strategy.setup_distributed()
+    finish(strategy)
+    records = _records(strategy, model, optimizer, scheduler)
+    skipped: list[str] = []
+    candidates = strategy.all_gather_object(_candidates(load_dir, tag))[0]
+    if not candidates:
+        wanted = f"no checkpoint {tag!r}" if tag else "no checkpoint"
+        raise CheckpointError(f"{load_dir}: {wanted} here; present: {', '.join(_names(load_dir)) or 'nothing'}")
+    for name in candidates:
+        folder = load_dir / name
+        problems = [p for p in strategy.all_gather_object(_damage(strategy, folder)) if p]
+        if not problems:
+            return _read(
+                strategy, records, folder, skipped, load_optimizer_states, load_lr_scheduler_states, load_module_only
+            )
+        skipped.append(f"{name}: {problems[0]}")
+        if tag is None:
+            strategy.print(f"checkpoint {folder} is damaged ({problems[0]}): trying the one before")
+    raise CheckpointError(f"{load_dir}: no whole checkpoint; " + "; ".join(skipped))
+
+
+def whole_checkpoints(folder: Path) -> list[str]:
+    """Tags of the checkpoints in a folder, newest first; a manifest marks one as whole, its digests are not read."""
+    found = [(path.parent.stat().st_mtime_ns, path.parent.name) for path in folder.glob(f"*/{MANIFEST}")]
+    return [name for _, name in sorted(found, reverse=True) if not name.startswith(".") and _is_ours(folder / name)]
+
+
+def _read(
+    strategy: StrategyBase,
+    records: Mapping[str, ModelRecord],
+    folder: Path,
+    skipped: list[str],
+    optimizer: bool,
+    scheduler: bool,
+    module_only: bool,
+) -> LoadedCheckpoint:
+    manifest = json.loads((folder / MANIFEST).read_text())
+    for name, record in records.items():
+        _check_same_model(folder, name, manifest["models"], _shapes(record.model))
+    with strategy.waits_for_ranks("load_ckpt"):
+        for name, record in records.items():
+            strategy.read_state(record, folder / name, optimizer=optimizer and not module_only)
+            if not module_only:
+                _read_scalars(record, folder / name, optimizer=optimizer, scheduler=scheduler)
+    saved_ranks = int(manifest["world_size"])
+    states = [load_file(folder / RANKS / f"{rank}.safetensors") for rank in range(saved_ranks)]
+    if not module_only and saved_ranks == strategy.world_size:
+        plain = json.loads((folder / RANKS / f"{strategy.rank}.json").read_text())
+        restore_rng(strategy.device, plain["rng"], states[strategy.rank])
+        strategy.engine_host.load_state_dict(plain["engine"])
+    return LoadedCheckpoint(
+        path=folder,
+        client_state=json.loads((folder / CLIENT).read_text()),
+        rank_states=[{k: v for k, v in state.items() if not k.startswith("rng.")} for state in states],
+        world_size=saved_ranks,
+        skipped=skipped,
+    )
+
+
+def import_by_name(
+    specs: Mapping[str, TensorSpec],
+    source: Iterable[tuple[str, torch.Tensor]],
+    target: Callable[[str], torch.Tensor],
+) -> None:
+    """Copy (hub name, tensor) pairs into ``target(name)``; every one of ``specs`` must come, once.
+
+    :raises CheckpointError: an unknown name, another shape, or names that never came.
+    """
+    missing = dict(specs)
+    for name, tensor in source:
+        spec = missing.pop(name, None)
+        if spec is None:
+            raise CheckpointError(f"{name}: not a parameter of this model, or given twice")
+        if tuple(tensor.shape) != spec.shape:
+            raise CheckpointError(f"{name}: {tuple(tensor.shape)} given, {spec.shape} in this model")
+        target(name).copy_(tensor)
+    if missing:
+        raise CheckpointError(f"{len(missing)} parameters were not given, the first is {next(iter(missing))}")
+
+
+# ---- parts -----------------------------------------------------------------------------------------------------------
+def _records(
+    strategy: StrategyBase, model: nn.Module | Mapping[str, nn.Module], optimizer: Any, scheduler: Any
+) -> dict[str, ModelRecord]:
+    if isinstance(model, Mapping):
+        return {name: strategy.record(module) for name, module in model.items()}
+    record = strategy.record(model)
+    record.optimizer = optimizer if optimizer is not None else record.optimizer
+    record.scheduler = scheduler if scheduler is not None else record.scheduler
+    return {DEFAULT_NAME: record}
+
+
+def _shapes(model: nn.Module) -> dict[str, list[int]]:
+    return {name: list(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in hub_sources(model)}
+
+
+def _write_scalars(record: ModelRecord, folder: Path) -> None:
+    """What an optimizer and a scheduler hold besides tensors."""
+    state: dict[str, Any] = {"loss_scale": record.loss_scale.state_dict(), "skipped_steps": record.skipped_steps}
+    if record.optimizer is not None:
+        state["param_groups"] = [
+            {key: value for key, value in group.items() if key != "params" and _is_plain(value)}
+            for group in record.optimizer.param_groups
+        ]
+    if record.scheduler is not None:
+        state["scheduler"] = {k: v for k, v in record.scheduler.state_dict().items() if _is_plain(v)}
+    (folder / "scalars.json").write_text(_to_json(state))
+
+
+def _read_scalars(record: ModelRecord, folder: Path, *, optimizer: bool, scheduler: bool) -> None:
+    state = json.loads((folder / "scalars.json").read_text())
+    record.loss_scale.load_state_dict(state["loss_scale"])
+    record.skipped_steps = state["skipped_steps"]
+    if optimizer and record.optimizer is not None and "param_groups" in state:
+        for group, saved in zip(record.optimizer.param_groups, state["param_groups"], strict=True):
+            group.update({key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()})
+    if scheduler and record.scheduler is not None and "scheduler" in state:
+        record.scheduler.load_state_dict(state["scheduler"])
+
+
+def _write_rank(strategy: StrategyBase, folder: Path, rank_state: Mapping[str, torch.Tensor]) -> None:
+    plain, tensors = rng_state(strategy.device)
+    mine = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in rank_state.items()}
+    if clash := [name for name in mine if name.startswith("rng.")]:
+        raise ValueError(f"save_ckpt: rank_state names must not begin with 'rng.': {', '.join(clash)}")
+    save_file({**mine, **tensors}, folder / f"{strategy.rank}.safetensors")
+    state = {"rng": plain, "engine": strategy.engine_host.state_dict()}
+    (folder / f"{strategy.rank}.json").write_text(json.dumps(state))
+
+
+def _check_same_model(folder: Path, name: str, saved: Mapping[str, Any], mine: Mapping[str, list[int]]) -> None:
+    if name not in saved:
+        raise CheckpointError(f"{folder}: holds no model {name!r}; it holds {', '.join(saved)}")
+    theirs = saved[name]
+    for key in [*mine, *theirs]:
+        if mine.get(key) != theirs.get(key):
+            raise CheckpointError(
+                f"{folder}: a checkpoint of another model: {key} is {theirs.get(key, 'absent')} there, {mine.get(key, 'absent')} here"
+            )
+
+
+def _digests(strategy: StrategyBase, folder: Path, *, flush: bool) -> dict[str, dict[str, Any]]:
+    """Size and digest of every file but the manifest; the files are shared out over the ranks."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    mine = {}
+    for path in files[strategy.rank :: strategy.world_size]:
+        mine[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "xxh3": _digest(path)}
+        if flush:
+            _flush(path)
+    return {name: item for part in strategy.all_gather_object(mine) for name, item in part.items()}
+
+
+def _damage(strategy: StrategyBase, folder: Path) -> str | None:
+    """What is wrong with a checkpoint, of the files that this rank checks."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        files = sorted(manifest["files"].items())
+    except (OSError, ValueError, KeyError) as error:
+        return f"{MANIFEST}: {error}"
+    for name, item in files[strategy.rank :: strategy.world_size]:
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != item["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes of {item['bytes']}"
+        if _digest(path) != item["xxh3"]:
+            return f"{name} is altered: its digest differs"
+    return None
+
+
+def _digest(path: Path) -> str:
+    hasher = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while chunk := file.read(2**22):
+            hasher.update(chunk)
+    return hasher.hexdigest()
+
+
+def _candidates(folder: Path, tag: str | None) -> list[str]:
+    if tag is not None:
+        return [tag] if (folder / tag).is_dir() else []
+    found = whole_checkpoints(folder)
+    try:
+        newest = (folder / LATEST).read_text().strip()
+    except OSError:
+        return found
+    return [newest, *(name for name in found if name != newest)] if (folder / newest).is_dir() else found
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+
+
+def _default_tag(folder: Path, client_state: Mapping[str, Any] | None) -> str:
+    if client_state and "step" in client_state:
+        return f"step_{client_state['step']}"
+    number = 0
+    while (folder / f"save_{number}").exists():
+        number += 1
+    return f"save_{number}"
+
+
+def _prune(newest: Path, max_num: int | None, max_mem: float | None) -> None:
+    """Remove our oldest checkpoints beyond the limits; the one just written always stays."""
+    kept = [newest.name]
+    total = _size(newest)
+    for name in whole_checkpoints(newest.parent):
+        if name == newest.name:
+            continue
+        total += _size(newest.parent / name)
+        if (max_num is not None and len(kept) >= max_num) or (max_mem is not None and total > max_mem * 1e9):
+            doomed = newest.parent / f".{name}.old"
+            (newest.parent / name).rename(doomed)  # never a half-deleted folder under a checkpoint's name
+            shutil.rmtree(doomed, ignore_errors=True)
+        else:
+            kept.append(name)
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _is_ours(folder: Path) -> bool:
+    try:
+        return json.loads((folder / MANIFEST).read_text()).get("format") == FORMAT
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _swap(staging: Path, final: Path) -> None:
+    old = final.with_name(f".{final.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
+    staging.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_flushed(path: Path, text: str) -> None:
+    path.write_text(text)
+    _flush(path)
+
+
+def _flush_folders(folder: Path) -> None:
+    for path in (folder, *(p for p in folder.rglob("*") if p.is_dir())):
+        _flush(path)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _to_json(value: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"save_ckpt: client_state must be JSON (numbers, strings, lists, dicts): {error}") from error

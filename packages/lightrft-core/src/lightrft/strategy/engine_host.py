@@ -1,0 +1,395 @@
+"""The strategy's side of a rollout engine: set-up, sleep and wake, weight sync, distributed generation."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from .collectives import all_gather_object
+from .config import StrategyConfig
+from .engine import EngineSpec, GenerationOutput, RolloutEngine
+from .errors import ConfigError, EngineStateError, LightRFTError, RolloutError, WeightSyncError
+from .hub_layout import hub_models, unwrap
+from .length_plot import LengthPlot
+from .lifecycle import EngineStatus
+from .prompts import Prompt, from_multi_modal_inputs, make_prompts, make_requests
+from .registry import load_plugin
+from .sampling import SamplingParams
+from .weights import SyncReceipt, TensorSpec, UpdatePlan, WeightBucket, sample_positions, sync_digest, take_samples
+
+if TYPE_CHECKING:
+    from .strategy_base import StrategyBase
+
+
+class EngineHost:
+    """Owns this rank's engine, if it owns one, and speaks for it in the tensor-parallel group."""
+
+    def __init__(self, strategy: StrategyBase) -> None:
+        self.strategy = strategy
+        self.engine: RolloutEngine | None = None
+        self.placement = "spmd"
+        self.config = strategy.config
+        self.weight_version = 0
+        self.rollout_step = 0
+        self.last_samples: dict[str, torch.Tensor] = {}
+        self.lengths = LengthPlot(strategy.config.log_dir, strategy.config.plot_every)
+        self._there = False
+
+    def state_dict(self) -> dict[str, int]:
+        """Counters that a resumed run needs: they enter the samples' seeds and the outputs' versions."""
+        return {"rollout_step": self.rollout_step, "weight_version": self.weight_version}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        self.rollout_step, self.weight_version = state["rollout_step"], state["weight_version"]
+
+    # ---- life --------------------------------------------------------------------------------------------------------
+    def setup(self, args: Any, engine_type: str, actor: nn.Module | None) -> RolloutEngine | None:
+        self.strategy.setup_distributed()
+        if self._there:
+            raise EngineStateError("setup_inference_engine: an engine is already running; shut it down first")
+        self.config = (
+            self.strategy.config if args is None else StrategyConfig.from_args(args).checked(self.strategy.world_size)
+        )
+        cls = self.engine_class(engine_type)
+        self.placement = cls.placement
+        spec = self._spec(actor, cls)
+        if self.placement == "spmd" or self._is_leader():
+            engine = cls()
+            engine.start(spec, self.strategy.engine_mp_group)
+            self.engine = engine
+        self._there = True
+        if actor is not None:
+            self.update_weights(actor)
+        return self.engine
+
+    def engine_class(self, engine_type: str) -> type[RolloutEngine]:
+        return load_plugin("engines", engine_type)
+
+    def shutdown(self) -> None:
+        """End the engine; another can be set up afterwards."""
+        if self.engine is not None:
+            self.engine.shutdown()
+        self.engine, self._there, self.last_samples = None, False, {}
+
+    @property
+    def status(self) -> EngineStatus:
+        return EngineStatus.SLEEPED if self.engine is None else self.engine.status().status
+
+    def sleep(self) -> None:
+        if self.engine is not None and self.config.enable_engine_sleep:
+            self.sleep_engine(self.engine)
+            self.strategy.sync_and_clear_cache()
+
+    def wake(self) -> None:
+        if self.engine is not None:
+            self.wake_engine(self.engine)
+
+    def sleep_engine(self, engine: Any) -> None:
+        """Release the KV cache, then the weights: kept on the host at level 1, dropped at level 2."""
+        engine.release("kv_cache")
+        engine.release("weights", keep=self.config.engine_sleep_level == 1)
+
+    def wake_engine(self, engine: Any) -> None:
+        engine.restore("weights")
+        engine.restore("kv_cache")
+
+    # ---- weights -----------------------------------------------------------------------------------------------------
+    def update_weights(self, actor: nn.Module) -> SyncReceipt:
+        """Restore the weights' memory, stream the buckets, compare, and only then restore the KV cache."""
+        self._require("update_engine_weights")
+        begun = time.monotonic()
+        version = self.weight_version + 1
+        specs = self.strategy.export_spec(actor)
+        plan = self._agree("begin a weight update", lambda engine: self._begin(engine, version, specs))
+        sent: dict[str, torch.Tensor] = {}
+        receipt: SyncReceipt | None = None
+        problem: Exception | None = None
+        with self.strategy.waits_for_ranks("update_engine_weights"):
+            # A rank whose engine refuses a bucket still takes part in gathering the others: nobody is left waiting.
+            for bucket in self.strategy.export_weights(actor, plan):
+                if self.engine is not None and problem is None:
+                    try:
+                        sent |= _samples_of(bucket)
+                        self.engine.load_bucket(bucket)
+                    except Exception as error:
+                        problem = error
+        if self.engine is not None and problem is None:
+            try:
+                self._compare(self.engine, plan, sent, actor)
+                receipt = self.engine.finish_update()
+            except Exception as error:
+                problem = error
+        if problem is None and self.config.verify_weights == "full":
+            problem = self._compare_fully(actor, plan)
+        self._raise_together(problem, WeightSyncError)
+        self.weight_version = version
+        if self.engine is not None:
+            self.engine.restore("kv_cache")
+        receipt = self._complete(receipt, plan, sent, time.monotonic() - begun)
+        self.last_samples = sent
+        return receipt
+
+    def _begin(self, engine: RolloutEngine, version: int, specs: Sequence[TensorSpec]) -> UpdatePlan:
+        engine.restore("weights")
+        return engine.begin_update(version, specs, bucket_bytes=int(self.config.weight_bucket_mb * 2**20))
+
+    def _compare(
+        self, engine: RolloutEngine, plan: UpdatePlan, sent: Mapping[str, torch.Tensor], actor: nn.Module
+    ) -> None:
+        """What the engine now holds against what left the trainer, at sampled positions."""
+        if lost := [spec.name for spec in plan.specs if spec.name not in sent]:
+            raise WeightSyncError(f"{len(lost)} of {len(plan.specs)} tensors never came: {', '.join(lost[:5])}")
+        if not engine.capabilities.readback:
+            return
+        held = engine.sample_weights({spec.name: sample_positions(spec.numel) for spec in plan.specs})
+        for spec in plan.specs:
+            if not _same(sent[spec.name], held[spec.name]):
+                raise WeightSyncError(
+                    f"{spec.name}: the engine holds other values than were sent (weights version {plan.version})"
+                )
+
+    def _compare_fully(self, actor: nn.Module, plan: UpdatePlan) -> Exception | None:
+        """Send everything once more, and compare each element with what the engine holds."""
+        problem: Exception | None = None
+        for bucket in self.strategy.export_weights(actor, plan):
+            if self.engine is None or problem is not None:
+                continue
+            try:
+                held = self.engine.sample_weights({n: torch.arange(t.numel()) for n, t in bucket.tensors.items()})
+                for name, tensor in bucket.tensors.items():
+                    if not _same(tensor.reshape(-1).cpu(), held[name]):
+                        raise WeightSyncError(f"{name}: the engine holds other values than the trainer")
+            except Exception as error:
+                problem = error
+        return problem
+
+    def _complete(
+        self, receipt: SyncReceipt | None, plan: UpdatePlan, sent: Mapping[str, torch.Tensor], seconds: float
+    ) -> SyncReceipt:
+        if receipt is not None:
+            readback = self.engine is not None and self.engine.capabilities.readback
+            changed = sum(
+                1 for n, v in sent.items() if n not in self.last_samples or not _same(v, self.last_samples[n])
+            )
+            receipt = replace(
+                receipt,
+                tensors_changed=changed,
+                seconds=seconds,
+                verified=self.config.verify_weights if readback else "manifest",
+                digest=sync_digest(plan.specs, sent),
+            )
+        shared = all_gather_object(receipt, self.strategy.groups.engine)[0] if self.placement != "spmd" else receipt
+        assert shared is not None
+        return shared
+
+    # ---- generation --------------------------------------------------------------------------------------------------
+    def generate(
+        self,
+        sampling_params: Any,
+        token_ids: Sequence[Sequence[int]] | None,
+        texts: Sequence[str] | None,
+        images: Sequence[Any] | None,
+        images_num: Sequence[int] | None,
+        *,
+        sleep_engine: bool,
+        prompt_indices: Sequence[int] | None,
+        step: int | None,
+    ) -> list[GenerationOutput]:
+        self._require("gather_and_generate")
+        prompts, sampling, problem = self._read_prompts(
+            sampling_params, token_ids, texts, images, images_num, prompt_indices
+        )
+        # One small collective carries the counts and any rank's refusal, so that all ranks go on, or none.
+        with self.strategy.waits_for_ranks("gather_and_generate"):
+            counts = all_gather_object((len(prompts), _describe(problem)))
+        self._raise_if_any([text for _, text in counts], problem)
+        if prompt_indices is None:
+            offset = sum(count for count, _ in counts[: self.strategy.rank])
+            prompts = [replace(prompt, index=offset + i) for i, prompt in enumerate(prompts)]
+        if step is None:
+            step, self.rollout_step = self.rollout_step, self.rollout_step + 1
+        self.wake()
+        outputs = self._generate_in_group(prompts, sampling, step)
+        if sleep_engine:
+            self.sleep()
+        self._record_lengths(outputs)
+        return outputs
+
+    def generate_local(self, sampling_params: Any, token_ids: Any, multi_modal_inputs: Any) -> list[GenerationOutput]:
+        self._require("engine_generate_local")
+        if self.engine is None:
+            raise EngineStateError(
+                f"engine_generate_local: rank {self.strategy.rank} owns no engine; its group's leader does"
+            )
+        images = None
+        texts = None
+        if multi_modal_inputs is not None:
+            texts, images = from_multi_modal_inputs(multi_modal_inputs)
+        elif token_ids and isinstance(token_ids[0], int):
+            token_ids = [token_ids]
+        prompts = make_prompts(token_ids, texts, images, None)
+        prompts = [replace(prompt, index=i) for i, prompt in enumerate(prompts)]
+        self.wake()
+        step, self.rollout_step = self.rollout_step, self.rollout_step + 1
+        sampling = SamplingParams.coerce(sampling_params)
+        return self._run(self.engine, prompts, sampling, step)
+
+    def _read_prompts(
+        self,
+        sampling_params: Any,
+        token_ids: Sequence[Sequence[int]] | None,
+        texts: Sequence[str] | None,
+        images: Sequence[Any] | None,
+        images_num: Sequence[int] | None,
+        indices: Sequence[int] | None,
+    ) -> tuple[list[Prompt], SamplingParams, Exception | None]:
+        try:
+            sampling = SamplingParams.coerce(sampling_params)
+            prompts = make_prompts(token_ids, texts, images, images_num)
+            if indices is not None:
+                if len(indices) != len(prompts):
+                    raise ValueError(f"prompt_indices: {len(indices)} given for {len(prompts)} prompts")
+                prompts = [replace(p, index=int(i)) for p, i in zip(prompts, indices, strict=True)]
+            limit = self.config.limit_mm_image_per_prompt
+            if limit >= 0 and (many := [p for p in prompts if len(p.images) > limit]):
+                raise ValueError(f"a prompt has {len(many[0].images)} images, --limit_mm_image_per_prompt is {limit}")
+            return prompts, sampling, None
+        except (ValueError, TypeError) as error:
+            return [], SamplingParams(), error
+
+    def _generate_in_group(self, prompts: list[Prompt], sampling: SamplingParams, step: int) -> list[GenerationOutput]:
+        """Prompts to the rank that needs them, outputs back to the rank that brought the prompts."""
+        group, size = self.strategy.groups.engine, self.strategy.layout.engine_tp_size
+        if size == 1:
+            assert self.engine is not None
+            outputs, problem = self._try_run(self.engine, prompts, sampling, step)
+            self._raise_together(problem, RolloutError)
+            return outputs
+        leader = self.strategy.layout.engine_leader(self.strategy.rank)
+        place = self.strategy.rank - leader
+        with self.strategy.waits_for_ranks("gather prompts"):
+            shares: list[Any] = [None] * size
+            dist.gather_object(prompts, shares if place == 0 else None, dst=leader, group=group)
+            if self.placement == "spmd":  # the engine's ranks must see identical prompts
+                dist.broadcast_object_list(shares, src=leader, group=group)
+        outputs, problem = [], None
+        if self.engine is not None:
+            everyone = [prompt for share in shares for prompt in share]
+            outputs, problem = self._try_run(self.engine, everyone, sampling, step)
+        self._raise_together(problem, RolloutError)
+        if self.placement == "spmd":
+            starts = [sum(len(share) for share in shares[:i]) * sampling.n for i in range(size + 1)]
+            return outputs[starts[place] : starts[place + 1]]
+        return self._scatter(outputs, shares, sampling.n, leader, place, group)
+
+    def _scatter(
+        self, outputs: list[GenerationOutput], shares: list[Any], n: int, leader: int, place: int, group: Any
+    ) -> list[GenerationOutput]:
+        parts: list[Any] = []
+        if place == 0:
+            stream = iter(outputs)
+            parts = [[next(stream) for _ in range(len(share) * n)] for share in shares]
+        mine: list[Any] = [None]
+        with self.strategy.waits_for_ranks("scatter outputs"):
+            dist.scatter_object_list(mine, parts if place == 0 else None, src=leader, group=group)
+        return mine[0]
+
+    def _try_run(
+        self, engine: RolloutEngine, prompts: list[Prompt], sampling: SamplingParams, step: int
+    ) -> tuple[list[GenerationOutput], Exception | None]:
+        try:
+            return self._run(engine, prompts, sampling, step), None
+        except Exception as error:
+            return [], error
+
+    def _run(
+        self, engine: RolloutEngine, prompts: list[Prompt], sampling: SamplingParams, step: int
+    ) -> list[GenerationOutput]:
+        requests = make_requests(prompts, sampling, self.config.seed, step)
+        return engine.generate(requests, timeout=self.config.engine_timeout) if requests else []
+
+    def _record_lengths(self, outputs: Iterable[GenerationOutput]) -> None:
+        if self.lengths.active:
+            everyone = all_gather_object([len(output.output_token_ids) for output in outputs])
+            self.lengths.record([n for part in everyone for n in part], write=self.strategy.is_rank_0())
+
+    # ---- agreement ---------------------------------------------------------------------------------------------------
+    def _agree(self, what: str, act: Callable[[RolloutEngine], Any]) -> Any:
+        """Run ``act`` where there is an engine; everyone gets its leader's result, or everyone raises."""
+        result, problem = None, None
+        if self.engine is not None:
+            try:
+                result = act(self.engine)
+            except Exception as error:
+                problem = error
+        self._raise_together(problem, WeightSyncError, what)
+        if self.placement != "spmd":
+            result = all_gather_object(result, self.strategy.groups.engine)[0]
+        return result
+
+    def _raise_together(self, problem: Exception | None, kind: type[LightRFTError], what: str = "") -> None:
+        """All ranks raise where one has a problem: the one its own error, the others one that names it."""
+        with self.strategy.waits_for_ranks(what or "agree on the outcome"):
+            texts = all_gather_object(_describe(problem))
+        if problem is not None or any(texts):
+            if self.engine is not None and kind is WeightSyncError:
+                self.engine.abort_update()
+            self._raise_if_any(texts, problem, kind)
+
+    def _raise_if_any(
+        self, texts: Sequence[str | None], problem: Exception | None, kind: type[Exception] = ValueError
+    ) -> None:
+        if problem is not None:
+            raise problem
+        for rank, text in enumerate(texts):
+            if text is not None:
+                raise kind(f"rank {rank}: {text}")
+
+    def _require(self, what: str) -> None:
+        self.strategy.setup_distributed()
+        if not self._there:
+            raise EngineStateError(f"{what}: no engine is set up; call strategy.setup_inference_engine(args) first")
+
+    def _is_leader(self) -> bool:
+        return self.strategy.layout.engine_leader(self.strategy.rank) == self.strategy.rank
+
+    def _spec(self, actor: nn.Module | None, cls: type[RolloutEngine]) -> EngineSpec:
+        config = self.config
+        inner = hub_models(unwrap(actor)) if actor is not None else []
+        if cls.capabilities.needs_model and config.pretrain is None and not inner:
+            raise ConfigError(
+                ["--pretrain: not given, and no actor to take the model from; name a folder or a hub model"]
+            )
+        return EngineSpec(
+            pretrain=config.pretrain,
+            model_config=inner[0][1].config if inner and config.pretrain is None else None,
+            dtype=getattr(torch, config.dtype_name),
+            device=self.strategy.device,
+            tensor_parallel_size=config.engine_tp_size,
+            memory_utilization=config.engine_mem_util,
+            max_model_len=config.max_model_len,
+            max_images=None if config.limit_mm_image_per_prompt < 0 else config.limit_mm_image_per_prompt,
+            seed=config.seed,
+            trust_remote_code=config.trust_remote_code,
+            bucket_bytes=int(config.weight_bucket_mb * 2**20),
+            extra=config.get_extra_arg("engine_extra", {}),
+        )
+
+
+def _samples_of(bucket: WeightBucket) -> dict[str, torch.Tensor]:
+    return {name: take_samples(tensor, sample_positions(tensor.numel())) for name, tensor in bucket.tensors.items()}
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Bitwise equality: NaN equals NaN, so that a broken model is reported as such and not as a lost tensor."""
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def _describe(problem: Exception | None) -> str | None:
+    return None if problem is None else f"{type(problem).__name__}: {problem}"
