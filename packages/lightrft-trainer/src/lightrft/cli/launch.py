@@ -1,0 +1,231 @@
+"""Start this node's ranks with torch's elastic launcher, wait for them, and say in one sentence what went wrong.
+
+A rank is ``python -m lightrft.cli.worker``. Parent and ranks share a folder: the parent puts the settings there, ranks their
+process ids (so that the parent can pass on Ctrl-C) and their final word.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import signal
+import sys
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from lightrft.strategy.config import StrategyConfig
+from lightrft.strategy.errors import ConfigError
+
+from .settings import CONFIG_FILE, check_settings
+
+EXIT_FAILED = 1
+EXIT_INTERRUPTED = 128 + signal.SIGINT
+CPU_RANKS = 2
+LAUNCH_DIR = "LIGHTRFT_LAUNCH_DIR"
+# Ranks end a save within this long after Ctrl-C; the launcher kills what is left when a rank has failed.
+FORWARDED = (signal.SIGINT, signal.SIGTERM)
+
+
+def launch(config: StrategyConfig, options: argparse.Namespace, *, multimodal: bool) -> int:
+    """Run the training on this node's ranks and return the command's exit code.
+
+    Under torchrun (or anything else that sets RANK) this process is a rank already, and nothing is started.
+
+    :raises ConfigError: settings that do not fit the number of ranks.
+    """
+    if "RANK" in os.environ:
+        from .worker import run_rank
+
+        return run_rank(config, multimodal=multimodal)
+    ranks = ranks_on_this_node(options.nproc_per_node)
+    config = check_settings(config, multimodal=multimodal, world_size=ranks * options.nnodes)
+    with tempfile.TemporaryDirectory(prefix="lightrft-") as name:
+        folder = Path(name)
+        config.to_yaml(folder / CONFIG_FILE)
+        environment = {LAUNCH_DIR: name, **thread_environment(ranks, os.cpu_count() or 1)}
+        with _environment(environment):
+            failure = _run_ranks(_launch_config(options, ranks), folder, multimodal=multimodal)
+        return _report(folder, failure)
+
+
+def ranks_on_this_node(asked: int | None) -> int:
+    """What was asked for, else one rank for each accelerator, else two on the CPU.
+
+    :raises ConfigError: fewer than one.
+    """
+    if asked is not None:
+        if asked < 1:
+            raise ConfigError([f"--nproc_per_node {asked}: must be at least 1"])
+        return asked
+    import torch
+
+    return torch.accelerator.device_count() or CPU_RANKS
+
+
+def thread_environment(ranks: int, cores: int) -> dict[str, str]:
+    """One share of the cores for each rank; a number that the user set stays."""
+    if "OMP_NUM_THREADS" in os.environ:
+        return {}
+    return {"OMP_NUM_THREADS": str(max(1, cores // ranks))}
+
+
+def _launch_config(options: argparse.Namespace, ranks: int) -> Any:
+    from torch.distributed.launcher.api import LaunchConfig
+
+    settings: dict[str, Any] = {
+        "min_nodes": options.nnodes,
+        "max_nodes": options.nnodes,
+        "nproc_per_node": ranks,
+        "max_restarts": 0,
+        "monitor_interval": 0.1,
+    }
+    if options.rdzv_endpoint:
+        settings |= {"rdzv_backend": "c10d", "rdzv_endpoint": options.rdzv_endpoint, "run_id": options.rdzv_id}
+    elif options.nnodes > 1:
+        if not options.master_addr:
+            raise ConfigError([f"--nnodes {options.nnodes}: needs --master_addr (the first node) or --rdzv_endpoint"])
+        settings |= {
+            "rdzv_backend": "static",
+            "rdzv_endpoint": f"{options.master_addr}:{options.master_port}",
+            "rdzv_configs": {"rank": options.node_rank, "timeout": 900},
+            "run_id": options.rdzv_id,
+        }
+    else:
+        settings |= {
+            "rdzv_backend": "c10d",
+            "rdzv_endpoint": "localhost:0",
+            "run_id": uuid.uuid4().hex,
+            "local_addr": "localhost",
+        }
+    # Ctrl-C is ours: the launcher's own way gives the ranks 30 seconds, which a large checkpoint exceeds.
+    if "signals_to_handle" in {field.name for field in dataclasses.fields(LaunchConfig)}:
+        settings["signals_to_handle"] = "SIGHUP,SIGQUIT"
+    return LaunchConfig(**settings)
+
+
+def _run_ranks(config: Any, folder: Path, *, multimodal: bool) -> dict[int, Any] | None:
+    """Start the ranks and wait; returns the failures by rank, None where there are none."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import elastic_launch
+
+    # The launcher logs a table and a traceback for each rank; _report says the same in a sentence.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    command = ["-m", "lightrft.cli.worker", str(folder / CONFIG_FILE), *(["--multimodal"] if multimodal else [])]
+    with _forwarded_signals(folder):
+        try:
+            elastic_launch(config, sys.executable)(*command)
+        except ChildFailedError as error:
+            return dict(error.failures)
+        except SignalException:
+            (folder / "signal").touch()
+            return {}
+    return None
+
+
+@contextlib.contextmanager
+def _forwarded_signals(folder: Path) -> Iterator[None]:
+    """Pass SIGINT and SIGTERM on to the ranks, which finish their step and save. A second Ctrl-C kills them."""
+    seen: list[int] = []
+
+    def forward(number: int, _frame: FrameType | None) -> None:
+        first = not seen
+        seen.append(number)
+        (folder / "signal").touch()
+        for pid in rank_pids(folder):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM if first else signal.SIGKILL)
+        if first:
+            sys.stderr.write(
+                "\nlightrft: stopping: the ranks finish their step and write a checkpoint (again: stop at once)\n"
+            )
+
+    before = {number: signal.signal(number, forward) for number in FORWARDED}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def rank_pids(folder: Path) -> list[int]:
+    """Process ids of the ranks that have started."""
+    return [int(path.name.removeprefix("pid.")) for path in folder.glob("pid.*")]
+
+
+@contextlib.contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
+
+
+def _report(folder: Path, failures: dict[int, Any] | None) -> int:
+    """Say what came of the ranks, and how to go on. Returns the exit code."""
+    word = folder / "outcome.json"
+    outcome = json.loads(word.read_text(encoding="utf-8")) if word.exists() else {}
+    output_dir = outcome.get("output_dir")
+    resume = f"lightrft {outcome.get('command', 'train')} --resume --output_dir {output_dir}" if output_dir else None
+    if failures is None and not outcome.get("interrupted"):
+        return 0
+    if outcome.get("interrupted"):
+        sys.stderr.write(
+            f"lightrft: stopped at step {outcome['step']}; a checkpoint was written. Go on with:\n  {resume}\n"
+        )
+        return EXIT_INTERRUPTED
+    if (folder / "signal").exists():
+        sys.stderr.write(
+            "lightrft: stopped before there was anything to save\n"
+            if resume is None
+            else f"lightrft: stopped. Go on from the last checkpoint with:\n  {resume}\n"
+        )
+        return EXIT_INTERRUPTED
+    sys.stderr.write(f"lightrft: {describe_failures(failures or {})}\n")
+    if outcome.get("wrong_use"):
+        return 2
+    if resume is not None:
+        sys.stderr.write(f"Go on from the last checkpoint with:\n  {resume}\n")
+    return EXIT_FAILED
+
+
+def describe_failures(failures: dict[int, Any]) -> str:
+    """The root cause in a sentence: the first rank that failed of itself, not those that the launcher then ended.
+
+    :param failures: torch's ProcessFailure by rank.
+    """
+    if not failures:
+        return "the ranks ended early"
+
+    def order(item: tuple[int, Any]) -> tuple[int, int, int]:
+        rank, failure = item
+        if failure.exitcode == -signal.SIGTERM:  # ended by the launcher because another had failed
+            return 3, failure.timestamp, rank
+        if failure.exitcode < 0:
+            return 0, failure.timestamp, rank
+        # A rank whose peer went away fails too, but is not the cause.
+        return (2 if _extra(failure).get("secondary") else 1), failure.timestamp, rank
+
+    rank, failure = min(failures.items(), key=order)
+    if failure.exitcode < 0:
+        name = signal.Signals(-failure.exitcode).name
+        hint = " (out of memory?)" if -failure.exitcode == signal.SIGKILL else ""
+        return f"rank {rank} was killed by {name}{hint}"
+    if isinstance(failure.message, dict):
+        return f"rank {rank}: {failure.message['message']}"
+    return f"rank {rank} ended with exit code {failure.exitcode}"
+
+
+def _extra(failure: Any) -> dict[str, Any]:
+    return failure.message.get("extraInfo", {}) if isinstance(failure.message, dict) else {}

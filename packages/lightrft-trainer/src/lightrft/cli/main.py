@@ -1,0 +1,100 @@
+"""The ``lightrft`` command. Nothing here loads torch: ``lightrft --help`` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+
+from lightrft.strategy.errors import LightRFTError
+from lightrft.utils import add_arguments
+
+EXIT_WRONG_USE = 2
+
+EPILOG = """\
+Settings come from, each overriding the one before: a preset (the default one where neither --pretrain nor
+--prompt_data is named), the saved run (with --resume), --config FILE, the flags you type.
+
+  lightrft train                                          the built-in task, on this machine as it is
+  lightrft train --pretrain DIR --prompt_data FILE.jsonl --reward exact --fsdp --engine_type hf
+  lightrft train --resume                                 go on with the last run
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's parser, with one subparser for each subcommand."""
+    parser = argparse.ArgumentParser(
+        prog="lightrft", description="Reinforcement fine-tuning of language and vision-language models."
+    )
+    parser.add_argument("--version", action="version", version=f"lightrft-trainer {version('lightrft-trainer')}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name, text in (
+        ("train", "train a language model; without arguments, a small one on a built-in task"),
+        ("train-vl", "train a vision-language model"),
+    ):
+        command = commands.add_parser(
+            name, help=text, description=text, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        add_launch_arguments(command)
+        add_arguments(command, suppress_defaults=True)
+    return parser
+
+
+def add_launch_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """The flags that say where settings come from and which ranks to start; they are no settings of the run itself."""
+    group = parser.add_argument_group("where settings come from")
+    group.add_argument("--config", metavar="FILE", help="YAML file of settings, by their flags' names.")
+    group.add_argument("--preset", metavar="NAME", help="Start from these settings; see --list_presets.")
+    group.add_argument("--list_presets", action="store_true", help="Name the presets and leave.")
+    group = parser.add_argument_group("which ranks to start (nothing is started under torchrun)")
+    group.add_argument(
+        "--nproc_per_node", type=int, metavar="N", help="Ranks on this node; default: one per accelerator, else 2."
+    )
+    group.add_argument(
+        "--nnodes", type=int, default=1, metavar="N", help="Nodes; start the same command on each (default: 1)."
+    )
+    group.add_argument(
+        "--node_rank", type=int, default=0, metavar="N", help="This node's rank, with --master_addr (default: 0)."
+    )
+    group.add_argument("--master_addr", metavar="HOST", help="The first node, where --nnodes is above 1.")
+    group.add_argument("--master_port", type=int, default=29500, metavar="PORT", help="Its port (default: 29500).")
+    group.add_argument(
+        "--rdzv_endpoint", metavar="HOST:PORT", help="Rendezvous instead of --master_addr: ranks find each other."
+    )
+    group.add_argument(
+        "--rdzv_id", default="lightrft", metavar="ID", help="The run's name at the rendezvous (default: lightrft)."
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code: 0 done, 1 failed, 2 wrong use, 130 stopped by Ctrl-C."""
+    parser = build_parser()
+    namespace = parser.parse_args(argv)
+    if namespace.command is None:
+        parser.print_help()
+        return 0
+    return run_command(namespace, multimodal=namespace.command == "train-vl")
+
+
+def run_command(namespace: argparse.Namespace, *, multimodal: bool) -> int:
+    """Check the settings, then start the ranks (or be one, under torchrun)."""
+    from . import settings
+
+    if namespace.list_presets:
+        for name in settings.preset_names():
+            sys.stdout.write(f"{name}: {settings.preset_title(name)}\n")
+        return 0
+    try:
+        config = settings.check_settings(settings.load_settings(namespace), multimodal=multimodal)
+        from .launch import launch
+
+        return launch(config, namespace, multimodal=multimodal)
+    except LightRFTError as error:
+        sys.stderr.write(f"lightrft: {error}\n")
+        return EXIT_WRONG_USE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,166 @@
+"""From command line, preset, file and earlier run to one checked configuration. Loads neither torch nor transformers."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from lightrft.strategy.config import FIELDS, StrategyConfig, read_yaml
+from lightrft.strategy.errors import ConfigError
+
+DEFAULT_PRESET = "default"
+CONFIG_FILE = "config.yaml"
+
+
+def preset_names() -> list[str]:
+    """Presets that come with the package, sorted."""
+    folder = resources.files("lightrft.cli") / "presets"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """A preset's settings.
+
+    :raises ConfigError: no such preset; the known ones are named.
+    """
+    if name not in preset_names():
+        raise ConfigError([f"--preset {name}: no such preset; there are {', '.join(preset_names())}"])
+    with resources.as_file(resources.files("lightrft.cli") / "presets" / f"{name}.yaml") as path:
+        return read_yaml(path)
+
+
+def preset_title(name: str) -> str:
+    """The first sentence of a preset's opening comment."""
+    text = (resources.files("lightrft.cli") / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
+    comment = " ".join(line.lstrip("# ") for line in text.split("\n\n")[0].splitlines() if line.startswith("#"))
+    return comment.split(". ")[0].rstrip(".") + "."
+
+
+def merge_settings(
+    *,
+    typed: Mapping[str, Any],
+    file: Mapping[str, Any],
+    preset: Mapping[str, Any],
+    saved: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Preset, then the saved run's settings, then the file's, then what was typed: the later wins.
+
+    A backend is chosen as a whole: who names ``zero_stage`` or ``strategy`` without ``fsdp`` does not get the ``fsdp`` of
+    a preset.
+    """
+    merged = dict(saved) if saved is not None else dict(preset)
+    for layer in (file, typed):
+        if ("zero_stage" in layer or "strategy" in layer) and "fsdp" not in layer:
+            merged.pop("fsdp", None)
+        merged.update(layer)
+    return merged
+
+
+def chosen_preset(name: str | None, *, typed: Mapping[str, Any], file: Mapping[str, Any]) -> str | None:
+    """The preset to start from: the one asked for, or the default where neither a model nor data is named."""
+    if name is not None:
+        return name
+    named = {**file, **typed}
+    return None if named.get("pretrain") or named.get("prompt_data") else DEFAULT_PRESET
+
+
+def load_settings(namespace: argparse.Namespace) -> StrategyConfig:
+    """The configuration of a run, converted but not yet checked.
+
+    :raises ConfigError: a file or preset that cannot be read, values of a wrong type, nothing to resume.
+    """
+    typed = {name: value for name, value in vars(namespace).items() if name in FIELDS}
+    file = read_yaml(namespace.config) if namespace.config else {}
+    if typed.get("resume") or file.get("resume"):
+        return StrategyConfig.from_args(_resumed(typed, file))
+    name = chosen_preset(namespace.preset, typed=typed, file=file)
+    preset = read_preset(name) if name is not None else {}
+    return StrategyConfig.from_args(merge_settings(typed=typed, file=file, preset=preset))
+
+
+def _resumed(typed: Mapping[str, Any], file: Mapping[str, Any]) -> dict[str, Any]:
+    folder = Path(typed.get("output_dir", file.get("output_dir", FIELDS["output_dir"].default)))
+    saved = folder / CONFIG_FILE
+    if not saved.is_file():
+        raise ConfigError(
+            [
+                f"--resume: {folder} holds no run (no {CONFIG_FILE}); name the run's folder with --output_dir, or leave --resume away"
+            ]
+        )
+    return {
+        **merge_settings(typed=typed, file=file, preset={}, saved=read_yaml(saved)),
+        "output_dir": str(folder),
+        "resume": True,
+    }
+
+
+def check_settings(config: StrategyConfig, *, multimodal: bool, world_size: int | None = None) -> StrategyConfig:
+    """Every fault that can be found before a rank starts, all at once.
+
+    :raises ConfigError: the faults of the settings and of what they name: files, backend, engine, output folder.
+    """
+    problems: list[str] = []
+    checked = config
+    try:
+        checked = config.checked(world_size)
+    except ConfigError as error:
+        problems += error.problems
+    else:
+        from .run_checks import run_faults
+
+        problems += run_faults(checked, multimodal=multimodal, world_size=world_size)
+    problems += _installation_faults(config) + _file_faults(config) + _output_faults(config)
+    if problems:
+        raise ConfigError(list(dict.fromkeys(problems)))
+    return checked
+
+
+def _installation_faults(config: StrategyConfig) -> list[str]:
+    from lightrft.strategy.errors import PluginError
+    from lightrft.strategy.registry import available, load_plugin
+
+    problems = []
+    wanted: tuple[tuple[Literal["strategies", "engines"], str], ...] = (
+        ("strategies", config.backend),
+        ("engines", config.engine_type),
+    )
+    for kind, name in wanted:
+        if name in available(kind):
+            continue  # loading it would load torch; a plug-in that is there but broken says so when the ranks start
+        try:
+            load_plugin(kind, name)
+        except PluginError as error:
+            problems.append(str(error))
+    return problems
+
+
+def _file_faults(config: StrategyConfig) -> list[str]:
+    problems = []
+    for flag in ("pretrain", "critic_pretrain", "reward_pretrain"):
+        value = getattr(config, flag)
+        looks_local = value is not None and (value.startswith((".", "/", "~")) or value.count("/") > 1)
+        if value is not None and looks_local and not Path(value).expanduser().is_dir():
+            problems.append(
+                f"--{flag} {value!r}: no such folder; give a model's folder or a hub name such as org/model"
+            )
+    for flag in ("prompt_data", "eval_data"):
+        for source in (getattr(config, flag) or "").split(","):
+            if source.endswith((".json", ".jsonl", ".parquet")) and not Path(source).expanduser().is_file():
+                problems.append(f"--{flag} {source!r}: no such file")
+    return problems
+
+
+def _output_faults(config: StrategyConfig) -> list[str]:
+    folder = Path(config.output_dir)
+    if config.output_dir == FIELDS["output_dir"].default or config.resume:
+        return []
+    if folder.is_file():
+        return [f"--output_dir {config.output_dir!r}: is a file; name a folder"]
+    if (folder / CONFIG_FILE).exists():
+        return [
+            f"--output_dir {config.output_dir!r}: holds a run already; add --resume to go on with it, or name another folder"
+        ]
+    return []

@@ -1,0 +1,110 @@
+"""One rank: reads the settings that the launcher left, trains, and leaves its final word.
+
+Run as ``python -m lightrft.cli.worker CONFIG``; the heavy imports come after the rank has told its process id.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import logging
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from lightrft.strategy.config import StrategyConfig
+from lightrft.strategy.errors import LightRFTError, RankTimeoutError
+
+from .launch import EXIT_FAILED, EXIT_INTERRUPTED, LAUNCH_DIR
+
+PR_SET_PDEATHSIG = 1
+
+
+def main() -> int:
+    """Entry point of a rank."""
+    parser = argparse.ArgumentParser(prog="lightrft-worker")
+    parser.add_argument("config")
+    parser.add_argument("--multimodal", action="store_true")
+    options = parser.parse_args()
+    die_with_parent()
+    if folder := os.environ.get(LAUNCH_DIR):
+        (Path(folder) / f"pid.{os.getpid()}").touch()
+    return run_rank(StrategyConfig.from_yaml(options.config), multimodal=options.multimodal)
+
+
+def run_rank(config: StrategyConfig, *, multimodal: bool) -> int:
+    """Train as one rank and return its exit code; an error is written where the launcher looks for it."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    rank = int(os.environ.get("RANK", "0"))
+    output: list[str] = []
+    try:
+        from lightrft.trainer.run import train
+
+        result = train(config, multimodal=multimodal, on_output_dir=output.append)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except Exception as error:  # noqa: BLE001 - the last frame of a rank: whatever it is, it is reported, and the rank fails
+        _report_error(error, rank, output[-1] if output else None, multimodal=multimodal)
+        return EXIT_FAILED
+    launched = LAUNCH_DIR in os.environ
+    if rank == 0:
+        _leave_word(
+            {"output_dir": result.output_dir, "interrupted": result.interrupted, "step": result.step},
+            multimodal=multimodal,
+        )
+    return EXIT_INTERRUPTED if result.interrupted and not launched else 0
+
+
+def die_with_parent() -> None:
+    """Ask Linux to end this rank when the launcher dies, however it dies; elsewhere the collectives' deadline does it."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _report_error(error: Exception, rank: int, output_dir: str | None, *, multimodal: bool) -> None:
+    """One sentence for the launcher, the traceback into the run's folder."""
+    wrong_use = isinstance(error, LightRFTError) and isinstance(error, ValueError)
+    text = str(error) if isinstance(error, LightRFTError) else f"{type(error).__name__}: {error}"
+    trace = "".join(traceback.format_exception(error))
+    if output_dir is not None:
+        path = Path(output_dir) / "errors" / f"rank{rank}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(trace, encoding="utf-8")
+        text += f"\n(the traceback is in {path})"
+    elif not wrong_use:
+        text += f"\n{trace}"
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if error_file:
+        content: dict[str, Any] = {
+            "message": {
+                "message": text,
+                "extraInfo": {
+                    "py_callstack": trace,
+                    "timestamp": str(int(time.time())),
+                    "secondary": isinstance(error, RankTimeoutError),
+                },
+            }
+        }
+        Path(error_file).write_text(json.dumps(content), encoding="utf-8")
+    if LAUNCH_DIR not in os.environ:
+        sys.stderr.write(f"lightrft: rank {rank}: {text}\n")
+    elif output_dir is not None or wrong_use:
+        _leave_word({"output_dir": output_dir, "wrong_use": wrong_use}, multimodal=multimodal)
+
+
+def _leave_word(word: dict[str, Any], *, multimodal: bool) -> None:
+    folder = os.environ.get(LAUNCH_DIR)
+    if folder:
+        path = Path(folder) / f"outcome.{os.getpid()}"
+        path.write_text(json.dumps({"command": "train-vl" if multimodal else "train", **word}), encoding="utf-8")
+        path.replace(Path(folder) / "outcome.json")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,37 @@
+"""Estimators of the KL divergence from samples (Schulman, http://joschu.net/blog/kl-approx.html).
+
+With x drawn from p, and r = q(x) / p(x), KL(p || q) is estimated by
+
+- k1 = -log r: unbiased, high variance, may be negative;
+- k2 = (log r)² / 2: biased, low variance;
+- k3 = r - 1 - log r: unbiased, low variance, never negative.
+
+Which one to use where: in the *reward* the value counts, so k1 (or k3) is right. In the *loss* the gradient counts, and there
+the roles change: the gradient of k2 is an unbiased estimate of the KL's gradient, that of k1 has expectation 0, and that of k3
+is the gradient of the reverse KL(q || p). GRPO (arXiv:2402.03300, equation 4) uses k3 in the loss all the same.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+KLEstimator = Literal["k1", "k2", "k3"]
+
+
+def approximate_kl(logprobs: Tensor, reference_logprobs: Tensor, estimator: KLEstimator) -> Tensor:
+    """Per-token estimate of KL(policy || reference) for tokens drawn from the policy.
+
+    :param logprobs: of the policy, any shape. :param reference_logprobs: of the reference, same shape.
+    :raises ValueError: unknown estimator.
+    """
+    log_ratio = reference_logprobs - logprobs
+    if estimator == "k1":
+        return -log_ratio
+    if estimator == "k2":
+        return log_ratio.square() / 2
+    if estimator == "k3":
+        # expm1 keeps the difference where the policies nearly agree; the clamp keeps one odd token from becoming inf.
+        return log_ratio.clamp(-20.0, 20.0).expm1() - log_ratio
+    raise ValueError(f"unknown kl_estimator {estimator!r}; known are k1, k2, k3")

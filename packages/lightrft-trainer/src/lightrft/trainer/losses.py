@@ -1,0 +1,141 @@
+"""The losses of a step, each a *sum* that a global count divides later.
+
+A mean over a micro-batch would weigh tokens by how the batch happens to be cut. Here a loss returns the sum over its
+micro-batch, and the trainer multiplies by 1 / :func:`loss_denominator`, a count over all ranks and micro-batches of the
+optimizer step. So neither the micro-batch size nor the number of ranks changes the gradient.
+
+Shapes: logprobs, advantages and masks are ``[B, T]``; everything outside the mask is ignored, even NaN.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+AggregationMode = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"]
+PolicyObjective = Literal["ppo", "gspo", "cpgd"]
+
+
+def aggregate(token_losses: Tensor, mask: Tensor, mode: AggregationMode) -> Tensor:
+    """Sum token losses so that dividing by :func:`loss_denominator` gives the mean that ``mode`` names.
+
+    - ``token-mean``: every token of the batch weighs the same (DAPO, arXiv:2503.14476, equation 12).
+    - ``seq-mean-token-mean``: every sequence weighs the same (GRPO, arXiv:2402.03300, equation 3).
+    - ``seq-mean-token-sum``: a sequence weighs its length; a constant length normalizer is left to the learning rate
+      (Dr. GRPO, arXiv:2503.20783).
+
+    :return: a 0-d tensor; 0 with a graph where the mask is empty, so that every rank can call backward.
+    """
+    held = token_losses.masked_fill(~mask, 0.0)
+    if mode in ("token-mean", "seq-mean-token-sum"):
+        return held.sum()
+    if mode == "seq-mean-token-mean":
+        return (held.sum(dim=1) / mask.sum(dim=1).clamp(min=1)).sum()
+    raise ValueError(f"unknown loss_agg_mode {mode!r}; known are token-mean, seq-mean-token-mean, seq-mean-token-sum")
+
+
+def loss_denominator(mode: AggregationMode, tokens: int, sequences: int) -> int:
+    """What an aggregated sum is divided by, given the counts over all ranks; never below 1 (no tokens: loss 0, not NaN)."""
+    return max(1, tokens if mode == "token-mean" else sequences)
+
+
+@dataclass(frozen=True)
+class PolicyLoss:
+    """A policy loss in parts.
+
+    :param token_losses: ``[B, T]`` with gradient. :param ratio: ``[B, T]`` detached. :param clipped: ``[B, T]`` bool, where the
+        clip cut the gradient off.
+    """
+
+    token_losses: Tensor
+    ratio: Tensor
+    clipped: Tensor
+
+
+def policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    objective: PolicyObjective = "ppo",
+    eps_low: float = 0.2,
+    eps_high: float = 0.2,
+    weights: Tensor | None = None,
+    drift_coef: float = 0.0,
+) -> PolicyLoss:
+    """Token losses of the policy.
+
+    - ``ppo``: -min(r A, clip(r, 1 - eps_low, 1 + eps_high) A), r = exp(logp - old) (PPO, arXiv:1707.06347, equation 7; two
+      clip ranges: DAPO, arXiv:2503.14476, section 3.1).
+    - ``gspo``: the same with the sequence's ratio s = exp(mean of logp - old over its tokens), whose gradient reaches each token
+      through its own logprob (GSPO-token, arXiv:2507.18071, equation 13).
+    - ``cpgd``: -min(l A, clip(l, log(1 - eps_low), log(1 + eps_high)) A), l = logp - old, plus ``drift_coef`` times the k3 estimate of
+      KL(old || policy), with its ratio cut at 1 + eps_high so that the drift's gradient cannot explode (CPGD, arXiv:2505.12504).
+
+    :param weights: ``[B, T]`` importance weights that correct for the engine's distribution, without gradient.
+    """
+    # Padding may hold anything; exp() of it must not reach the gradient as inf * 0.
+    log_ratio = (logprobs - old_logprobs).masked_fill(~mask, 0.0)
+    if objective == "gspo":
+        lengths = mask.sum(dim=1, keepdim=True).clamp(min=1)
+        mean = log_ratio.detach().sum(dim=1, keepdim=True) / lengths
+        log_ratio = mean + (log_ratio - log_ratio.detach())
+    if objective in ("ppo", "gspo"):
+        ratio = log_ratio.clamp(-20.0, 20.0).exp()
+        limited = ratio.clamp(1.0 - eps_low, 1.0 + eps_high)
+        losses = -torch.minimum(ratio * advantages, limited * advantages)
+    elif objective == "cpgd":
+        ratio = log_ratio.clamp(-20.0, 20.0).exp()
+        # eps_low of 1 and more would be log of nothing: no lower bound then.
+        low = torch.tensor(1.0 - eps_low).log().item() if eps_low < 1 else -float("inf")
+        limited = log_ratio.clamp(low, torch.tensor(1.0 + eps_high).log().item())
+        losses = -torch.minimum(log_ratio * advantages, limited * advantages)
+        if drift_coef:
+            # The gradient of k3 = r - 1 - log r is (r - 1) ∇logp; the cut r keeps its sign and bounds its size.
+            slope = (ratio.detach().clamp(max=1.0 + eps_high) - 1.0) * log_ratio
+            value = (ratio - 1.0 - log_ratio).detach()
+            losses = losses + drift_coef * (value + slope - slope.detach())
+    else:
+        raise ValueError(f"unknown policy objective {objective!r}; known are ppo, gspo, cpgd")
+    ratio = ratio.detach()
+    clipped = mask & torch.where(advantages > 0, ratio > 1.0 + eps_high, (advantages < 0) & (ratio < 1.0 - eps_low))
+    if weights is not None:
+        losses = losses * weights.masked_fill(~mask, 0.0)
+    return PolicyLoss(losses, ratio, clipped)
+
+
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, value_clip: float | None) -> Tensor:
+    """Token losses of the critic: max((V - G)², (clip(V, old ± c) - G)²) / 2 (arXiv:2005.12729, section 3).
+
+    :param value_clip: the range c; None does not clip.
+    """
+    plain = (values - returns).square()
+    if value_clip is None:
+        return plain / 2
+    limited = old_values + (values - old_values).clamp(-value_clip, value_clip)
+    return torch.maximum(plain, (limited - returns).square()) / 2
+
+
+def truncated_importance_weights(trainer_logprobs: Tensor, engine_logprobs: Tensor, cap: float) -> Tensor:
+    """min(p_trainer / p_engine, cap): corrects for an engine that samples from slightly other probabilities.
+
+    Truncated importance sampling (Ionides, 2008) as used for rollouts (https://fengyao.notion.site/off-policy-rl).
+
+    :return: ``[B, T]`` without gradient.
+    """
+    return (trainer_logprobs - engine_logprobs).detach().clamp(-20.0, 20.0).exp().clamp(max=cap)
+
+
+def entropy_threshold(entropies: Tensor, share: float) -> float:
+    """The entropy that the ``share`` of tokens with the highest entropy reach (arXiv:2506.01939, section 4).
+
+    :param entropies: ``[N]`` of all tokens of the batch, over all ranks.
+    """
+    if entropies.numel() == 0 or share >= 1:
+        return -float("inf")
+    keep = max(1, round(share * entropies.numel()))
+    return float(entropies.float().kthvalue(entropies.numel() - keep + 1).values)

@@ -1,0 +1,77 @@
+"""The run's curves as PNG files: reward, held-out accuracy, response length, drift."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+# (file name, title, axis label, metrics to draw)
+CURVES: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
+    ("reward.png", "Reward of the sampled responses", "reward", ("reward_mean",)),
+    ("accuracy.png", "Held-out accuracy (greedy)", "accuracy", ("eval_accuracy",)),
+    ("response_length.png", "Response length", "tokens", ("response_length_mean",)),
+    ("logprob_drift.png", "Engine against trainer: mean |Δ logprob|", "nats", ("logprob_drift",)),
+    ("grad_norm.png", "Gradient norm before clipping", "norm", ("grad_norm",)),
+)
+SMOOTHING_WINDOW = 20
+
+
+def plot_curves(lines: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
+    """Draw every curve that has data; returns the files, written whole or not at all.
+
+    :param lines: one mapping a step, as in metrics.jsonl.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    written = []
+    folder.mkdir(parents=True, exist_ok=True)
+    for file_name, title, label, names in CURVES:
+        drawn = {name: points for name in names if (points := _points(lines, name))}
+        if not drawn:
+            continue
+        figure = Figure(figsize=(7.0, 4.0), dpi=120, layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        for points in drawn.values():
+            steps, values = zip(*points, strict=True)
+            few = len(points) < 2 * SMOOTHING_WINDOW
+            axes.plot(
+                steps, values, color="#1f77b4", alpha=1.0 if few else 0.3, linewidth=1.2, marker="o" if few else None
+            )
+            if not few:
+                axes.plot(
+                    steps,
+                    smooth(values, SMOOTHING_WINDOW),
+                    color="#1f77b4",
+                    linewidth=2,
+                    label=f"mean of {SMOOTHING_WINDOW}",
+                )
+                axes.legend(frameon=False, loc="best")
+        if label in ("accuracy", "reward") and all(0 <= value <= 1 for points in drawn.values() for _, value in points):
+            axes.set_ylim(-0.02, 1.02)
+        axes.set_title(title, loc="left")
+        axes.set_xlabel("step")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        path = folder / file_name
+        scratch = path.with_suffix(".tmp")
+        figure.savefig(scratch, format="png")
+        scratch.replace(path)
+        written.append(path)
+    return written
+
+
+def smooth(values: Sequence[float], window: int) -> list[float]:
+    """Mean of each value and the ``window - 1`` before it (fewer at the start)."""
+    smoothed = []
+    for end in range(1, len(values) + 1):
+        part = values[max(0, end - window) : end]
+        smoothed.append(sum(part) / len(part))
+    return smoothed
+
+
+def _points(lines: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:
+    return [(int(line["step"]), float(line[name])) for line in lines if line.get(name) is not None]

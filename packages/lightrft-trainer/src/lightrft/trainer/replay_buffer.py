@@ -1,0 +1,116 @@
+"""The samples of one rollout step, keyed by global index, and the plan by which they are trained on.
+
+Every rank holds its own samples and, of all samples, who owns them and how long they are. From these and (seed, step, epoch)
+each rank derives the same plan without talking to the others, also after a resume on another number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from .experience import Experience, pack, unpack
+from .minibatches import MicroBatch, cut_microbatches, plan_minibatches
+
+
+@dataclass(frozen=True)
+class SampleRecord:
+    """What every rank knows of a sample: its owner (data rank), tokens in all, tokens of the response, and its reward."""
+
+    owner: int
+    length: int
+    response_length: int
+    reward: float = 0.0
+
+
+@dataclass(frozen=True)
+class OptimizerBatch:
+    """One optimizer step as this rank sees it.
+
+    :param microbatches: this rank's, equally many on every rank. :param tokens: response tokens over all ranks.
+    :param sequences: samples with a response over all ranks.
+    """
+
+    microbatches: Sequence[MicroBatch]
+    indices: Sequence[int]
+    tokens: int
+    sequences: int
+
+
+@dataclass
+class ReplayBuffer:
+    """This rank's samples of a step, and the records of everybody's."""
+
+    samples: dict[int, Experience] = field(default_factory=dict)
+    records: dict[int, SampleRecord] = field(default_factory=dict)
+
+    def fill(self, samples: Sequence[Experience], records: Mapping[int, SampleRecord]) -> None:
+        """Replace the content."""
+        self.samples = {sample.index: sample for sample in samples}
+        self.records = dict(records)
+
+    def clear(self) -> None:
+        """Drop everything."""
+        self.samples, self.records = {}, {}
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def items(self) -> list[Experience]:
+        """This rank's samples in the order of their global indices."""
+        return [self.samples[index] for index in sorted(self.samples)]
+
+    def plan(
+        self,
+        *,
+        n_samples: int,
+        batch_size: int,
+        micro_batch_size: int,
+        seed: int,
+        step: int,
+        epoch: int,
+        rank: int,
+        ranks: int,
+    ) -> list[OptimizerBatch]:
+        """The optimizer steps of one epoch over the buffer. The same on every rank but for ``microbatches``."""
+        # Dynamic sampling may have left holes: samples are laid out without them.
+        held = sorted(self.records)
+        prompts = len({index // n_samples for index in held})
+        batches = []
+        owners = {index: record.owner for index, record in self.records.items()}
+        lengths = {index: record.length for index, record in self.records.items()}
+        for places in plan_minibatches(
+            prompts=prompts, n_samples=n_samples, batch_size=batch_size, seed=seed, step=step, epoch=epoch
+        ):
+            indices = [held[place] for place in places]
+            cut = cut_microbatches(indices, owners, lengths, world_size=ranks, size=micro_batch_size)
+            responses = [self.records[index].response_length for index in indices]
+            batches.append(
+                OptimizerBatch(cut[rank], indices, sum(responses), sum(1 for response in responses if response > 0))
+            )
+        return batches
+
+    # ---- checkpoint ---------------------------------------------------------------------------------------------------
+    def state_tensors(self) -> dict[str, Tensor]:
+        """This rank's samples as tensors by name."""
+        return pack(self.items)
+
+    @staticmethod
+    def restore(states: Sequence[Mapping[str, Tensor]], *, n_samples: int, rank: int, ranks: int) -> ReplayBuffer:
+        """The buffer from the states of all saved ranks (``states[i]`` is data rank i's).
+
+        On as many ranks as saved it, each gets its own samples back; otherwise they are dealt out by prompt, in turn.
+        """
+        saved = [(origin, sample) for origin, state in enumerate(states) for sample in unpack(state)]
+        saved.sort(key=lambda item: item[1].index)
+        places = {prompt: place for place, prompt in enumerate(sorted({s.index // n_samples for _, s in saved}))}
+        buffer = ReplayBuffer()
+        for origin, sample in saved:
+            owner = origin if len(states) == ranks else places[sample.index // n_samples] % ranks
+            buffer.records[sample.index] = SampleRecord(owner, sample.length, sample.response_length, sample.reward)
+            if owner == rank:
+                buffer.samples[sample.index] = sample
+        return buffer

@@ -1,0 +1,96 @@
+"""What happens to a reward between the reward function and the advantages: overlong penalty, clipping, running norm."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .advantages import SumOverRanks
+
+
+def overlong_penalty(lengths: Tensor, max_length: int, buffer_length: int, factor: float) -> Tensor:
+    """0 up to ``max_length - buffer_length`` tokens, then falling linearly to ``-factor`` (DAPO, arXiv:2503.14476, equation 13).
+
+    :param lengths: ``[B]`` response lengths in tokens.
+    :return: ``[B]`` float32, between ``-factor`` and 0.
+    """
+    over = lengths.float() - (max_length - buffer_length)
+    return -(over / buffer_length).clamp(0.0, 1.0) * factor
+
+
+class RunningMoments:
+    """Mean and variance of everything seen so far (Chan, Golub and LeVeque, 1979), over all ranks.
+
+    Every data rank must call :meth:`update` together; all then hold the same state.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0.0
+        self.mean = 0.0
+        self.squares = 0.0
+
+    @property
+    def std(self) -> float:
+        """Sample standard deviation; 1 while it is unknown or 0."""
+        variance = self.squares / (self.count - 1) if self.count > 1 else 0.0
+        return math.sqrt(variance) if variance > 0 else 1.0
+
+    def update(self, values: Tensor, sum_over_ranks: SumOverRanks | None = None) -> None:
+        """Add this rank's values (any shape). A collective where ``sum_over_ranks`` is one."""
+        reduce = sum_over_ranks or (lambda vector: vector)
+        exact = values.double().flatten()
+        total = reduce(torch.stack([exact.sum(), exact.new_tensor(float(exact.numel()))]))
+        count = float(total[1])
+        if count == 0:
+            return
+        mean = float(total[0]) / count
+        squares = float(reduce((exact - mean).square().sum().reshape(1))[0])
+        shift = mean - self.mean
+        whole = self.count + count
+        self.squares += squares + shift * shift * self.count * count / whole
+        self.mean += shift * count / whole
+        self.count = whole
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as JSON numbers."""
+        return {"count": self.count, "mean": self.mean, "squares": self.squares}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state."""
+        self.count, self.mean, self.squares = (float(state[key]) for key in ("count", "mean", "squares"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardShaping:
+    """The settings, applied in this order: overlong penalty, running norm, clip.
+
+    :param clip: rewards end within plus and minus this; 0: no clipping.
+    :param running_norm: divide by the running standard deviation; ``minus_mean``: subtract the running mean first.
+    :param overlong: apply the overlong penalty.
+    """
+
+    clip: float = 0.0
+    running_norm: bool = False
+    minus_mean: bool = False
+    overlong: bool = False
+    overlong_buffer_len: int = 1024
+    overlong_penalty_factor: float = 1.0
+    max_length: int = 1024
+
+    def apply(
+        self, rewards: Tensor, lengths: Tensor, moments: RunningMoments, sum_over_ranks: SumOverRanks | None = None
+    ) -> Tensor:
+        """Shaped rewards ``[B]``; ``moments`` takes these rewards in first. A collective where ``sum_over_ranks`` is one."""
+        shaped = rewards.float()
+        if self.overlong:
+            shaped = shaped + overlong_penalty(
+                lengths, self.max_length, self.overlong_buffer_len, self.overlong_penalty_factor
+            )
+        if self.running_norm:
+            moments.update(shaped, sum_over_ranks)
+            shaped = (shaped - moments.mean if self.minus_mean else shaped) / moments.std
+        return shaped.clamp(-self.clip, self.clip) if self.clip > 0 else shaped

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lightrft.trainer.kl import approximate_kl
+from lightrft.trainer.kl_controller import AdaptiveKLController, FixedKLController, make_kl_controller
+
+
+def distributions() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    p = torch.randn(6, generator=generator, dtype=torch.float64).log_softmax(0)
+    q = (p + 0.3 * torch.randn(6, generator=generator, dtype=torch.float64)).log_softmax(0)
+    return p, q
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k3"])
+def test_k1_and_k3_are_unbiased(estimator: str) -> None:
+    p, q = distributions()
+    exact = (p.exp() * (p - q)).sum()
+    assert (p.exp() * approximate_kl(p, q, estimator)).sum() == pytest.approx(exact.item(), rel=1e-12)
+
+
+def test_k2_is_close_and_k3_is_never_negative() -> None:
+    p, q = distributions()
+    exact = (p.exp() * (p - q)).sum().item()
+    assert (p.exp() * approximate_kl(p, q, "k2")).sum().item() == pytest.approx(exact, rel=0.3)
+    assert (approximate_kl(p, q, "k3") >= 0).all()
+
+
+def expected_gradient(estimator: str) -> torch.Tensor:
+    """The mean over samples of the estimator's gradient, samples held fixed."""
+    p, q = distributions()
+    logits = p.clone().requires_grad_()
+    logp = logits.log_softmax(0)
+    (p.exp() * approximate_kl(logp, q, estimator)).sum().backward()
+    assert logits.grad is not None
+    return logits.grad
+
+
+def test_gradients_in_a_loss_are_what_the_docstring_says() -> None:
+    p, q = distributions()
+    logits = p.clone().requires_grad_()
+    logp = logits.log_softmax(0)
+    (logp.exp() * (logp - q)).sum().backward()
+    assert torch.allclose(expected_gradient("k2"), logits.grad)
+    assert expected_gradient("k1").abs().max() < 1e-12
+    reverse = p.clone().requires_grad_()
+    (q.exp() * (q - reverse.log_softmax(0))).sum().backward()
+    assert torch.allclose(expected_gradient("k3"), reverse.grad)
+
+
+def test_k3_stays_finite_for_an_impossible_token() -> None:
+    value = approximate_kl(torch.tensor([-300.0]), torch.tensor([0.0]), "k3")
+    assert torch.isfinite(value).all()
+
+
+def test_unknown_estimator_names_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="k1, k2, k3"):
+        approximate_kl(torch.zeros(1), torch.zeros(1), "k4")
+
+
+def test_adaptive_weight_rises_above_the_target_and_falls_below() -> None:
+    controller = AdaptiveKLController(0.1, target=0.05, horizon=100)
+    controller.update(0.5, 10)
+    assert controller.value == pytest.approx(0.1 * (1 + 0.2 * 0.1))
+    controller.update(0.0, 10)
+    assert controller.value == pytest.approx(0.1 * 1.02 * 0.98)
+    before = controller.value
+    controller.update(float("nan"), 10)
+    assert controller.value == before
+
+
+def test_controllers_come_back_from_json() -> None:
+    import json
+
+    controller = make_kl_controller(0.1, 0.05, 100)
+    controller.update(0.07, 3)
+    other = make_kl_controller(0.9, 0.05, 100)
+    other.load_state_dict(json.loads(json.dumps(controller.state_dict())))
+    assert other.value == controller.value
+    assert type(make_kl_controller(0.1, None, 100)) is FixedKLController
