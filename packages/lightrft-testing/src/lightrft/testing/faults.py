@@ -1,0 +1,64 @@
+"""Faults on purpose: a process that dies at a named point, files that are cut or altered."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@contextlib.contextmanager
+def calling_first(owner: Any, name: str, action: Callable[[], None], *, nth: int = 1) -> Iterator[None]:
+    """Within it, the ``nth`` call (from 1) of ``owner.name`` does ``action`` before anything else."""
+    original = getattr(owner, name)
+    calls = 0
+
+    @functools.wraps(original)
+    def disturbed(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == nth:
+            action()
+        return original(*args, **kwargs)
+
+    setattr(owner, name, disturbed)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+def die() -> None:
+    """End this process as ``kill -9`` would: nothing is flushed, nothing is cleaned up."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def cut(path: Path, share: float = 0.5) -> None:
+    """Keep only the first ``share`` of a file, as a full disk or a crash would."""
+    os.truncate(path, int(path.stat().st_size * share))
+
+
+def flip_bit(path: Path, position: int | None = None) -> None:
+    """Alter one bit, by default in the middle of the file."""
+    data = bytearray(path.read_bytes())
+    index = len(data) // 2 if position is None else position
+    data[index] ^= 1
+    path.write_bytes(data)
+
+
+def poison_gradient(model: torch.nn.Module, value: float = float("nan")) -> None:
+    """Put a value that is not finite into the first gradient that this rank holds."""
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            gradient = parameter.grad
+            local = gradient.to_local() if hasattr(gradient, "to_local") else gradient  # type: ignore[attr-defined]
+            if local.numel():
+                local.view(-1)[0] = value
+                return
+    raise ValueError("no parameter has a gradient: call backward first")
