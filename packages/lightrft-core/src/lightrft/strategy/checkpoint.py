@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import xxhash
-
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -112,8 +111,8 @@ def save(
     strategy.setup_distributed()
     finish(strategy)
     records = _records(strategy, model, optimizer, scheduler)
-    tag = strategy.all_gather_object(tag or _default_tag(save_dir, client_state))[0]
-    final, staging = save_dir / tag, save_dir / f".{tag}.partial"
+    name = str(strategy.all_gather_object(tag or _default_tag(save_dir, client_state))[0])
+    final, staging = save_dir / name, save_dir / f".{name}.partial"
     if strategy.is_rank_0():
         shutil.rmtree(staging, ignore_errors=True)
         for folder in (*records, RANKS):
@@ -122,10 +121,10 @@ def save(
     strategy.barrier()
     futures = []
     with strategy.waits_for_ranks("save_ckpt"):
-        for name, record in records.items():
-            futures.append(strategy.write_state(record, staging / name, asynchronous=asynchronous))
+        for key, record in records.items():
+            futures.append(strategy.write_state(record, staging / key, asynchronous=asynchronous))
             if strategy.is_rank_0():
-                _write_scalars(record, staging / name)
+                _write_scalars(record, staging / key)
         _write_rank(strategy, staging / RANKS, rank_state or {})
     strategy._pending_save = PendingSave(
         staging=staging,
@@ -135,10 +134,10 @@ def save(
         max_mem=max_mem,
         manifest={
             "format": FORMAT,
-            "tag": tag,
+            "tag": name,
             "strategy": strategy.name,
             "world_size": strategy.world_size,
-            "models": {name: _shapes(record.model) for name, record in records.items()},
+            "models": {key: _shapes(record.model) for key, record in records.items()},
         },
         futures=[future for future in futures if future is not None],
     )
@@ -338,7 +337,8 @@ def _check_same_model(folder: Path, name: str, saved: Mapping[str, Any], mine: M
     for key in [*mine, *theirs]:
         if mine.get(key) != theirs.get(key):
             raise CheckpointError(
-                f"{folder}: a checkpoint of another model: {key} is {theirs.get(key, 'absent')} there, {mine.get(key, 'absent')} here"
+                f"{folder}: a checkpoint of another model: {key} is {theirs.get(key, 'absent')} there, "
+                f"{mine.get(key, 'absent')} here"
             )
 
 

@@ -17,6 +17,7 @@ Group = dist.ProcessGroup | None
 
 
 def size_of(group: Group) -> int:
+    """Ranks of a group (None: all), 1 without a process group."""
     return dist.get_world_size(group) if dist.is_initialized() else 1
 
 
@@ -48,8 +49,8 @@ def all_reduce(data: Any, op: str = "mean", group: Group = None, device: torch.d
 def all_gather(data: Any, group: Group = None) -> Any:
     """Gather from ``group`` in rank order; the result has the structure of ``data``.
 
-    A tensor ``[n, ...]`` comes back as ``[sum of n, ...]`` (ranks may differ in ``n``), a 0-d one as ``[ranks]``; a Python
-    number or string as a list with one entry a rank.
+    A tensor ``[n, ...]`` comes back as ``[sum of n, ...]`` (ranks may differ in ``n``), a 0-d one as ``[ranks]``; a
+    Python number or string as a list with one entry a rank.
     """
     if isinstance(data, Mapping):
         return {key: all_gather(value, group) for key, value in data.items()}
@@ -59,7 +60,7 @@ def all_gather(data: Any, group: Group = None) -> Any:
 
 
 def all_gather_object(data: Any, group: Group = None) -> list[Any]:
-    """Any picklable object from each rank of ``group``, in rank order. Only between ranks of one run: never from disk."""
+    """Any picklable object from each rank of ``group``, in rank order. It travels between ranks of one run only."""
     if size_of(group) == 1:
         return [data]
     gathered: list[Any] = [None] * size_of(group)

@@ -543,7 +543,7 @@ def _as_dict(args: Any) -> dict[str, Any]:
 
 def _coerce(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     """Values converted to their fields' types, and a sentence for each that cannot be (those fall back to the default)."""
-    from pydantic import ConfigDict, TypeAdapter, ValidationError
+    from pydantic import TypeAdapter, ValidationError
 
     clean = dict(values)
     if isinstance(clean.get("adam_betas"), list):

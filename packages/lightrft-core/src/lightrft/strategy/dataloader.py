@@ -1,4 +1,4 @@
-"""A data loader whose order depends on the seed and the epoch, whose shards depend on the rank, and that resumes exactly."""
+"""A data loader whose order depends on seed and epoch, whose shards depend on the rank, and that resumes exactly."""
 
 from __future__ import annotations
 

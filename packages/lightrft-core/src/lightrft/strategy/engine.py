@@ -1,7 +1,7 @@
 """The interface of a rollout engine, and the contract that the base class keeps for every one of them.
 
-An engine implements the underscored hooks; the public methods check the lifecycle, the names and the counts around them,
-so that a missing tensor or a sleeping engine is the same error everywhere.
+An engine implements the underscored hooks; the public methods check lifecycle, names and counts around them, so
+that a missing tensor or a sleeping engine is the same error everywhere.
 """
 
 from __future__ import annotations

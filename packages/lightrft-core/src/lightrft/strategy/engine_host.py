@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,8 @@ from .weights import SyncReceipt, TensorSpec, UpdatePlan, WeightBucket, sample_p
 
 if TYPE_CHECKING:
     from .strategy_base import StrategyBase
+
+T = TypeVar("T")
 
 
 class EngineHost:
@@ -114,19 +116,14 @@ class EngineHost:
             # A rank whose engine refuses a bucket still takes part in gathering the others: nobody is left waiting.
             for bucket in self.strategy.export_weights(actor, plan):
                 if self.engine is not None and problem is None:
-                    try:
-                        sent |= _samples_of(bucket)
-                        self.engine.load_bucket(bucket)
-                    except Exception as error:
-                        problem = error
+                    sent |= _samples_of(bucket)
+                    _, problem = _attempt(self.engine.load_bucket, bucket)
+            if self.engine is not None and problem is None:
+                _, problem = _attempt(self._compare, self.engine, plan, sent)
+            if self.config.verify_weights == "full":
+                problem = self._compare_fully(actor, plan, problem)
         if self.engine is not None and problem is None:
-            try:
-                self._compare(self.engine, plan, sent, actor)
-                receipt = self.engine.finish_update()
-            except Exception as error:
-                problem = error
-        if problem is None and self.config.verify_weights == "full":
-            problem = self._compare_fully(actor, plan)
+            receipt, problem = _attempt(self.engine.finish_update)
         self._raise_together(problem, WeightSyncError)
         self.weight_version = version
         if self.engine is not None:
@@ -139,9 +136,7 @@ class EngineHost:
         engine.restore("weights")
         return engine.begin_update(version, specs, bucket_bytes=int(self.config.weight_bucket_mb * 2**20))
 
-    def _compare(
-        self, engine: RolloutEngine, plan: UpdatePlan, sent: Mapping[str, torch.Tensor], actor: nn.Module
-    ) -> None:
+    def _compare(self, engine: RolloutEngine, plan: UpdatePlan, sent: Mapping[str, torch.Tensor]) -> None:
         """What the engine now holds against what left the trainer, at sampled positions."""
         if lost := [spec.name for spec in plan.specs if spec.name not in sent]:
             raise WeightSyncError(f"{len(lost)} of {len(plan.specs)} tensors never came: {', '.join(lost[:5])}")
@@ -154,19 +149,11 @@ class EngineHost:
                     f"{spec.name}: the engine holds other values than were sent (weights version {plan.version})"
                 )
 
-    def _compare_fully(self, actor: nn.Module, plan: UpdatePlan) -> Exception | None:
-        """Send everything once more, and compare each element with what the engine holds."""
-        problem: Exception | None = None
+    def _compare_fully(self, actor: nn.Module, plan: UpdatePlan, problem: Exception | None) -> Exception | None:
+        """Gather everything once more, and compare each element with what the engine holds."""
         for bucket in self.strategy.export_weights(actor, plan):
-            if self.engine is None or problem is not None:
-                continue
-            try:
-                held = self.engine.sample_weights({n: torch.arange(t.numel()) for n, t in bucket.tensors.items()})
-                for name, tensor in bucket.tensors.items():
-                    if not _same(tensor.reshape(-1).cpu(), held[name]):
-                        raise WeightSyncError(f"{name}: the engine holds other values than the trainer")
-            except Exception as error:
-                problem = error
+            if self.engine is not None and self.engine.capabilities.readback and problem is None:
+                _, problem = _attempt(_compare_bucket, self.engine, bucket)
         return problem
 
     def _complete(
@@ -268,9 +255,9 @@ class EngineHost:
         group, size = self.strategy.groups.engine, self.strategy.layout.engine_tp_size
         if size == 1:
             assert self.engine is not None
-            outputs, problem = self._try_run(self.engine, prompts, sampling, step)
+            outputs, problem = _attempt(self._run, self.engine, prompts, sampling, step)
             self._raise_together(problem, RolloutError)
-            return outputs
+            return outputs or []
         leader = self.strategy.layout.engine_leader(self.strategy.rank)
         place = self.strategy.rank - leader
         with self.strategy.waits_for_ranks("gather prompts"):
@@ -278,11 +265,12 @@ class EngineHost:
             dist.gather_object(prompts, shares if place == 0 else None, dst=leader, group=group)
             if self.placement == "spmd":  # the engine's ranks must see identical prompts
                 dist.broadcast_object_list(shares, src=leader, group=group)
-        outputs, problem = [], None
+        answers, problem = None, None
         if self.engine is not None:
             everyone = [prompt for share in shares for prompt in share]
-            outputs, problem = self._try_run(self.engine, everyone, sampling, step)
+            answers, problem = _attempt(self._run, self.engine, everyone, sampling, step)
         self._raise_together(problem, RolloutError)
+        outputs = answers or []
         if self.placement == "spmd":
             starts = [sum(len(share) for share in shares[:i]) * sampling.n for i in range(size + 1)]
             return outputs[starts[place] : starts[place + 1]]
@@ -300,14 +288,6 @@ class EngineHost:
             dist.scatter_object_list(mine, parts if place == 0 else None, src=leader, group=group)
         return mine[0]
 
-    def _try_run(
-        self, engine: RolloutEngine, prompts: list[Prompt], sampling: SamplingParams, step: int
-    ) -> tuple[list[GenerationOutput], Exception | None]:
-        try:
-            return self._run(engine, prompts, sampling, step), None
-        except Exception as error:
-            return [], error
-
     def _run(
         self, engine: RolloutEngine, prompts: list[Prompt], sampling: SamplingParams, step: int
     ) -> list[GenerationOutput]:
@@ -322,12 +302,7 @@ class EngineHost:
     # ---- agreement ---------------------------------------------------------------------------------------------------
     def _agree(self, what: str, act: Callable[[RolloutEngine], Any]) -> Any:
         """Run ``act`` where there is an engine; everyone gets its leader's result, or everyone raises."""
-        result, problem = None, None
-        if self.engine is not None:
-            try:
-                result = act(self.engine)
-            except Exception as error:
-                problem = error
+        result, problem = _attempt(act, self.engine) if self.engine is not None else (None, None)
         self._raise_together(problem, WeightSyncError, what)
         if self.placement != "spmd":
             result = all_gather_object(result, self.strategy.groups.engine)[0]
@@ -384,6 +359,21 @@ class EngineHost:
 
 def _samples_of(bucket: WeightBucket) -> dict[str, torch.Tensor]:
     return {name: take_samples(tensor, sample_positions(tensor.numel())) for name, tensor in bucket.tensors.items()}
+
+
+def _attempt(act: Callable[..., T], *args: Any) -> tuple[T | None, Exception | None]:
+    """(result, None) or (None, what went wrong): a rank keeps its error until all ranks can raise together."""
+    try:
+        return act(*args), None
+    except Exception as error:  # noqa: BLE001 - raised again once every rank knows of it
+        return None, error
+
+
+def _compare_bucket(engine: RolloutEngine, bucket: WeightBucket) -> None:
+    held = engine.sample_weights({name: torch.arange(tensor.numel()) for name, tensor in bucket.tensors.items()})
+    for name, tensor in bucket.tensors.items():
+        if not _same(tensor.reshape(-1).cpu(), held[name]):
+            raise WeightSyncError(f"{name}: the engine holds other values than the trainer")
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -18,8 +18,8 @@ from .native_strategy import NativeStrategy
 class FakeStrategy(NativeStrategy):
     """Trains for real in one process, without ranks; constructs anywhere.
 
-    Without ``args`` an optimizer step follows every backward pass, and nothing is clipped. Engines that a unit test cannot
-    have (vllm, sglang) are stood in for by a minimal one; any other ``engine_type`` is the real one.
+    Without ``args`` an optimizer step follows every backward pass, and nothing is clipped. Engines that a unit test
+    cannot have (vllm, sglang) are stood in for by a minimal one; any other ``engine_type`` is the real one.
     """
 
     name = "fake"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch.distributed as dist
 
@@ -108,5 +109,5 @@ class ProcessGroups:
             return None
         if len(groups) == 1:
             return dist.group.WORLD
-        mine, _ = dist.new_subgroups_by_enumeration([list(group) for group in groups])
+        mine: Any = dist.new_subgroups_by_enumeration([list(group) for group in groups])[0]
         return mine

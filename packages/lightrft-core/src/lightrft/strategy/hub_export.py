@@ -34,7 +34,7 @@ def save_hub_model(
     bucket_bytes: int = DEFAULT_BUCKET_BYTES,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """See :meth:`StrategyBase.save_model`. The folder appears whole or not at all; an older one is replaced at the end."""
+    """See :meth:`StrategyBase.save_model`. The folder appears whole or not at all."""
     specs = tuple(spec.cast(dtype) for spec in strategy.export_spec(model))
     plan = UpdatePlan(version=0, specs=specs, dtype=dtype, bucket_bytes=bucket_bytes)
     buckets = plan_buckets(plan)

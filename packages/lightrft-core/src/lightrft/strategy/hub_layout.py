@@ -112,7 +112,7 @@ def hub_models(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def hub_sources(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Module tensors that make up the model: parameters, each once (tied ones under their first name), then persistent buffers."""
+    """Parameters, each once (tied ones under their first name), then persistent buffers, with their module names."""
     model = unwrap(model)
     seen: set[int] = set()
     for name, parameter in model.named_parameters(remove_duplicate=True):

@@ -67,7 +67,7 @@ class RankJournal:
                 continue
             try:
                 sequence, operation, place = self._store.get(str(rank)).decode().split("\t")  # type: ignore[union-attr]
-            except Exception as error:  # the store died with its host: say what is known
+            except (RuntimeError, ValueError) as error:  # the store died with its host: say what is known
                 return f"{name} at {site} failed after {waited:.1f} s and the ranks' journal is gone ({error})"
             if int(sequence) < self.sequence:
                 behind.append(f"rank {rank}, last seen in {operation} (number {sequence}) at {place}")

@@ -22,7 +22,7 @@ class LengthPlot:
         return self.log_dir is not None and self.every > 0
 
     def record(self, lengths: Sequence[int], *, write: bool) -> Path | None:
-        """Add one rollout's lengths in tokens; returns the picture's path when one was drawn (``write``: on one rank)."""
+        """Add one rollout's lengths in tokens; returns the picture's path when one was drawn (by the rank that writes)."""
         self.rollouts += 1
         self._lengths.extend(lengths)
         if not self.active or self.rollouts % self.every:
@@ -52,7 +52,7 @@ def draw_lengths(lengths: Sequence[int], path: Path, rollout: int) -> Path:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     bins = numpy.histogram_bin_edges(values, bins=min(50, max(1, int(values.max() - values.min()) + 1)))
-    axes.hist(values, bins=bins, color="#4477aa", edgecolor="white", linewidth=0.5)
+    axes.hist(values, bins=bins.tolist(), color="#4477aa", edgecolor="white", linewidth=0.5)
     for value, label, style in ((median, "median", "-"), (high, "95 %", "--")):
         axes.axvline(value, color="#cc6677", linestyle=style, label=f"{label}: {value:.0f}")
     axes.set(

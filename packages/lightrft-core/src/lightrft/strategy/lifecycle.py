@@ -24,6 +24,8 @@ class EngineStatus(Enum):
 
 
 class Weights(Enum):
+    """Where an engine's weights are."""
+
     ABSENT = "absent"  # an engine born without weights: the first update brings them
     RESIDENT = "resident"
     OFFLOADED = "offloaded"
@@ -32,11 +34,15 @@ class Weights(Enum):
 
 
 class KVCache(Enum):
+    """Whether the KV cache has its memory."""
+
     RESIDENT = "resident"
     RELEASED = "released"
 
 
 class Phase(Enum):
+    """What an engine is at."""
+
     ABSENT = "absent"
     READY = "ready"
     SYNCING = "syncing"
@@ -77,7 +83,7 @@ class Lifecycle:
         )
 
     def check_generate(self) -> None:
-        """:raises StaleWeightsError: weights are not whole. :raises EngineStateError: asleep, syncing, failed or absent."""
+        """:raises StaleWeightsError: weights are not whole. :raises EngineStateError: asleep, syncing or absent."""
         self._require_phase("generate", Phase.READY)
         if self.state.weights in (Weights.DROPPED, Weights.PARTIAL, Weights.ABSENT):
             raise StaleWeightsError(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -45,7 +45,7 @@ class MinimalEngine(RolloutEngine):
         if self.spec.max_model_len is not None:
             room = min(room, self.spec.max_model_len - len(prompt))
         tokens: list[int] = []
-        reason = "length"
+        reason: Literal["stop", "length"] = "length"
         while len(tokens) < room:
             key = f"{prompt}{seed}{version}{len(tokens)}".encode()
             tokens.append(prompt[int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "little") % len(prompt)])
@@ -57,7 +57,7 @@ class MinimalEngine(RolloutEngine):
             prompt_token_ids=prompt,
             output_token_ids=tokens,
             logprobs=[0.0 if sampling.greedy else -1.0] * len(tokens) if sampling.logprobs else None,
-            finish_reason=reason,  # type: ignore[arg-type]
+            finish_reason=reason,
             weight_version=version,
         )
 

@@ -40,12 +40,12 @@ def rebind(optimizer: Optimizer, names: Mapping[int, str], parameters: Mapping[s
             group["params"] = [parameters[names[id(parameter)]] for parameter in group["params"]]
         except KeyError as error:
             raise ValueError(
-                "prepare: the optimizer holds a parameter that is not the model's; pass each model with its own optimizer"
+                "prepare: the optimizer holds a parameter that is not the model's; give each model its own optimizer"
             ) from error
 
 
 class LossScale:
-    """Dynamic scale of fp16 losses: halves on overflow, doubles after ``interval`` good steps (arXiv:1710.03740, §3.2)."""
+    """Dynamic scale of fp16 losses: halved on overflow, doubled after ``interval`` good steps (arXiv:1710.03740)."""
 
     def __init__(self, *, enabled: bool, initial: float = 2.0**16, interval: int = 2000) -> None:
         self.value = initial if enabled else 1.0

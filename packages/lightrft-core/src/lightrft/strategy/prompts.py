@@ -84,7 +84,7 @@ def _images_per_prompt(
     if images_num is not None and not any(isinstance(item, (list, tuple)) for item in images):
         if len(images_num) != count or sum(images_num) != len(images):
             raise ValueError(
-                f"images_num must have one count a prompt and add up to the images: {len(images_num)} counts for {count} "
+                f"images_num must have one count a prompt and add up to the images: {len(images_num)} for {count} "
                 f"prompts, together {sum(images_num)} for {len(images)} images"
             )
         starts = [sum(images_num[:i]) for i in range(count)]

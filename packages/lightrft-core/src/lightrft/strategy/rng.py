@@ -13,7 +13,8 @@ import torch
 
 def rng_state(device: torch.device) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """(JSON-able part, tensors). Restored by :func:`restore_rng`."""
-    kind, keys, position, has_gauss, gauss = numpy.random.get_state(legacy=True)
+    generator: Any = numpy.random.get_state(legacy=True)
+    kind, keys, position, has_gauss, gauss = generator
     version, internal, following = random.getstate()
     plain = {
         "python": [version, list(internal), following],

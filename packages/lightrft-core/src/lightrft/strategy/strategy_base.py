@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import os
 import random
 import weakref
 from abc import ABC, abstractmethod
@@ -99,13 +100,13 @@ class StrategyBase(ABC):
         args: Any = None,
         **settings: Any,
     ) -> None:
-        given = dict(
-            seed=seed,
-            max_norm=max_norm,
-            micro_train_batch_size=micro_train_batch_size,
-            train_batch_size=train_batch_size,
-        )
-        given = {key: value for key, value in given.items() if value is not None}
+        named = {
+            "seed": seed,
+            "max_norm": max_norm,
+            "micro_train_batch_size": micro_train_batch_size,
+            "train_batch_size": train_batch_size,
+        }
+        given = {key: value for key, value in named.items() if value is not None}
         base = StrategyConfig.from_args(args)
         known = {spec.name for spec in dataclasses.fields(base)}
         if strange := sorted(set(settings) - known):
@@ -187,7 +188,7 @@ class StrategyBase(ABC):
 
     @abstractmethod
     def load_ckpt(self, model: nn.Module | Mapping[str, nn.Module], load_dir: str | Path, **kwargs: Any) -> Any:
-        """Read the newest whole checkpoint; see :func:`lightrft.strategy.checkpoint.load` for the keywords and result."""
+        """Read the newest whole checkpoint; keywords and result: :func:`lightrft.strategy.checkpoint.load`."""
 
     # ---- ranks -------------------------------------------------------------------------------------------------------
     def join_ranks(self, timeout: timedelta | float | None = None) -> None:
@@ -215,7 +216,7 @@ class StrategyBase(ABC):
         backend = process_group_backend(self.device)
         if self.device.type != "cpu":
             torch.accelerator.set_device_index(self.device.index or 0)
-        if dist.is_torchelastic_launched() or dist.distributed_c10d._is_initialized_env():
+        if "RANK" in os.environ:
             dist.init_process_group(backend, timeout=timeout)
         else:  # a plain `python script.py`: a world of one, without a port
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
@@ -263,7 +264,7 @@ class StrategyBase(ABC):
     def print(self, *message: Any) -> None:
         """Print on rank 0 only; works before set-up."""
         if self.is_rank_0():
-            print(*message, flush=True)
+            print(*message, flush=True)  # noqa: T201 - the one place that prints
 
     @contextlib.contextmanager
     def waits_for_ranks(self, operation: str) -> Iterator[None]:
@@ -358,7 +359,7 @@ class StrategyBase(ABC):
 
     @contextlib.contextmanager
     def init_model_context(self, meta_init: bool = False) -> Iterator[None]:
-        """Build models within it. With ``meta_init`` parameters have no memory until ``prepare`` fills each rank's shard."""
+        """Build models within it; with ``meta_init`` without memory, until ``prepare`` fills each rank's shard."""
         with torch.device("meta") if meta_init else contextlib.nullcontext():
             yield
 

@@ -165,8 +165,8 @@ def plan_buckets(plan: UpdatePlan) -> list[list[TensorSpec]]:
 def sample_positions(numel: int, count: int = SAMPLES_PER_TENSOR) -> torch.Tensor:
     """Flat positions (int64 ``[<= count]``) at which a sync is checked, spread evenly. Do not write to the result.
 
-    The first and the last element are always among them: a truncated tensor shows at its end. They are the same in every
-    sync, so that two syncs can be compared.
+    The first and the last element are always among them: a truncated tensor shows at its end. They are the same in
+    every sync, so that two syncs can be compared.
     """
     return torch.linspace(0, numel - 1, min(count, numel), dtype=torch.float64).long()
 
