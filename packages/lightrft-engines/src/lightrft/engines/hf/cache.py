@@ -122,16 +122,19 @@ class SlotCache(Cache):
         return self.length, 0
 
 
-def attention_windows(config: Any) -> tuple[bool, int | None, bool]:
+def attention_windows(model: Any) -> tuple[bool, int | None, bool]:
     """What kind of cache a model wants: (plain, window, mixed).
 
-    ``plain``: every layer keeps keys and values of all positions, or of a window, so that :class:`SlotCache` serves it.
+    ``plain``: every layer keeps keys and values of all positions, or of a window, and takes a mask made by others, so
+    that :class:`SlotCache` serves it. Models with a recurrent state or with biases by distance do not.
     ``window``: the sliding window of those layers that have one. ``mixed``: some have one and some have not.
     """
+    config = model.config
     layers = DynamicCache(config=config).layers
     types = getattr(config.get_text_config(decoder=True), "layer_types", None) or ()
     windows = {layer.sliding_window for layer in layers if isinstance(layer, DynamicSlidingWindowLayer)}
     plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+    plain = plain and bool(getattr(model, "_supports_attention_backend", False))
     plain = plain and "chunked_attention" not in types and len(windows) <= 1
     mixed = bool(windows) and any(type(layer) is DynamicLayer for layer in layers)
     return plain, next(iter(windows), None), mixed

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+
 from lightrft.strategy.sampling import SamplingParams
 
 from .batching import group_equal, prefill_buckets, swap_remove, worth_compacting
@@ -41,6 +42,8 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Response:
+    """What was written: output tokens, their logprobs, and why it ended."""
+
     tokens: list[int]
     logprobs: list[float]
     finish_reason: Literal["stop", "length"]
@@ -50,6 +53,7 @@ class Response:
 class DecoderModel:
     """A causal language model and what the loop must know of it.
 
+    :param cache_argument: name under which its forward takes the cache.
     :param plain: all layers keep keys and values by position, so rows of any lengths share a batch.
     :param window: sliding window of the layers that have one. :param mixed: other layers have none.
     """
@@ -57,6 +61,7 @@ class DecoderModel:
     model: Any
     device: torch.device
     dtype: torch.dtype
+    cache_argument: str = "past_key_values"
     plain: bool = True
     window: int | None = None
     mixed: bool = False
@@ -81,7 +86,7 @@ class Decoder:
         """
         if not samples:
             return []
-        # Longest prompts first: the memory is as large as it will be from the start, and neighbours are alike in length.
+        # Longest prompts first: memory is as large as it will get from the start, and neighbours are alike in length.
         order = [i for group in group_equal([s.prompt for s in samples]) for i in group]
         order.sort(key=lambda i: -len(samples[i].prompt.ids))
         batch = _Batch(self.m, self.memory, samples, rows=min(self.max_rows, len(samples)))
@@ -159,7 +164,7 @@ class _Batch:
         return len(chosen)
 
     def _needs_alone(self, index: int, head: int) -> bool:
-        """In lockstep a prompt with images shares its batch with its own samples only, and so does a text prompt's batch."""
+        """In lockstep a prompt with images shares its batch with no other prompt."""
         mine, theirs = self.samples[index].prompt, self.samples[head].prompt
         return mine is not theirs and bool(mine.inputs or theirs.inputs)
 
@@ -276,7 +281,7 @@ class _Batch:
         longest = max(lengths)
         ids = torch.tensor([[*p.ids, *[0] * (longest - len(p.ids))] for p in prompts], device=device)
         ends = sorted({length - 1 for length in lengths})
-        inputs = {name: value.to(device) for name, value in prompts[0].inputs.items()}
+        inputs: dict[str, Any] = {name: value.to(device) for name, value in prompts[0].inputs.items()}
         if not inputs:  # with images the model itself finds the positions
             inputs["position_ids"] = torch.arange(longest, device=device).expand(len(prompts), -1)
         if self.m.plain:
@@ -286,9 +291,8 @@ class _Batch:
 
             caught = DynamicCache(config=self.m.model.config)
         keep = torch.tensor(ends, device=device) if len(ends) > 1 else 1
-        out = self.m.model(
-            input_ids=ids, attention_mask=None, past_key_values=caught, use_cache=True, logits_to_keep=keep, **inputs
-        )
+        inputs[self.m.cache_argument] = caught
+        out = self.m.model(input_ids=ids, attention_mask=None, use_cache=True, logits_to_keep=keep, **inputs)
         if self.m.plain:
             self.memory.admit(caught, first_row, source)
         else:
@@ -323,9 +327,9 @@ class _Batch:
             input_ids=self.token.unsqueeze(1),
             position_ids=positions,
             attention_mask=mask,
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **{self.m.cache_argument: cache},
         )
         self.length += ~self.row_done
         self.longest_row = length

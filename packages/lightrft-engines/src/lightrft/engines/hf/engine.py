@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
+
 from lightrft.strategy.device import empty_cache
 from lightrft.strategy.engine import (
     EngineCapabilities,
@@ -72,14 +73,22 @@ class HFEngine(RolloutEngine):
             raise ValueError(f'engine "hf" has no extra options, got {", ".join(sorted(spec.extra))}: remove them')
         model, generation = loading.load_model(spec)
         attention.install(model)
-        plain, window, mixed = attention_windows(model.config)
+        plain, window, mixed = attention_windows(model)
         self._model, self._cache = model, SlotCache()
         self._memory = WeightMemory(model)
         self._ends = loading.end_tokens(model, generation)
         self._context = loading.context_length(model, spec.max_model_len)
         rows = spec.max_batch_size or (_ROWS_ON_CPU if spec.device.type == "cpu" else _ROWS_ON_ACCELERATOR)
         self._decoder = Decoder(
-            DecoderModel(model=model, device=spec.device, dtype=spec.dtype, plain=plain, window=window, mixed=mixed),
+            DecoderModel(
+                model=model,
+                device=spec.device,
+                dtype=spec.dtype,
+                cache_argument=loading.cache_argument(model),
+                plain=plain,
+                window=window,
+                mixed=mixed,
+            ),
             self._cache,
             rows,
         )
@@ -96,8 +105,8 @@ class HFEngine(RolloutEngine):
 
         if self.spec.pretrain is None:
             raise ValueError(
-                "a prompt as text, or with images, needs the model's tokenizer and processor, and this engine was built "
-                "from a configuration: send prompt_token_ids, or start it from a folder (pretrain)"
+                "a prompt as text, or with images, needs the model's tokenizer and processor, and this engine was "
+                "built from a configuration: send prompt_token_ids, or start it from a folder (pretrain)"
             )
         return getattr(transformers, loader).from_pretrained(
             self.spec.pretrain, trust_remote_code=self.spec.trust_remote_code
@@ -122,7 +131,8 @@ class HFEngine(RolloutEngine):
                 if self._context is not None and len(prompt.ids) >= self._context:
                     raise ValueError(
                         f"a prompt of {len(prompt.ids)} tokens leaves no room for a response in a context of "
-                        f"{self._context}: shorten it (--prompt_max_len) or give the engine a longer context (--max_model_len)"
+                        f"{self._context}: shorten it (--prompt_max_len) or give the engine a longer context "
+                        "(--max_model_len)"
                     )
         self._prompts.update({name: read[prompt_key(request)] for name, request in requests.items()})
         super()._submit(requests)

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+
 from lightrft.strategy.engine import EngineSpec
 from lightrft.strategy.errors import PluginError
 
 
 def require_transformers() -> None:
     """:raises PluginError: transformers is not installed."""
-    try:
-        import transformers  # noqa: F401
-    except ImportError as error:
-        raise PluginError(
-            'engine "hf" needs transformers, which is not installed: pip install "lightrft-engines[hf]"'
-        ) from error
+    if importlib.util.find_spec("transformers") is None:
+        raise PluginError('engine "hf" needs transformers, which is not installed: pip install "lightrft-engines[hf]"')
 
 
 def load_model(spec: EngineSpec) -> tuple[Any, Any]:
@@ -59,7 +58,14 @@ def _model_class(config: Any) -> Any:
 
 
 def takes_images(model: Any) -> bool:
+    """Has the model a vision tower?"""
     return getattr(model.config, "vision_config", None) is not None
+
+
+def cache_argument(model: Any) -> str:
+    """The name under which the model's forward takes its cache."""
+    names = inspect.signature(model.forward).parameters
+    return "cache_params" if "cache_params" in names and "past_key_values" not in names else "past_key_values"
 
 
 def own_storages(model: torch.nn.Module) -> None:

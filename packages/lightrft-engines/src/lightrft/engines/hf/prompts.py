@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
 from lightrft.strategy.engine import GenerationRequest
 
 
@@ -66,7 +67,8 @@ class PromptReader:
             )
         if self._max_images is not None and len(request.images) > self._max_images:
             raise ValueError(
-                f"a prompt brings {len(request.images)} images, at most {self._max_images} are allowed: raise max_images"
+                f"a prompt brings {len(request.images)} images, at most {self._max_images} are allowed: "
+                "send fewer, or raise max_images"
             )
         self._processor = self._processor or self._load_processor()
         if request.prompt_token_ids is not None:
@@ -77,7 +79,7 @@ class PromptReader:
         return self._prompt(batch["input_ids"][0].tolist(), batch)
 
     def _expand(self, ids: Sequence[int], images: Sequence[Any]) -> Prompt:
-        """Ids with one placeholder for each image: let the processor write what each becomes, and put that in its place."""
+        """Ids with one placeholder for each image: what the processor writes for each takes its place."""
         placeholder = self._processor.image_token_id
         self._check_count(sum(token == placeholder for token in ids), len(images))
         text = [self._processor.image_token] * len(images)

@@ -67,7 +67,8 @@ def splitmix64(state: torch.Tensor) -> torch.Tensor:
 def noise_keys(seed: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """A 64-bit key for output token ``index`` of the sample with ``seed``.
 
-    :param seed: int64 ``[rows]``. :param index: int64 ``[rows]``, 0 for the first output token. :return: int64 ``[rows]``.
+    :param seed: int64 ``[rows]``. :param index: int64 ``[rows]``, 0 for the first output token.
+    :return: int64 ``[rows]``.
     """
     return splitmix64(splitmix64(seed) + (index + 1) * _GOLDEN)
 
