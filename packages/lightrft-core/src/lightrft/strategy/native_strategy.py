@@ -5,8 +5,7 @@ FakeStrategy is this with one process; FSDP2 is this with sharded parameters. Wh
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from . import checkpoint, plain_state
-from .hub_layout import hub_sources, unwrap
-from .memory import MoveReport
-from .optimizers import decay_groups, move_optimizer, rebind
+from . import checkpoint
+from .hub_layout import unwrap
+from .optimizers import decay_groups, rebind
 from .strategy_base import ModelRecord, StepResult, StrategyBase, logger
-from .training_state import StateItem
 
 
 class NativeStrategy(StrategyBase):
@@ -146,36 +143,12 @@ class NativeStrategy(StrategyBase):
         if factor != 1 and parameters:
             torch._foreach_mul_([self._local(p.grad) for p in parameters], factor)
 
-    # ---- memory ------------------------------------------------------------------------------------------------------
-    def move(self, target: nn.Module | Optimizer, device: torch.device | str) -> MoveReport:
-        begun, device = time.monotonic(), torch.device(device)
-        if isinstance(target, Optimizer):
-            nbytes = move_optimizer(target, device, pin=self.device.type != "cpu")
-        else:
-            nbytes = sum(t.nbytes for _, t in hub_sources(target) if t.device.type != device.type)
-            if nbytes:
-                target.to(device)
-        self.sync_and_clear_cache()
-        return MoveReport(nbytes=nbytes, seconds=time.monotonic() - begun)
-
     # ---- checkpoints -------------------------------------------------------------------------------------------------
     def save_ckpt(self, model: nn.Module | Mapping[str, nn.Module], save_dir: str | Path, **kwargs: Any) -> None:
         checkpoint.save(self, model, Path(save_dir), **kwargs)
 
     def load_ckpt(self, model: nn.Module | Mapping[str, nn.Module], load_dir: str | Path, **kwargs: Any) -> Any:
         return checkpoint.load(self, model, Path(load_dir), **kwargs)
-
-    def iter_state(self, model: nn.Module, optimizer: Optimizer | None = None) -> Iterator[StateItem]:
-        return plain_state.iter_state(model, optimizer)
-
-    def load_state(self, model: nn.Module, optimizer: Optimizer | None, items: Iterable[StateItem]) -> None:
-        plain_state.load_state(model, optimizer, items)
-
-    def write_state(self, record: ModelRecord, folder: Path, *, asynchronous: bool) -> Any:
-        return plain_state.write(self, record, folder, asynchronous=asynchronous)
-
-    def read_state(self, record: ModelRecord, folder: Path, *, optimizer: bool) -> None:
-        plain_state.read(self, record, folder, optimizer=optimizer)
 
     # ---- hooks -------------------------------------------------------------------------------------------------------
     def _place(self, model: nn.Module, shard_size: int) -> nn.Module:

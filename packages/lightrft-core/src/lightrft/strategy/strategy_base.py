@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import os
 import random
+import time
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from . import checkpoint, collectives
+from . import checkpoint, collectives, plain_state
 from .config import StrategyConfig
 from .dataloader import make_dataloader
 from .device import empty_cache, local_device, process_group_backend, synchronize
@@ -34,7 +35,7 @@ from .hub_layout import HubLayout, hub_sources, unwrap
 from .journal import RankJournal
 from .lifecycle import EngineStatus
 from .memory import MoveReport, memory_figures
-from .optimizers import LossScale
+from .optimizers import LossScale, move_optimizer
 from .training_state import StateItem
 from .weights import SyncReceipt, TensorSpec, UpdatePlan, WeightBucket, plan_buckets
 
@@ -302,9 +303,11 @@ class StrategyBase(ABC):
                 dist.barrier()
 
     # ---- models ------------------------------------------------------------------------------------------------------
-    @abstractmethod
     def prepare_model(self, model: nn.Module, shard_size: int | None = None, is_training: bool = False) -> nn.Module:
         """Prepare one model, frozen unless ``is_training``, sharded over at most ``shard_size`` ranks (None: all)."""
+        if not is_training:
+            model.requires_grad_(False).eval()
+        return self.prepare(model)
 
     def prepare_models_and_optimizers(
         self,
@@ -407,9 +410,17 @@ class StrategyBase(ABC):
         )
 
     # ---- memory ------------------------------------------------------------------------------------------------------
-    @abstractmethod
     def move(self, target: nn.Module | Optimizer, device: torch.device | str) -> MoveReport:
         """Move a model's parameters or an optimizer's states to ``device``; says bytes and seconds. No collective."""
+        begun, device = time.monotonic(), torch.device(device)
+        if isinstance(target, Optimizer):
+            nbytes = move_optimizer(target, device, pin=self.device.type != "cpu")
+        else:
+            nbytes = sum(t.nbytes for _, t in hub_sources(target) if t.device.type != device.type)
+            if nbytes:
+                target.to(device)
+        self.sync_and_clear_cache()
+        return MoveReport(nbytes=nbytes, seconds=time.monotonic() - begun)
 
     def offload_model(self, model: nn.Module) -> MoveReport:
         """Move a model's parameters to the host; :meth:`reload_model` brings them back. No collective."""
@@ -473,24 +484,24 @@ class StrategyBase(ABC):
 
         checkpoint.import_by_name({spec.name: spec for spec in layout.specs}, source, whole)
 
-    @abstractmethod
     def iter_state(self, model: nn.Module, optimizer: Optimizer | None = None) -> Iterator[StateItem]:
         """Stream the training state, one whole parameter at a time, in module order, on every rank."""
+        return plain_state.iter_state(model, optimizer)
 
-    @abstractmethod
     def load_state(self, model: nn.Module, optimizer: Optimizer | None, items: Iterable[StateItem]) -> None:
         """Take a stream that :meth:`iter_state` of any backend wrote."""
+        plain_state.load_state(model, optimizer, items)
 
-    @abstractmethod
     def write_state(self, record: ModelRecord, folder: Path, *, asynchronous: bool) -> Any:
         """Write a model's weights and optimizer into ``folder``, in the backend's own format, from all ranks.
 
         :return: None, or with ``asynchronous`` a future that ends when the files are written.
         """
+        return plain_state.write(self, record, folder, asynchronous=asynchronous)
 
-    @abstractmethod
     def read_state(self, record: ModelRecord, folder: Path, *, optimizer: bool) -> None:
         """Read what :meth:`write_state` wrote, at any world size, loading weights only (no pickle)."""
+        plain_state.read(self, record, folder, optimizer=optimizer)
 
     def finish_checkpoint(self, *, block: bool = True) -> bool:
         """Complete an asynchronous save: digests, rename, ``latest``. True where none is pending any more."""
