@@ -1,23 +1,22 @@
 """Every setting of a run, written once.
 
-Each field of :class:`StrategyConfig` is at the same time a Python field, a flag of :func:`lightrft.utils.add_arguments`,
-a key of a YAML file and a line of the reference page. Importing this module loads neither torch nor pydantic.
+Each field of :class:`StrategyConfig` is at once a Python field, a flag of :func:`lightrft.utils.add_arguments`, a key
+of a YAML file and a line of the reference page. Importing this module loads neither torch nor pydantic.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from . import config_checks
 from .errors import ConfigError
 
 T = TypeVar("T")
-Backend = Literal["deepspeed", "fsdp"]
-Rule = tuple[str, Callable[["StrategyConfig"], bool], str]
 
 
 def option(
@@ -325,7 +324,7 @@ class StrategyConfig:
         :raises ConfigError: values that cannot be converted, all named.
         """
         given = _as_dict(args)
-        clean, problems = _coerce({name: value for name, value in given.items() if name in FIELDS})
+        clean, problems = config_checks.convert(cls, {name: value for name, value in given.items() if name in FIELDS})
         if problems:
             raise ConfigError([*problems.values()])
         extra = {name: value for name, value in given.items() if name not in FIELDS and name != "extra_args"}
@@ -369,7 +368,10 @@ class StrategyConfig:
 
     @property
     def dtype_name(self) -> Literal["bfloat16", "float16", "float32"]:
-        return "bfloat16" if self.bf16 else "float16" if self.fp16 else "float32"
+        """Precision of the forward pass. ``use_mp_opt`` alone means bfloat16."""
+        if self.fp16:
+            return "float16"
+        return "bfloat16" if self.bf16 or self.use_mp_opt else "float32"
 
     def accumulation_steps(self, data_parallel_size: int) -> int:
         """Micro-batches of one optimizer step on each rank."""
@@ -382,22 +384,9 @@ class StrategyConfig:
         :param world_size: check what depends on it too.
         :raises ConfigError: every fault, each with the flag, the value and what would be right.
         """
-        clean, faults = _coerce(self.to_dict())
+        clean, unconverted = config_checks.convert(type(self), self.to_dict())
         config = StrategyConfig(**clean, extra_args=dict(self.extra_args))
-        problems = [*faults.values()]
-        for name, spec in FIELDS.items():
-            if name in faults:
-                continue
-            value, rule = getattr(config, name), spec.metadata["rule"]
-            if rule is not None and not rule[0](value):
-                problems.append(f"--{name} {_shown(value)}: must be {rule[1]}")
-            elif spec.metadata["later"] and value != _default(spec):
-                problems.append(
-                    f"--{name} {_shown(value)}: {spec.metadata['later']}; leave it at {_shown(_default(spec))}"
-                )
-        broken = set(faults)
-        problems += [text for names, text in _cross_checks(config, world_size) if not broken.intersection(names)]
-        if problems:
+        if problems := config_checks.find_faults(config, FIELDS, unconverted, world_size):
             raise ConfigError(problems)
         return config
 
@@ -443,86 +432,6 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return dict(loaded)
 
 
-def _cross_checks(c: StrategyConfig, world_size: int | None) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Faults that lie between settings: the names involved, and the sentence."""
-    if c.bf16 and c.fp16:
-        yield ("bf16", "fp16"), "--bf16 with --fp16: choose one"
-    if c.train_batch_size % c.micro_train_batch_size:
-        yield (
-            ("train_batch_size", "micro_train_batch_size"),
-            f"--train_batch_size {c.train_batch_size}: must be a multiple of --micro_train_batch_size {c.micro_train_batch_size}",
-        )
-    if c.chunk_size != FIELDS["chunk_size"].default and not c.fused_linear_logprob:
-        yield (
-            ("chunk_size", "fused_linear_logprob"),
-            f"--chunk_size {c.chunk_size}: works only with --fused_linear_logprob",
-        )
-    if c.reward_running_norm_minus_mean and not c.reward_running_norm:
-        yield (
-            ("reward_running_norm_minus_mean", "reward_running_norm"),
-            ("--reward_running_norm_minus_mean: works only with --reward_running_norm"),
-        )
-    if c.use_gspo and c.use_cpg_loss:
-        yield ("use_gspo", "use_cpg_loss"), "--use_gspo with --use_cpg_loss: choose one"
-    if c.advantage_estimator in ("group_norm", "grpo", "dr_grpo", "rloo") and c.n_samples_per_prompt < 2:
-        yield (
-            ("advantage_estimator", "n_samples_per_prompt"),
-            (
-                f"--n_samples_per_prompt {c.n_samples_per_prompt}: --advantage_estimator {c.advantage_estimator} compares "
-                "samples of one prompt and needs at least 2"
-            ),
-        )
-    if c.prompt_data_probs is not None:
-        counts = len(c.prompt_data_probs.split(",")), len((c.prompt_data or "").split(","))
-        if counts[0] != counts[1]:
-            yield (
-                ("prompt_data_probs", "prompt_data"),
-                (f"--prompt_data_probs {c.prompt_data_probs}: {counts[0]} shares for {counts[1]} datasets"),
-            )
-    if c.max_model_len is not None and c.max_model_len <= c.prompt_max_len:
-        yield (
-            ("max_model_len", "prompt_max_len"),
-            (
-                f"--max_model_len {c.max_model_len}: must exceed --prompt_max_len {c.prompt_max_len} to leave room for a response"
-            ),
-        )
-    only_fsdp, only_deepspeed = ("use_mp_opt", "fsdp_cpu_offload"), ("zpg", "overlap_comm", "grad_accum_dtype")
-    strange = {"deepspeed": only_fsdp, "fsdp": only_deepspeed}.get(c.backend, ())
-    for name in strange:
-        if getattr(c, name) != _default(FIELDS[name]):
-            other = "--fsdp" if c.backend == "deepspeed" else "DeepSpeed (without --fsdp)"
-            yield (
-                (name, "fsdp", "strategy"),
-                f"--{name} {_shown(getattr(c, name))}: works only with {other}; the backend is {c.backend}",
-            )
-    if c.use_mp_opt and not (c.bf16 or c.fp16):
-        yield (
-            ("use_mp_opt", "bf16", "fp16"),
-            "--use_mp_opt: works only with --bf16 or --fp16; in fp32 there is nothing to mix",
-        )
-    if c.zpg > 1 and c.zero_stage != 3:
-        yield ("zpg", "zero_stage"), f"--zpg {c.zpg}: works only with --zero_stage 3"
-    if world_size is None:
-        return
-    for name in ("engine_tp_size", "sp_size"):
-        if (size := getattr(c, name)) >= 1 and world_size % size:
-            divisors = [d for d in range(1, world_size + 1) if world_size % d == 0]
-            yield (
-                (name,),
-                f"--{name} {size}: must divide the world size {world_size}; possible are {', '.join(map(str, divisors))}",
-            )
-    data_ranks = max(1, world_size // max(c.sp_size, 1))
-    whole = c.micro_train_batch_size * data_ranks
-    if c.train_batch_size % whole:
-        yield (
-            ("train_batch_size", "micro_train_batch_size", "sp_size"),
-            (
-                f"--train_batch_size {c.train_batch_size}: must be a multiple of micro_train_batch_size × data ranks = "
-                f"{c.micro_train_batch_size} × {data_ranks} = {whole}"
-            ),
-        )
-
-
 def _as_dict(args: Any) -> dict[str, Any]:
     if args is None:
         return {}
@@ -537,43 +446,8 @@ def _as_dict(args: Any) -> dict[str, Any]:
         if known:
             return known
         raise TypeError(
-            f"settings from {type(args).__name__}: pass a Namespace, a dict, a StrategyConfig or an object with attributes"
+            f"settings from {type(args).__name__}: give a Namespace, a dict, a StrategyConfig or an object with fields"
         ) from None
-
-
-def _coerce(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Values converted to their fields' types, and a sentence for each that cannot be (those fall back to the default)."""
-    from pydantic import TypeAdapter, ValidationError
-
-    clean = dict(values)
-    if isinstance(clean.get("adam_betas"), list):
-        clean["adam_betas"] = tuple(clean["adam_betas"])
-    faults: dict[str, str] = {}
-    adapter = TypeAdapter(StrategyConfig)
-    try:
-        adapter.validate_python(clean)
-    except ValidationError as error:
-        for item in error.errors(include_url=False, include_context=False):
-            name = str(item["loc"][0])
-            faults.setdefault(name, f"--{name} {_shown(values[name])}: {item['msg'][:1].lower()}{item['msg'][1:]}")
-    for name in faults:
-        del clean[name]
-    validated = adapter.validate_python(clean)
-    return {name: getattr(validated, name) for name in clean}, faults
-
-
-def _default(spec: dataclasses.Field[Any]) -> Any:
-    return spec.default if spec.default is not dataclasses.MISSING else spec.default_factory()  # type: ignore[misc]
-
-
-def _shown(value: Any) -> str:
-    return (
-        repr(value)
-        if isinstance(value, str)
-        else " ".join(map(str, value))
-        if isinstance(value, (tuple, list))
-        else str(value)
-    )
 
 
 def _plain(value: Any) -> Any:

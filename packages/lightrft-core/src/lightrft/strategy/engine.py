@@ -152,7 +152,8 @@ class RolloutEngine(ABC):
             )
         if spec.device.type not in self.capabilities.devices:
             raise NotBuiltError(
-                f"engine {self.name!r} does not run on {spec.device.type}; it runs on {', '.join(self.capabilities.devices)}"
+                f"engine {self.name!r} does not run on {spec.device.type}; "
+                f"it runs on {', '.join(self.capabilities.devices)}"
             )
         self.spec = spec
         self._start(spec, group)

@@ -22,7 +22,7 @@ class LengthPlot:
         return self.log_dir is not None and self.every > 0
 
     def record(self, lengths: Sequence[int], *, write: bool) -> Path | None:
-        """Add one rollout's lengths in tokens; returns the picture's path when one was drawn (by the rank that writes)."""
+        """Add one rollout's lengths in tokens; returns the picture's path if one was drawn (``write``: here)."""
         self.rollouts += 1
         self._lengths.extend(lengths)
         if not self.active or self.rollouts % self.every:

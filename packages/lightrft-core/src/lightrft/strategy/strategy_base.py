@@ -34,7 +34,7 @@ from .hub_export import save_hub_model
 from .hub_layout import HubLayout, hub_sources, unwrap
 from .journal import RankJournal
 from .lifecycle import EngineStatus
-from .memory import MoveReport, memory_figures
+from .memory import OUT_OF_MEMORY_FLAGS, MoveReport, memory_figures
 from .optimizers import LossScale, move_optimizer
 from .training_state import StateItem
 from .weights import SyncReceipt, TensorSpec, UpdatePlan, WeightBucket, plan_buckets
@@ -275,8 +275,12 @@ class StrategyBase(ABC):
         """
         self.setup_distributed()
         assert self._journal is not None
-        with self._journal.operation(operation):
-            yield
+        try:
+            with self._journal.operation(operation):
+                yield
+        except torch.OutOfMemoryError as error:
+            error.add_note(f"{operation}: flags that lower the memory: {OUT_OF_MEMORY_FLAGS}")
+            raise
 
     def all_reduce(self, data: Any, op: str = "mean") -> Any:
         """Reduce tensors, numbers, or dicts of them over all ranks: "mean", "sum", "max" or "min".

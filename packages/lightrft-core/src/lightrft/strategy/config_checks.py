@@ -1,0 +1,193 @@
+"""What makes a configuration right: types, ranges, and what lies between settings. Every fault is found in one pass."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import StrategyConfig
+
+Fields = Mapping[str, dataclasses.Field[Any]]
+# A rule between settings: their names, and a function that returns a sentence where they do not fit together.
+Rule = Callable[["StrategyConfig"], str | None]
+RULES: list[tuple[tuple[str, ...], Rule]] = []
+
+ONLY_FSDP = ("use_mp_opt", "fsdp_cpu_offload")
+ONLY_DEEPSPEED = ("zpg", "overlap_comm", "grad_accum_dtype")
+
+
+def find_faults(
+    config: StrategyConfig, fields: Fields, unconverted: Mapping[str, str], world_size: int | None
+) -> list[str]:
+    """A sentence for each fault.
+
+    :param unconverted: settings whose value could not be converted, with their sentences. They and those out of range
+        are left out of the rules between settings, which may rely on the ranges.
+    """
+    problems = dict(unconverted)
+    for name, spec in fields.items():
+        value, rule, later = getattr(config, name), spec.metadata["rule"], spec.metadata["later"]
+        if name in unconverted:
+            continue
+        if rule is not None and not rule[0](value):
+            problems[name] = f"--{name} {shown(value)}: must be {rule[1]}"
+        elif later and value != default_of(spec):
+            problems[name] = f"--{name} {shown(value)}: {later}; leave it at {shown(default_of(spec))}"
+    between = [*RULES, *_backend_rules(fields), *(() if world_size is None else _world_rules(world_size))]
+    texts = [rule(config) for names, rule in between if not problems.keys() & set(names)]
+    return [*problems.values(), *(text for text in texts if text)]
+
+
+def between(*names: str) -> Callable[[Rule], Rule]:
+    """Register a rule between the named settings."""
+
+    def register(rule: Rule) -> Rule:
+        RULES.append((names, rule))
+        return rule
+
+    return register
+
+
+@between("bf16", "fp16")
+def _one_precision(c: StrategyConfig) -> str | None:
+    return "--bf16 with --fp16: choose one" if c.bf16 and c.fp16 else None
+
+
+@between("train_batch_size", "micro_train_batch_size")
+def _whole_micro_batches(c: StrategyConfig) -> str | None:
+    if c.train_batch_size % c.micro_train_batch_size == 0:
+        return None
+    return (
+        f"--train_batch_size {c.train_batch_size}: must be a multiple of "
+        f"--micro_train_batch_size {c.micro_train_batch_size}"
+    )
+
+
+@between("chunk_size", "fused_linear_logprob")
+def _chunks_need_the_fused_logprob(c: StrategyConfig) -> str | None:
+    if c.chunk_size == 4096 or c.fused_linear_logprob:
+        return None
+    return f"--chunk_size {c.chunk_size}: works only with --fused_linear_logprob"
+
+
+@between("reward_running_norm_minus_mean", "reward_running_norm")
+def _mean_needs_the_norm(c: StrategyConfig) -> str | None:
+    if not c.reward_running_norm_minus_mean or c.reward_running_norm:
+        return None
+    return "--reward_running_norm_minus_mean: works only with --reward_running_norm"
+
+
+@between("use_gspo", "use_cpg_loss")
+def _one_policy_loss(c: StrategyConfig) -> str | None:
+    return "--use_gspo with --use_cpg_loss: choose one" if c.use_gspo and c.use_cpg_loss else None
+
+
+@between("advantage_estimator", "n_samples_per_prompt")
+def _groups_to_compare(c: StrategyConfig) -> str | None:
+    if c.advantage_estimator not in ("group_norm", "grpo", "dr_grpo", "rloo") or c.n_samples_per_prompt >= 2:
+        return None
+    return (
+        f"--n_samples_per_prompt {c.n_samples_per_prompt}: --advantage_estimator {c.advantage_estimator} compares "
+        "samples of one prompt and needs at least 2"
+    )
+
+
+@between("prompt_data_probs", "prompt_data")
+def _one_share_a_dataset(c: StrategyConfig) -> str | None:
+    if c.prompt_data_probs is None:
+        return None
+    shares, datasets = len(c.prompt_data_probs.split(",")), len((c.prompt_data or "").split(","))
+    if shares == datasets:
+        return None
+    return f"--prompt_data_probs {c.prompt_data_probs}: {shares} shares for {datasets} datasets"
+
+
+@between("max_model_len", "prompt_max_len")
+def _room_for_a_response(c: StrategyConfig) -> str | None:
+    if c.max_model_len is None or c.max_model_len > c.prompt_max_len:
+        return None
+    return f"--max_model_len {c.max_model_len}: must exceed --prompt_max_len {c.prompt_max_len} to leave room to answer"
+
+
+@between("zpg", "zero_stage")
+def _zpg_needs_stage_3(c: StrategyConfig) -> str | None:
+    return f"--zpg {c.zpg}: works only with --zero_stage 3" if c.zpg > 1 and c.zero_stage != 3 else None
+
+
+def _backend_rules(fields: Fields) -> Iterator[tuple[tuple[str, ...], Rule]]:
+    """Flags of one backend are refused by the other. A zero_stage left over from before is fine."""
+
+    def refuse(name: str, backend: str, other: str) -> Rule:
+        def rule(c: StrategyConfig) -> str | None:
+            if c.backend != backend or getattr(c, name) == default_of(fields[name]):
+                return None
+            return f"--{name} {shown(getattr(c, name))}: works only with {other}; the backend is {backend}"
+
+        return rule
+
+    for name in ONLY_FSDP:
+        yield (name,), refuse(name, "deepspeed", "--fsdp")
+    for name in ONLY_DEEPSPEED:
+        yield (name,), refuse(name, "fsdp", "DeepSpeed (without --fsdp)")
+
+
+def _world_rules(world_size: int) -> Iterator[tuple[tuple[str, ...], Rule]]:
+    """What depends on the number of ranks."""
+    divisors = ", ".join(str(d) for d in range(1, world_size + 1) if world_size % d == 0)
+
+    def divides(name: str) -> Rule:
+        def rule(c: StrategyConfig) -> str | None:
+            size = getattr(c, name)
+            if world_size % size == 0:
+                return None
+            return f"--{name} {size}: must divide the world size {world_size}; possible are {divisors}"
+
+        return rule
+
+    def whole_batches(c: StrategyConfig) -> str | None:
+        data_ranks = max(1, world_size // c.sp_size)
+        whole = c.micro_train_batch_size * data_ranks
+        if c.train_batch_size % whole == 0:
+            return None
+        return (
+            f"--train_batch_size {c.train_batch_size}: must be a multiple of micro_train_batch_size × data ranks = "
+            f"{c.micro_train_batch_size} × {data_ranks} = {whole}"
+        )
+
+    yield ("engine_tp_size",), divides("engine_tp_size")
+    yield ("sp_size",), divides("sp_size")
+    yield ("train_batch_size", "micro_train_batch_size", "sp_size"), whole_batches
+
+
+def convert(cls: type[StrategyConfig], values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Values converted to their fields' types, and a sentence for each that cannot be (it is left out)."""
+    from pydantic import TypeAdapter, ValidationError
+
+    clean = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    problems: dict[str, str] = {}
+    adapter = TypeAdapter(cls)
+    try:
+        adapter.validate_python(clean)
+    except ValidationError as error:
+        for item in error.errors(include_url=False, include_context=False):
+            name = str(item["loc"][0])
+            problems.setdefault(name, f"--{name} {shown(values[name])}: {item['msg'][:1].lower()}{item['msg'][1:]}")
+    clean = {key: value for key, value in clean.items() if key not in problems}
+    validated = adapter.validate_python(clean)
+    return {name: getattr(validated, name) for name in clean}, problems
+
+
+def default_of(spec: dataclasses.Field[Any]) -> Any:
+    """A field's default value."""
+    if spec.default_factory is not dataclasses.MISSING:
+        return spec.default_factory()
+    return spec.default
+
+
+def shown(value: Any) -> str:
+    """A value as the user typed it."""
+    if isinstance(value, (tuple, list)):
+        return " ".join(map(str, value))
+    return repr(value) if isinstance(value, str) else str(value)
