@@ -95,8 +95,9 @@ def contracts(session: nox.Session) -> None:
     """Check who may import whom, the rules of the house, and the tools that maintainers run."""
     _sync(session, "--only-group", "contracts")
     sources = os.pathsep.join(str(ROOT / member / "src") for member in WORKSPACE["members"])
-    session.run("lint-imports", "--no-cache", env={"PYTHONPATH": sources})
-    session.run("python", "-m", "pytest", "-c", "pyproject.toml", "tools/tests", *session.posargs)
+    env = {"PYTHONPATH": sources}
+    session.run("lint-imports", "--no-cache", env=env)
+    session.run("python", "-m", "pytest", "-c", "pyproject.toml", "tools/tests", *session.posargs, env=env)
 
 
 @nox.session
