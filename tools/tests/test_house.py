@@ -62,6 +62,12 @@ def test_every_folder_of_packages_is_a_member_and_known_to_the_shared_configurat
     assert {Path(path).parent.name for path in WORKSPACE["tool"]["pyright"]["extraPaths"]} == folders
 
 
+def test_pyright_is_given_folders_that_exist() -> None:
+    included = WORKSPACE["tool"]["pyright"]["include"]
+    assert [path for path in included if not (ROOT / path).exists()] == []
+    assert {"packages", "tools"} <= set(included)
+
+
 def test_the_import_contracts_name_every_portion() -> None:
     contracts = {contract["id"]: contract for contract in WORKSPACE["tool"]["importlinter"]["contracts"]}
     of = {member.name: set(modules_of(member)) for member in MEMBERS}
