@@ -2,70 +2,134 @@
 
 from __future__ import annotations
 
-from lightrft.strategy.config import StrategyConfig
+from collections.abc import Callable
+
+from lightrft.strategy.config import FIELDS, StrategyConfig
 
 GROUP_ESTIMATORS = ("group_norm", "grpo", "dr_grpo", "rloo")
+# The settings that a rule reads, and a function that returns a sentence where they do not fit together.
+Rule = Callable[[StrategyConfig], str | None]
+RULES: list[tuple[tuple[str, ...], Rule]] = []
 
 
 def run_faults(config: StrategyConfig, *, multimodal: bool = False, world_size: int | None = None) -> list[str]:
-    """One sentence for each fault: which flag, which value, what would be right."""
-    c = config
-    problems: list[str] = []
-    samples = c.rollout_batch_size * c.n_samples_per_prompt
-    if samples % c.train_batch_size:
-        problems.append(
-            f"--train_batch_size {c.train_batch_size}: must divide a step's samples, "
-            f"rollout_batch_size × n_samples_per_prompt = {c.rollout_batch_size} × {c.n_samples_per_prompt} = {samples}"
-        )
-    if (c.pretrain is None) != (c.prompt_data is None):
-        given, missing = ("--pretrain", "--prompt_data") if c.prompt_data is None else ("--prompt_data", "--pretrain")
-        problems.append(f"{missing}: needed with {given}; leave both away for the built-in task and model")
-    if multimodal and c.pretrain is None and c.prompt_data is None:
-        problems.append(
+    """One sentence for each fault: which flag, which value, what would be right.
+
+    Settings that are out of their own range are left out of the rules: they have a sentence of their own already.
+    """
+    broken = {
+        name for name, spec in FIELDS.items() if (rule := spec.metadata["rule"]) and not rule[0](getattr(config, name))
+    }
+    found = [rule(config) for names, rule in RULES if not broken & set(names)]
+    if multimodal and config.pretrain is None and config.prompt_data is None:
+        found.append(
             "--pretrain and --prompt_data: train-vl has no built-in task; name a vision-language model and its data"
         )
-    if c.prompt_data is not None and not (c.reward or c.remote_rm_url or c.reward_pretrain):
-        problems.append(
-            "--reward: needed with --prompt_data (a rule such as exact or numeric, or module:function), or --remote_rm_url"
-        )
-    if c.eval_data is not None and c.prompt_data is None:
-        problems.append("--eval_data: works only with --prompt_data; the built-in task has its own held-out part")
-    if c.use_gspo and c.loss_agg_mode != "seq-mean-token-mean":
-        problems.append(
-            f"--loss_agg_mode {c.loss_agg_mode}: GSPO's objective averages over sequences; add --loss_agg_mode seq-mean-token-mean"
-        )
-    if c.kl_target is not None and c.init_kl_coef == 0:
-        problems.append("--kl_target: adapts --init_kl_coef, which is 0; give it a start above 0")
-    if c.use_kl_loss and c.init_kl_coef == 0:
-        problems.append("--use_kl_loss: weighs the KL by --init_kl_coef, which is 0; give it a value above 0")
-    if c.critic_pretrain is not None and c.advantage_estimator != "gae":
-        problems.append(
-            f"--critic_pretrain: only --advantage_estimator gae has a critic; it is {c.advantage_estimator}"
-        )
-    if c.freezing_actor_steps > 0 and c.advantage_estimator != "gae":
-        problems.append(
-            f"--freezing_actor_steps {c.freezing_actor_steps}: only --advantage_estimator gae has a critic to train meanwhile"
-        )
-    if c.importance_sampling_cap > 0 and (c.top_p < 1 or c.top_k > 0 or c.min_p > 0):
-        problems.append(
-            "--importance_sampling_cap: compares full distributions; leave --top_p, --top_k and --min_p at their defaults"
-        )
-    if c.max_logprob_drift is not None and (c.top_p < 1 or c.top_k > 0 or c.min_p > 0):
-        problems.append(
-            "--max_logprob_drift: compares full distributions; leave --top_p, --top_k and --min_p at their defaults"
-        )
-    if c.dynamic_sampling and c.advantage_estimator not in GROUP_ESTIMATORS and c.n_samples_per_prompt < 2:
-        problems.append(
-            "--dynamic_sampling: compares the samples of a prompt; set --n_samples_per_prompt to at least 2"
-        )
-    if c.overlong_buffer and c.overlong_buffer_len > c.generate_max_len:
-        problems.append(
-            f"--overlong_buffer_len {c.overlong_buffer_len}: must be at most --generate_max_len {c.generate_max_len}"
-        )
-    if world_size is not None:
-        ranks = max(1, world_size // max(1, c.sp_size))
-        if c.rollout_batch_size % ranks:
-            problems.append(
-                f"--rollout_batch_size {c.rollout_batch_size}: must be a multiple of the {ranks} data ranks"
+    if world_size is not None and not broken & {"rollout_batch_size", "sp_size"}:
+        ranks = max(1, world_size // config.sp_size)
+        if config.rollout_batch_size % ranks:
+            found.append(
+                f"--rollout_batch_size {config.rollout_batch_size}: must be a multiple of the {ranks} data ranks"
             )
-    return problems
+    return [text for text in found if text]
+
+
+def between(*names: str) -> Callable[[Rule], Rule]:
+    """Register a rule that reads the named settings."""
+
+    def register(rule: Rule) -> Rule:
+        RULES.append((names, rule))
+        return rule
+
+    return register
+
+
+@between("train_batch_size", "rollout_batch_size", "n_samples_per_prompt")
+def _whole_optimizer_steps(c: StrategyConfig) -> str | None:
+    samples = c.rollout_batch_size * c.n_samples_per_prompt
+    if samples % c.train_batch_size == 0:
+        return None
+    return (
+        f"--train_batch_size {c.train_batch_size}: must divide a step's samples, "
+        f"rollout_batch_size × n_samples_per_prompt = {c.rollout_batch_size} × {c.n_samples_per_prompt} = {samples}"
+    )
+
+
+@between("pretrain", "prompt_data")
+def _model_and_data_together(c: StrategyConfig) -> str | None:
+    if (c.pretrain is None) == (c.prompt_data is None):
+        return None
+    given, missing = ("--pretrain", "--prompt_data") if c.prompt_data is None else ("--prompt_data", "--pretrain")
+    return f"{missing}: needed with {given}; leave both away for the built-in task and model"
+
+
+@between("prompt_data", "reward", "remote_rm_url", "reward_pretrain")
+def _something_that_grades(c: StrategyConfig) -> str | None:
+    if c.prompt_data is None or c.reward or c.remote_rm_url or c.reward_pretrain:
+        return None
+    return "--reward: needed with --prompt_data: a rule such as exact or numeric, or module:function; or give --remote_rm_url"
+
+
+@between("eval_data", "prompt_data")
+def _held_out_of_something(c: StrategyConfig) -> str | None:
+    if c.eval_data is None or c.prompt_data is not None:
+        return None
+    return "--eval_data: works only with --prompt_data; the built-in task has its own held-out part"
+
+
+@between("use_gspo", "loss_agg_mode")
+def _gspo_averages_sequences(c: StrategyConfig) -> str | None:
+    if not c.use_gspo or c.loss_agg_mode == "seq-mean-token-mean":
+        return None
+    return f"--loss_agg_mode {c.loss_agg_mode}: GSPO's objective averages over sequences; add --loss_agg_mode seq-mean-token-mean"
+
+
+@between("kl_target", "init_kl_coef")
+def _a_weight_to_adapt(c: StrategyConfig) -> str | None:
+    if c.kl_target is None or c.init_kl_coef > 0:
+        return None
+    return "--kl_target: adapts --init_kl_coef, which is 0; give it a start above 0"
+
+
+@between("use_kl_loss", "init_kl_coef")
+def _a_weight_for_the_kl(c: StrategyConfig) -> str | None:
+    if not c.use_kl_loss or c.init_kl_coef > 0:
+        return None
+    return "--use_kl_loss: weighs the KL by --init_kl_coef, which is 0; give it a value above 0"
+
+
+@between("critic_pretrain", "advantage_estimator")
+def _a_critic_for_gae(c: StrategyConfig) -> str | None:
+    if c.critic_pretrain is None or c.advantage_estimator == "gae":
+        return None
+    return f"--critic_pretrain: only --advantage_estimator gae has a critic; it is {c.advantage_estimator}"
+
+
+@between("freezing_actor_steps", "advantage_estimator")
+def _a_critic_to_train_first(c: StrategyConfig) -> str | None:
+    if c.freezing_actor_steps <= 0 or c.advantage_estimator == "gae":
+        return None
+    return f"--freezing_actor_steps {c.freezing_actor_steps}: only --advantage_estimator gae has a critic to train meanwhile"
+
+
+@between("importance_sampling_cap", "max_logprob_drift", "top_p", "top_k", "min_p")
+def _comparable_distributions(c: StrategyConfig) -> str | None:
+    """Engine and trainer logprobs are compared under temperature alone: a truncated distribution is another one."""
+    flag = "importance_sampling_cap" if c.importance_sampling_cap > 0 else "max_logprob_drift"
+    if getattr(c, flag) in (None, 0.0) or (c.top_p == 1 and c.top_k <= 0 and c.min_p == 0):
+        return None
+    return f"--{flag}: compares full distributions; leave --top_p, --top_k and --min_p at their defaults"
+
+
+@between("dynamic_sampling", "n_samples_per_prompt")
+def _groups_that_can_differ(c: StrategyConfig) -> str | None:
+    if not c.dynamic_sampling or c.n_samples_per_prompt > 1:
+        return None
+    return "--dynamic_sampling: compares the samples of a prompt; set --n_samples_per_prompt to at least 2"
+
+
+@between("overlong_buffer", "overlong_buffer_len", "generate_max_len")
+def _a_buffer_within_the_limit(c: StrategyConfig) -> str | None:
+    if not c.overlong_buffer or c.overlong_buffer_len <= c.generate_max_len:
+        return None
+    return f"--overlong_buffer_len {c.overlong_buffer_len}: must be at most --generate_max_len {c.generate_max_len}"

@@ -11,6 +11,8 @@ from typing import Any, Literal
 from lightrft.strategy.config import FIELDS, StrategyConfig, read_yaml
 from lightrft.strategy.errors import ConfigError
 
+from .run_checks import run_faults
+
 DEFAULT_PRESET = "default"
 CONFIG_FILE = "config.yaml"
 
@@ -108,10 +110,7 @@ def check_settings(config: StrategyConfig, *, multimodal: bool, world_size: int 
         checked = config.checked(world_size)
     except ConfigError as error:
         problems += error.problems
-    else:
-        from .run_checks import run_faults
-
-        problems += run_faults(checked, multimodal=multimodal, world_size=world_size)
+    problems += run_faults(config, multimodal=multimodal, world_size=world_size)
     problems += _installation_faults(config) + _file_faults(config) + _output_faults(config)
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))

@@ -1,0 +1,13 @@
+"""Train a vision-language model. The same as ``lightrft train-vl``: starts its own ranks, or is one of torchrun's.
+
+python train_vl.py --fsdp --engine_type hf --pretrain MODEL --prompt_data data.jsonl --images_key images --reward exact
+"""
+
+from __future__ import annotations
+
+import sys
+
+from lightrft.cli.main import main
+
+if __name__ == "__main__":
+    sys.exit(main(["train-vl", *sys.argv[1:]]))

@@ -1,0 +1,322 @@
+"""From prompts to samples ready for training: generate, grade, look at them with the frozen models, compute advantages."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightrft.strategy.sampling import SamplingParams
+
+from .advantages import discounted_returns, gae, group_scores, token_rewards, whiten
+from .experience import Experience, ExperienceBatch, make_batch, split_rows
+from .forward import token_statistics, token_values
+from .grading import Grader
+from .kl import approximate_kl
+from .kl_controller import FixedKLController
+from .replay_buffer import SampleRecord
+from .reward_shaping import RewardShaping, RunningMoments
+
+if TYPE_CHECKING:
+    from lightrft.strategy import StrategyBase
+    from lightrft.strategy.engine import GenerationOutput
+
+    from .prompt_stream import PromptStream
+
+logger = logging.getLogger("lightrft")
+
+
+@dataclass
+class Rollout:
+    """What :meth:`ExperienceMaker.make_experience_list` gives.
+
+    :param samples: this rank's. :param records: of every rank's samples, by global index.
+    :param seconds: wall time on this rank by part of the work. :param generated_tokens: on this rank, dropped ones included.
+    :param groups_dropped: groups over all ranks that dynamic sampling turned away.
+    :param trajectories: texts of some of this rank's samples, for the log.
+    """
+
+    samples: list[Experience]
+    records: dict[int, SampleRecord]
+    seconds: dict[str, float] = field(default_factory=lambda: {"generate": 0.0, "reward": 0.0, "experience": 0.0})
+    generated_tokens: int = 0
+    groups_dropped: int = 0
+    trajectories: list[dict[str, Any]] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+    has_engine_logprobs: bool = False
+
+
+@dataclass
+class _Group:
+    """The samples of one prompt, and its place: round of redrawing, then place in the global batch."""
+
+    place: tuple[int, int]
+    samples: list[Experience]
+
+
+class ExperienceMaker:
+    """Makes the experience of one rollout step on this rank; the ranks call it together.
+
+    :param needs_old_logprobs: compute the policy's logprobs before training. Not needed while there is a single optimizer step
+        a rollout: the training pass then sees the same weights.
+    """
+
+    def __init__(
+        self,
+        *,
+        strategy: StrategyBase,
+        actor: torch.nn.Module,
+        critic: torch.nn.Module | None,
+        initial_model: torch.nn.Module | None,
+        tokenizer: Any,
+        prompt_max_len: int,
+        kl_controller: FixedKLController,
+        grader: Grader,
+        sampling: SamplingParams,
+        micro_batch_size: int,
+        needs_old_logprobs: bool,
+        processor: Any = None,
+    ) -> None:
+        self.strategy, self.config = strategy, strategy.config
+        self.actor, self.critic, self.initial_model = actor, critic, initial_model
+        self.tokenizer, self.processor = tokenizer, processor
+        self.prompt_max_len = prompt_max_len
+        self.kl_ctl = kl_controller
+        self.grader = grader
+        self.sampling = sampling
+        self.micro_batch_size = micro_batch_size
+        self.needs_old_logprobs = needs_old_logprobs
+        self.moments = RunningMoments()
+        config = self.config
+        self.shaping = RewardShaping(
+            clip=config.reward_clip,
+            running_norm=config.reward_running_norm,
+            minus_mean=config.reward_running_norm_minus_mean,
+            overlong=config.overlong_buffer,
+            overlong_buffer_len=config.overlong_buffer_len,
+            overlong_penalty_factor=config.overlong_buffer_penalty_factor,
+            max_length=sampling.max_tokens,
+        )
+
+    @property
+    def vllm_mp_group(self) -> Any:
+        """The ranks that share an engine; None where each rank has its own."""
+        return self.strategy.engine_mp_group
+
+    # ---- text to ids --------------------------------------------------------------------------------------------------
+    def tokenize_fn(
+        self, texts: str | Sequence[str], max_length: int, padding: bool = True, device: Any = None
+    ) -> dict[str, Any]:
+        """Token ids of prompts, cut at the front to ``max_length`` so that the end, where the question stands, survives.
+
+        :param padding: False: lists of ids. True: tensors ``[B, T]``, padded on the tokenizer's side, on ``device``.
+        :return: ``input_ids`` and ``attention_mask``.
+        """
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        side, self.tokenizer.truncation_side = self.tokenizer.truncation_side, "left"
+        try:
+            options: dict[str, Any] = {"padding": True, "return_tensors": "pt"} if padding else {}
+            encoded = self.tokenizer(texts, max_length=max_length, truncation=True, add_special_tokens=False, **options)
+        finally:
+            self.tokenizer.truncation_side = side
+        names = ("input_ids", "attention_mask")
+        if not padding:
+            return {name: encoded[name] for name in names}
+        return {name: encoded[name].to(device if device is not None else self.strategy.device) for name in names}
+
+    # ---- the step -----------------------------------------------------------------------------------------------------
+    def make_experience_list(self, stream: PromptStream, step: int) -> Rollout | None:
+        """One step's samples, or None where the stream has ended. A collective."""
+        rollout = Rollout([], {})
+        groups = self._collect(stream, step, rollout)
+        if groups is None:
+            return None
+        begun = time.monotonic()
+        self._number(groups, rollout)
+        batches = list(self._microbatches(rollout))
+        self._look(rollout, batches)
+        self._shape(rollout)
+        self._advantages(rollout)
+        rollout.seconds["experience"] = time.monotonic() - begun
+        return rollout
+
+    def _collect(self, stream: PromptStream, step: int, rollout: Rollout) -> list[_Group] | None:
+        """Groups of this rank: one draw, or with dynamic sampling as many as it takes."""
+        config, kept = self.config, []
+        rounds = config.dynamic_sampling_max_rounds if config.dynamic_sampling else 1
+        wanted = 0
+        for round_ in range(rounds):
+            prompts = stream.draw()
+            if prompts is None:
+                if round_ == 0:
+                    return None
+                break
+            wanted = wanted or self.strategy.all_reduce(len(prompts), "sum") if config.dynamic_sampling else 0
+            groups = self._draw_groups(prompts, step, round_, rollout)
+            if not config.dynamic_sampling:
+                return groups
+            mixed = [group for group in groups if len({sample.reward for sample in group.samples}) > 1]
+            kept += mixed
+            counts = self.strategy.all_reduce({"kept": len(kept), "dropped": len(groups) - len(mixed)}, "sum")
+            rollout.groups_dropped += counts["dropped"]
+            if counts["kept"] >= wanted:
+                break
+        places = sorted(place for part in self.strategy.all_gather_object([g.place for g in kept]) for place in part)
+        if len(places) < wanted:
+            self.strategy.print(
+                f"step {step}: dynamic sampling found {len(places)} of {wanted} prompts with mixed rewards in {rounds} rounds; "
+                "training on those"
+            )
+        chosen = set(places[:wanted])
+        return [group for group in kept if group.place in chosen]
+
+    def _draw_groups(self, prompts: Sequence[Any], step: int, round_: int, rollout: Rollout) -> list[_Group]:
+        begun = time.monotonic()
+        outputs = self.generate(prompts, self.sampling, step)
+        generated = time.monotonic()
+        n = self.sampling.n
+        rollout.generated_tokens += sum(len(output.output_token_ids) for output in outputs)
+        samples = [self.to_sample(output, prompts[i // n]) for i, output in enumerate(outputs)]
+        graded = self.grader(prompts, samples, n, step)
+        for sample, reward in zip(samples, graded.rewards, strict=True):
+            sample.reward = reward
+        rollout.seconds["generate"] += generated - begun
+        rollout.seconds["reward"] += time.monotonic() - generated
+        for name, value in graded.metrics.items():
+            rollout.metrics[name] = rollout.metrics.get(name, 0.0) + value
+        rollout.trajectories += graded.trajectories
+        ranks, rank = self.strategy.data_parallel_size, self.strategy.data_parallel_rank
+        return [_Group((round_, i * ranks + rank), samples[i * n : (i + 1) * n]) for i in range(len(prompts))]
+
+    def generate(self, prompts: Sequence[Any], sampling: SamplingParams, step: int) -> list[GenerationOutput]:
+        """``sampling.n`` responses to each of this rank's prompts, one after the other. A collective."""
+        token_ids = self.tokenize_fn([prompt.prompt for prompt in prompts], self.prompt_max_len, padding=False)[
+            "input_ids"
+        ]
+        return self.strategy.gather_and_generate(
+            sampling,
+            all_prompt_token_ids=token_ids,
+            sleep_engine=True,
+            prompt_indices=[prompt.index for prompt in prompts],
+            step=step,
+        )
+
+    def to_sample(self, output: GenerationOutput, prompt: Any) -> Experience:
+        """A response as a sample, not numbered yet."""
+        logprobs = None if output.logprobs is None else torch.tensor(output.logprobs, dtype=torch.float32)
+        return Experience(
+            index=-1,
+            prompt_index=prompt.index,
+            tokens=torch.tensor([*output.prompt_token_ids, *output.output_token_ids], dtype=torch.long),
+            response_length=len(output.output_token_ids),
+            finished=output.finish_reason == "stop",
+            weight_version=output.weight_version,
+            engine_logprobs=logprobs,
+        )
+
+    def _number(self, groups: Sequence[_Group], rollout: Rollout) -> None:
+        """Give every sample its global index, and let every rank know of every sample."""
+        rank = self.strategy.data_parallel_rank
+        mine = [
+            (group.place, rank, [(s.length, s.response_length, s.reward) for s in group.samples]) for group in groups
+        ]
+        told = all(s.engine_logprobs is not None for group in groups for s in group.samples)
+        parts = self.strategy.all_gather_object((mine, told))
+        rollout.has_engine_logprobs = all(told for _, told in parts)
+        # Ranks that share a sequence bring the same groups: each counts once.
+        everyone = sorted({item[0]: item for part, _ in parts for item in part}.values())
+        position = {place: number for number, (place, _, _) in enumerate(everyone)}
+        n = self.sampling.n
+        for place, owner, figures in everyone:
+            for k, (length, response_length, reward) in enumerate(figures):
+                rollout.records[position[place] * n + k] = SampleRecord(owner, length, response_length, reward)
+        for group in groups:
+            for k, sample in enumerate(group.samples):
+                sample.index = position[group.place] * n + k
+                rollout.samples.append(sample)
+        rollout.samples.sort(key=lambda sample: sample.index)
+
+    # ---- the models' view -----------------------------------------------------------------------------------------------
+    def _microbatches(self, rollout: Rollout) -> Iterator[list[Experience]]:
+        """This rank's samples in micro-batches of similar length; as many as the rank with the most has."""
+        size = self.micro_batch_size
+        counts: dict[int, int] = {}
+        for record in rollout.records.values():
+            counts[record.owner] = counts.get(record.owner, 0) + 1
+        rounds = max((-(-count // size) for count in counts.values()), default=0)
+        ordered = sorted(rollout.samples, key=lambda sample: (sample.length, sample.index))
+        for i in range(rounds):
+            yield ordered[i * size : (i + 1) * size]
+
+    @torch.no_grad()
+    def _look(self, rollout: Rollout, batches: Sequence[list[Experience]]) -> None:
+        """Fill in what the actor, the reference and the critic say of the samples, where the algorithm needs it."""
+        config = self.config
+        entropies = config.high_entropy_token_ratio > 0
+        kl_in_reward = self.initial_model is not None and not config.use_kl_loss
+        policy = self.needs_old_logprobs or kl_in_reward or entropies
+        for samples in batches:
+            if not (policy or self.initial_model is not None or self.critic is not None):
+                return
+            batch = make_batch(samples, self.tokenizer.pad_token_id or 0, self.strategy.device)
+            if policy:
+                statistics = token_statistics(self.actor, batch, config.temperature, entropy=entropies)
+                self._store(samples, batch, "old_logprobs", statistics.logprobs)
+                if statistics.entropies is not None:
+                    self._store(samples, batch, "entropies", statistics.entropies)
+            if self.initial_model is not None:
+                statistics = token_statistics(self.initial_model, batch, config.temperature)
+                self._store(samples, batch, "reference_logprobs", statistics.logprobs)
+            if self.critic is not None:
+                self._store(samples, batch, "values", token_values(self.critic, batch))
+
+    @staticmethod
+    def _store(samples: Sequence[Experience], batch: ExperienceBatch, name: str, values: Tensor) -> None:
+        if samples:
+            for sample, row in zip(samples, split_rows(values, batch.mask), strict=True):
+                setattr(sample, name, row)
+
+    # ---- rewards to advantages --------------------------------------------------------------------------------------------
+    def _sum_over_ranks(self, vector: Tensor) -> Tensor:
+        return self.strategy.all_reduce(vector, "sum")
+
+    def _shape(self, rollout: Rollout) -> None:
+        rewards = torch.tensor([sample.reward for sample in rollout.samples], dtype=torch.float32)
+        lengths = torch.tensor([sample.response_length for sample in rollout.samples], dtype=torch.float32)
+        shaped = self.shaping.apply(rewards, lengths, self.moments, self._sum_over_ranks)
+        for sample, value in zip(rollout.samples, shaped.tolist(), strict=True):
+            sample.shaped_reward = value
+
+    def _advantages(self, rollout: Rollout) -> None:
+        config, samples = self.config, rollout.samples
+        shaped = torch.tensor([sample.shaped_reward for sample in samples], dtype=torch.float32)
+        scores = group_scores(
+            shaped.reshape(len(samples) // self.sampling.n, self.sampling.n),
+            config.advantage_estimator,
+            self._sum_over_ranks,
+        ).flatten()
+        batch = make_batch(samples, 0, torch.device("cpu"))
+        mask = batch.mask
+        if not samples:  # a rank without samples still takes part in what follows
+            scores = torch.zeros(1)
+        kl = None
+        if self.initial_model is not None and not config.use_kl_loss:
+            kl = approximate_kl(batch.old_logprobs, batch.reference_logprobs, config.kl_estimator)
+        spread = token_rewards(scores, mask, kl, self.kl_ctl.value)
+        if config.advantage_estimator == "gae":
+            advantages, returns = gae(spread, batch.values, mask, config.gamma, config.lambd)
+        else:
+            advantages = discounted_returns(spread, mask, config.gamma)
+            returns = advantages
+        if config.advantages_norm:
+            advantages = whiten(advantages, mask, self._sum_over_ranks)
+        if config.advantage_clip > 0:
+            advantages = advantages.clamp(-config.advantage_clip, config.advantage_clip)
+        self._store(samples, batch, "advantages", advantages)
+        if self.critic is not None:
+            self._store(samples, batch, "returns", returns)

@@ -1,0 +1,736 @@
+"""The trainer: roll out, grade, train, sync, and again, on every rank the same program.
+
+``fit`` is the loop. ``ppo_train`` trains on what is in the replay buffer and may be overridden; the loop brings the weights to the
+engine after it, unless an override has done so.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightrft.strategy.errors import CheckpointError, LightRFTError
+from lightrft.strategy.sampling import SamplingParams
+
+from .evaluation import EvaluationResult, evaluate
+from .experience import ExperienceBatch, make_batch
+from .experience_maker import ExperienceMaker, Rollout
+from .forward import token_statistics, token_values
+from .grading import Grader
+from .interruption import Interruption
+from .kl import approximate_kl
+from .kl_controller import make_kl_controller
+from .losses import (
+    PolicyObjective,
+    aggregate,
+    entropy_threshold,
+    loss_denominator,
+    policy_loss,
+    truncated_importance_weights,
+    value_loss,
+)
+from .metrics import METRICS_FILE, MetricSink, make_sinks, read_metrics
+from .plots import plot_curves
+from .progress import Progress, SilentProgress, make_progress
+from .prompt_stream import PromptStream
+from .replay_buffer import OptimizerBatch, ReplayBuffer
+from .run_state import RunState
+
+if TYPE_CHECKING:
+    from lightrft.strategy import StrategyBase
+
+logger = logging.getLogger("lightrft")
+
+CHECKPOINTS, PLOTS, TRAJECTORIES = "checkpoints", "plots", "trajectories"
+SAMPLING_NAMES = ("temperature", "top_p", "top_k", "min_p", "stop_token_ids", "min_new_tokens", "max_new_tokens")
+
+
+class DriftError(LightRFTError, RuntimeError):
+    """Engine and trainer disagree about the tokens' probabilities by more than ``--max_logprob_drift``."""
+
+
+class SPMDPPOTrainer:
+    """Trains an actor by reinforcement on any LightRFT strategy and engine.
+
+    All that is not given here comes from ``strategy.config``. Models are prepared by the strategy beforehand, for example with
+    ``strategy.prepare_models_and_optimizers``, and an engine is set up.
+
+    :param actor: the policy (:class:`lightrft.models.ActorLanguage` or anything that a strategy prepared from it).
+    :param critic: needed with ``advantage_estimator="gae"``, else None.
+    :param reward_model: a reward model, a list of them, or None.
+    :param initial_model: the reference for the KL, or None where ``init_kl_coef`` is 0.
+    :param ema_model: a copy of the actor that follows it slowly, or None.
+    :param tokenizer: of the actor; ``processor`` for vision-language models.
+    :param reward_fn: what grades the responses: see :class:`lightrft.trainer.grading.Grader`.
+    :param output_dir: where checkpoints, metrics and plots go; None takes ``--output_dir``.
+    :param generate_kwargs: sampling settings by Hugging Face's or vLLM's names; they win over the configuration.
+    :raises ValueError: settings that cannot work together.
+    """
+
+    multimodal = False
+
+    def __init__(
+        self,
+        strategy: StrategyBase,
+        actor: nn.Module,
+        critic: nn.Module | None,
+        reward_model: Any,
+        initial_model: nn.Module | None,
+        ema_model: nn.Module | None,
+        actor_optim: Optimizer,
+        critic_optim: Optimizer | None,
+        actor_scheduler: Any,
+        critic_scheduler: Any,
+        ema_beta: float | None = None,
+        init_kl_coef: float | None = None,
+        kl_target: float | None = None,
+        kl_horizon: int | None = None,
+        micro_train_batch_size: int | None = None,
+        eps_clip: float | None = None,
+        value_clip: float | None = None,
+        micro_rollout_batch_size: int | None = None,
+        max_epochs: int | None = None,
+        tokenizer: Any = None,
+        processor: Any = None,
+        prompt_max_len: int | None = None,
+        remote_rm_url: str | None = None,
+        reward_fn: Any = None,
+        loss_agg_mode: Any = None,
+        use_gspo: bool | None = None,
+        output_dir: str | Path | None = None,
+        **generate_kwargs: Any,
+    ) -> None:
+        config = strategy.config
+
+        def chosen(value: Any, name: str) -> Any:
+            return getattr(config, name) if value is None else value
+
+        self.strategy, self.args, self.config = strategy, strategy.args, config
+        self.actor, self.critic, self.reward_model = actor, critic, reward_model
+        self.initial_model, self.ema_model = initial_model, ema_model
+        self.actor_optim, self.critic_optim = actor_optim, critic_optim
+        self.actor_scheduler, self.critic_scheduler = actor_scheduler, critic_scheduler
+        self.tokenizer, self.processor = tokenizer, processor
+        self.ema_beta = chosen(ema_beta, "ema_beta")
+        self.eps_clip = chosen(eps_clip, "eps_clip")
+        self.value_clip = chosen(value_clip, "value_clip")
+        self.micro_train_batch_size = chosen(micro_train_batch_size, "micro_train_batch_size")
+        self.micro_rollout_batch_size = chosen(micro_rollout_batch_size, "micro_rollout_batch_size")
+        self.max_epochs = chosen(max_epochs, "max_epochs")
+        self.prompt_max_len = chosen(prompt_max_len, "prompt_max_len")
+        self.loss_agg_mode = chosen(loss_agg_mode, "loss_agg_mode")
+        gspo = chosen(use_gspo, "use_gspo")
+        self.objective: PolicyObjective = "gspo" if gspo else "cpgd" if config.use_cpg_loss else "ppo"
+        self.kl_ctl = make_kl_controller(
+            chosen(init_kl_coef, "init_kl_coef"), chosen(kl_target, "kl_target"), chosen(kl_horizon, "kl_horizon")
+        )
+        self.output_dir = Path(config.output_dir if output_dir is None else output_dir)
+        self.log_dir = Path(config.log_dir) if config.log_dir else self.output_dir
+        self.sampling = sampling_from(config, generate_kwargs)
+        self._check(generate_kwargs)
+        self.grader = Grader(
+            strategy,
+            tokenizer,
+            reward_fn=reward_fn,
+            reward_model=reward_model,
+            remote_rm_url=chosen(remote_rm_url, "remote_rm_url"),
+        )
+        self.replay_buffer = ReplayBuffer()
+        self.state = RunState()
+        self.experience_maker = self.make_experience_maker()
+        self._stopping = False
+        self._save_wanted: Callable[[], bool] = lambda: False
+        self._seconds_checkpoint = 0.0
+
+    def make_experience_maker(self) -> ExperienceMaker:
+        """What turns prompts into experience; override to bring another."""
+        return self._experience_maker_class()(
+            strategy=self.strategy,
+            actor=self.actor,
+            critic=self.critic,
+            initial_model=self.initial_model,
+            tokenizer=self.tokenizer,
+            processor=self.processor,
+            prompt_max_len=self.prompt_max_len,
+            kl_controller=self.kl_ctl,
+            grader=self.grader,
+            sampling=self.sampling,
+            micro_batch_size=self.micro_rollout_batch_size,
+            needs_old_logprobs=self.optimizer_steps_per_rollout > 1,
+        )
+
+    def _experience_maker_class(self) -> type[ExperienceMaker]:
+        return ExperienceMaker
+
+    def _check(self, generate_kwargs: dict[str, Any]) -> None:
+        config, problems = self.config, []
+        if config.advantage_estimator == "gae" and self.critic is None:
+            problems.append("--advantage_estimator gae needs a critic; pass critic=... and its optimizer")
+        if self.critic is not None and self.critic_optim is None:
+            problems.append("a critic was given without critic_optim; make one with strategy.create_optimizer(critic)")
+        if self.initial_model is None and self.kl_ctl.value:
+            problems.append(
+                f"init_kl_coef is {self.kl_ctl.value} and there is no initial_model; pass one, or set init_kl_coef=0"
+            )
+        if self.tokenizer is None:
+            problems.append("no tokenizer was given; pass tokenizer=...")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    # ---- what the documents' examples read ------------------------------------------------------------------------------
+    @property
+    def vllm_mp_group(self) -> Any:
+        """The ranks that share an engine; None where each rank has its own."""
+        return self.strategy.engine_mp_group
+
+    @property
+    def vllm_engine(self) -> Any:
+        """This rank's engine, whichever it is."""
+        return self.strategy.inference_engine
+
+    def tokenize_fn(
+        self, texts: str | Sequence[str], max_length: int, padding: bool = True, device: Any = None
+    ) -> dict[str, Any]:
+        """See :meth:`ExperienceMaker.tokenize_fn`."""
+        return self.experience_maker.tokenize_fn(texts, max_length, padding, device)
+
+    @property
+    def optimizer_steps_per_rollout(self) -> int:
+        """Optimizer steps on one full rollout buffer."""
+        samples = self.config.rollout_batch_size * self.sampling.n
+        return self.max_epochs * max(1, -(-samples // self.config.train_batch_size))
+
+    # ---- the loop ---------------------------------------------------------------------------------------------------------
+    def fit(
+        self,
+        args: Any = None,
+        prompts_dataloader: Any = None,
+        pretrain_dataloader: Any = None,
+        consumed_samples: int = 0,
+        num_update_steps_per_episodes: int | None = None,
+        *,
+        eval_prompts: Sequence[Any] = (),
+        resume: bool | None = None,
+        interruption: Interruption | None = None,
+    ) -> RunState:
+        """Train until the steps are done or somebody interrupts. Every rank calls.
+
+        :param args: kept for older scripts; the settings are the strategy's.
+        :param prompts_dataloader: lists of prompts, this rank's share of each rollout batch, as
+            ``strategy.setup_dataloader`` gives them.
+        :param consumed_samples: prompts, over all ranks, that earlier runs have used; a checkpoint's own position wins.
+        :param eval_prompts: held-out prompts, all of them on every rank.
+        :param resume: go on from the last whole checkpoint; default ``--resume``.
+        :raises DriftError: the engine drifted further than allowed.
+        """
+        if pretrain_dataloader is not None:
+            raise ValueError("fit: pretrain_dataloader: mixing in a supervised loss is not possible; pass None")
+        config = self.config
+        stream = PromptStream(prompts_dataloader, episodes=config.num_episodes, batch_size=config.rollout_batch_size)
+        per_episode = num_update_steps_per_episodes or max(1, len(stream))
+        total = min(config.max_steps or 10**9, per_episode * config.num_episodes)
+        if consumed_samples:
+            done = consumed_samples // config.rollout_batch_size
+            stream.load_state_dict(
+                {
+                    "episode": done // per_episode,
+                    "consumed_samples": done % per_episode * config.rollout_batch_size,
+                }
+            )
+        if config.resume if resume is None else resume:
+            self.load_state(stream)
+        self._save_wanted = (lambda: interruption.asked) if interruption is not None else (lambda: False)
+        sinks = self._open_sinks()
+        progress = make_progress(total, done=self.state.step, show=self.strategy.is_rank_0())
+        try:
+            self._sync()
+            if self.state.step == 0 and not self.state.training:
+                self._evaluate(eval_prompts)
+            with progress:
+                self._run_steps(stream, total, eval_prompts, sinks, progress)
+            if not self._stopping:
+                self._evaluate(eval_prompts)
+                self._log_evaluation(sinks)
+            self.save_state(stream)
+            self.strategy.finish_checkpoint()
+        finally:
+            for sink in sinks:
+                sink.close()
+        self._plot()
+        return self.state
+
+    @property
+    def interrupted(self) -> bool:
+        """The last ``fit`` ended early because somebody asked for it."""
+        return self._stopping
+
+    def _run_steps(
+        self,
+        stream: PromptStream,
+        total: int,
+        eval_prompts: Sequence[Any],
+        sinks: Sequence[MetricSink],
+        progress: Progress,
+    ) -> None:
+        config = self.config
+        while self.state.step < total and not self._interrupted():
+            begun = time.monotonic()
+            if not self.state.training and not self._roll_out(stream):
+                break
+            trained = time.monotonic()
+            version = self.strategy.engine_host.weight_version
+            status = self.ppo_train(self.state.step)
+            if self._stopping:  # in the middle of the buffer; the checkpoint says where
+                break
+            self.state.figures["seconds_train"] = (
+                self.state.figures.get("seconds_train", 0.0) + time.monotonic() - trained
+            )
+            if self.strategy.engine_host.weight_version == version:
+                self.state.figures["seconds_sync"] = self._sync()
+            self._finish_step(status, begun)
+            values = self._step_values(status)
+            if self._due(config.eval_steps, total):
+                values |= self._evaluate(eval_prompts)
+            for sink in sinks:
+                sink.log(self.state.step, values)
+            progress.advance(self.state.step, values)
+            self._check_drift(values)
+            if self._due(config.save_steps, total):
+                self.save_state(stream)
+            if self._due(config.plot_every, total):
+                self._plot()
+
+    def _due(self, every: int, total: int) -> bool:
+        """A step at which something periodic happens; the last one is done after the loop."""
+        return every > 0 and self.state.step % every == 0 and self.state.step < total
+
+    def _interrupted(self) -> bool:
+        """Whether any rank was asked to stop. A collective: ranks hear of Ctrl-C at different moments."""
+        if not self._stopping:
+            self._stopping = bool(self.strategy.all_reduce(int(self._save_wanted()), "max"))
+        return self._stopping
+
+    # ---- one step -----------------------------------------------------------------------------------------------------------
+    def _roll_out(self, stream: PromptStream) -> bool:
+        """Fill the buffer; False where the prompts have ended."""
+        rollout = self.experience_maker.make_experience_list(stream, self.state.step)
+        if rollout is None:
+            return False
+        self.replay_buffer.fill(rollout.samples, rollout.records)
+        self.state.training, self.state.epoch, self.state.batch = True, 0, 0
+        self.state.sums = {}
+        self.state.stream = stream.state_dict()
+        self.state.figures = self._rollout_figures(rollout)
+        self._save_trajectories(rollout)
+        return True
+
+    def _rollout_figures(self, rollout: Rollout) -> dict[str, Any]:
+        records = list(rollout.records.values())
+        rewards = torch.tensor([record.reward for record in records], dtype=torch.float64)
+        lengths = torch.tensor([float(record.response_length) for record in records], dtype=torch.float64)
+        samples = rollout.samples
+        summed = self.strategy.all_reduce(
+            {
+                "tokens": rollout.generated_tokens,
+                "finished": sum(sample.finished for sample in samples),
+                **{f"reward/{name}": float(value) for name, value in rollout.metrics.items()},
+            },
+            "sum",
+        )
+        seconds = self.strategy.all_reduce(rollout.seconds, "max")
+        count = max(1, len(records))
+        return {
+            "reward_mean": float(rewards.mean()) if records else None,
+            "reward_std": float(rewards.std(unbiased=False)) if records else None,
+            "response_length_mean": float(lengths.mean()) if records else None,
+            "response_length_max": float(lengths.max()) if records else None,
+            "finished_share": summed["finished"] / count,
+            "tokens_per_second": summed["tokens"] / max(seconds["generate"], 1e-9),
+            "seconds_generate": seconds["generate"],
+            "seconds_reward": seconds["reward"],
+            "seconds_experience": seconds["experience"],
+            "groups_dropped": rollout.groups_dropped,
+            **{name: value / count for name, value in summed.items() if name.startswith("reward/")},
+        }
+
+    def ppo_train(self, global_steps: int = 0) -> dict[str, float]:
+        """Train on the replay buffer: every epoch, every optimizer step that is not done yet.
+
+        Stops early, between two optimizer steps, when somebody interrupts the run.
+
+        :param global_steps: the rollout step, which decides how the buffer is shuffled.
+        :return: means over the step: loss, kl, grad_norm, logprob_drift, clip_fraction, ...
+        """
+        state = self.state
+        while state.epoch < self.max_epochs:
+            plan = self.replay_buffer.plan(
+                n_samples=self.sampling.n,
+                batch_size=self.config.train_batch_size,
+                micro_batch_size=self.micro_train_batch_size,
+                seed=self.config.seed,
+                step=global_steps,
+                epoch=state.epoch,
+                rank=self.strategy.data_parallel_rank,
+                ranks=self.strategy.data_parallel_size,
+            )
+            while state.batch < len(plan):
+                if (state.epoch or state.batch) and self._interrupted():
+                    return {}
+                self._train_on(plan[state.batch], global_steps)
+                state.batch += 1
+            state.epoch, state.batch = state.epoch + 1, 0
+        return self._status()
+
+    def _train_on(self, batch: OptimizerBatch, global_steps: int) -> None:
+        """One optimizer step of the actor, and of the critic where there is one."""
+        train_actor = global_steps >= self.config.freezing_actor_steps
+        threshold = self._entropy_threshold(batch)
+        kept_tokens = batch.tokens
+        if threshold is not None:
+            kept_tokens = self._count_high_entropy(batch, threshold)
+        denominator = loss_denominator(self.loss_agg_mode, kept_tokens, batch.sequences)
+        sums = _Sums(self.strategy.device)
+        last = len(batch.microbatches) - 1
+        for i, micro in enumerate(batch.microbatches):
+            samples = [self.replay_buffer.samples[index] for index in micro.indices]
+            rows = make_batch(samples, self.tokenizer.pad_token_id or 0, self.strategy.device)
+            if train_actor:
+                loss = self._actor_loss(rows, threshold, sums)
+                self.strategy.backward(loss, self.actor, self.actor_optim, scale=1.0 / denominator, boundary=i == last)
+            if self.critic is not None:
+                assert self.critic_optim is not None
+                loss = self._critic_loss(rows, sums)
+                self.strategy.backward(
+                    loss, self.critic, self.critic_optim, scale=1.0 / max(1, batch.tokens), boundary=i == last
+                )
+        self._step_optimizers(train_actor)
+        self._collect(sums, denominator, batch)
+
+    def _actor_loss(self, rows: ExperienceBatch, threshold: float | None, sums: _Sums) -> Tensor:
+        """Sum over the micro-batch; divided by the global count later."""
+        config, fields, mask = self.config, rows.per_token, rows.mask
+        statistics = token_statistics(self.actor, rows, config.temperature, entropy=config.entropy_coef > 0)
+        logprobs = statistics.logprobs
+        old = fields.get("old_logprobs", logprobs.detach())
+        train_mask = mask if threshold is None else mask & (fields["entropies"] >= threshold)
+        weights = None
+        if "engine_logprobs" in fields and self.sampling.full_support:
+            drift = (old.detach() - fields["engine_logprobs"]).abs().masked_fill(~mask, 0.0)
+            sums.add("logprob_drift", drift.sum())
+            sums.maximum("logprob_drift_max", drift.max())
+            if config.importance_sampling_cap > 0:
+                weights = truncated_importance_weights(old, fields["engine_logprobs"], config.importance_sampling_cap)
+                sums.add("importance_weight", (weights * mask).sum())
+        policy = policy_loss(
+            logprobs,
+            old,
+            fields["advantages"],
+            train_mask,
+            objective=self.objective,
+            eps_low=self.eps_clip,
+            eps_high=config.eps_clip_high if config.eps_clip_high is not None else self.eps_clip,
+            weights=weights,
+            drift_coef=config.policy_drift_coef,
+        )
+        token_losses = policy.token_losses
+        drift_kl = approximate_kl(old, logprobs.detach(), "k3").masked_fill(~mask, 0.0)
+        sums.add("policy_kl", drift_kl.sum())
+        if "reference_logprobs" in fields:
+            kl = approximate_kl(logprobs, fields["reference_logprobs"], config.kl_estimator)
+            sums.add("kl", kl.detach().masked_fill(~mask, 0.0).sum())
+            if config.use_kl_loss:
+                token_losses = token_losses + self.kl_ctl.value * kl
+        if statistics.entropies is not None:
+            sums.add("entropy", statistics.entropies.detach().masked_fill(~mask, 0.0).sum())
+            token_losses = token_losses - config.entropy_coef * statistics.entropies
+        sums.add("clip_fraction", policy.clipped.sum())
+        loss = aggregate(token_losses, train_mask, self.loss_agg_mode)
+        sums.add("loss", loss.detach())
+        return loss
+
+    def _critic_loss(self, rows: ExperienceBatch, sums: _Sums) -> Tensor:
+        assert self.critic is not None
+        values = token_values(self.critic, rows)
+        losses = value_loss(values, rows.per_token["values"], rows.per_token["returns"], self.value_clip)
+        loss = aggregate(losses, rows.mask, "token-mean")
+        sums.add("critic_loss", loss.detach())
+        sums.add("values", values.detach().masked_fill(~rows.mask, 0.0).sum())
+        return loss
+
+    def _step_optimizers(self, train_actor: bool) -> None:
+        strategy, state = self.strategy, self.state
+        if train_actor:
+            result = strategy.optimizer_step(self.actor_optim, self.actor, self.actor_scheduler, name="actor")
+            state.optimizer_steps += 1
+            state.skipped_steps += int(result.skipped)
+            _accumulate(state.sums, "grad_norm", result.grad_norm)
+            _accumulate(state.sums, "skipped", float(result.skipped))
+            if result.stepped and self.ema_model is not None:
+                strategy.moving_average(self.actor, self.ema_model, self.ema_beta)
+        if self.critic is not None:
+            assert self.critic_optim is not None
+            result = strategy.optimizer_step(self.critic_optim, self.critic, self.critic_scheduler, name="critic")
+            _accumulate(state.sums, "critic_grad_norm", result.grad_norm)
+
+    def _collect(self, sums: _Sums, denominator: int, batch: OptimizerBatch) -> None:
+        """Add this optimizer step's figures, summed over ranks, to the step's."""
+        totals = sums.over_ranks(self.strategy)
+        tokens = max(1, batch.tokens)
+        for name, value in totals.items():
+            if name.endswith("_max"):
+                self.state.sums[name] = max(self.state.sums.get(name, 0.0), value)
+            else:
+                _accumulate(self.state.sums, name, value / (denominator if name == "loss" else tokens))
+        _accumulate(self.state.sums, "batches", 1.0)
+
+    def _status(self) -> dict[str, float]:
+        """Means over the optimizer steps of this rollout step."""
+        batches = max(1.0, self.state.sums.get("batches", 0.0))
+        kept = ("skipped",)
+        return {
+            name: value if name in kept or name.endswith("_max") else value / batches
+            for name, value in self.state.sums.items()
+            if name != "batches"
+        }
+
+    # ---- high-entropy tokens ------------------------------------------------------------------------------------------------
+    def _entropy_threshold(self, batch: OptimizerBatch) -> float | None:
+        """Entropy from which tokens are trained on: one value for the whole optimizer step, on all ranks."""
+        share = self.config.high_entropy_token_ratio
+        if share <= 0:
+            return None
+        mine = self._entropies(batch)
+        return entropy_threshold(self.strategy.all_gather(mine), share)
+
+    def _count_high_entropy(self, batch: OptimizerBatch, threshold: float) -> int:
+        return self.strategy.all_reduce(int((self._entropies(batch) >= threshold).sum()), "sum")
+
+    def _entropies(self, batch: OptimizerBatch) -> Tensor:
+        parts = [
+            entropies
+            for micro in batch.microbatches
+            for index in micro.indices
+            if (entropies := self.replay_buffer.samples[index].entropies) is not None
+        ]
+        return (torch.cat(parts) if parts else torch.zeros(0)).to(self.strategy.device)
+
+    # ---- after training -----------------------------------------------------------------------------------------------------
+    def _sync(self) -> float:
+        """Bring the actor's weights to the engine; seconds of the slowest rank."""
+        return self.strategy.update_engine_weights(self.actor).seconds
+
+    def _finish_step(self, status: dict[str, float], begun: float) -> None:
+        state = self.state
+        state.step += 1
+        state.training, state.epoch, state.batch = False, 0, 0
+        state.figures["seconds_total"] = time.monotonic() - begun
+        if "kl" in status:
+            self.kl_ctl.update(status["kl"], len(self.replay_buffer.records))
+        self.replay_buffer.clear()
+
+    def _step_values(self, status: dict[str, float]) -> dict[str, Any]:
+        """A line of metrics.jsonl: always with the keys of :data:`lightrft.trainer.metrics.STEP_KEYS`."""
+        figures = self.state.figures
+        # Without a reference the KL is that of the update itself: how far training moved the policy that wrote the samples.
+        kl = status.get("kl", status.get("policy_kl"))
+        values = {
+            "reward_mean": figures.get("reward_mean"),
+            "reward_std": figures.get("reward_std"),
+            "loss": status.get("loss"),
+            "kl": kl,
+            "grad_norm": status.get("grad_norm"),
+            "response_length_mean": figures.get("response_length_mean"),
+            "tokens_per_second": figures.get("tokens_per_second"),
+            "seconds_generate": figures.get("seconds_generate"),
+            "seconds_reward": figures.get("seconds_reward"),
+            "seconds_train": figures.get("seconds_train"),
+            "seconds_sync": figures.get("seconds_sync", 0.0),
+            "logprob_drift": status.get("logprob_drift"),
+            "weight_version": self.strategy.engine_host.weight_version,
+        }
+        values |= {name: value for name, value in (*figures.items(), *status.items()) if name not in values}
+        values["kl_coef"] = self.kl_ctl.value
+        values["lr"] = self.actor_optim.param_groups[0]["lr"]
+        values["skipped_steps"] = self.state.skipped_steps
+        return values
+
+    def _check_drift(self, values: dict[str, Any]) -> None:
+        limit, drift = self.config.max_logprob_drift, values.get("logprob_drift")
+        if limit is not None and drift is not None and drift > limit:
+            raise DriftError(
+                f"step {self.state.step}: engine and trainer logprobs differ by {drift:.4g} on average, "
+                f"--max_logprob_drift is {limit:g}; check that the engine has the trainer's dtype and weights, or correct the "
+                "drift with --importance_sampling_cap 2"
+            )
+
+    # ---- evaluation ---------------------------------------------------------------------------------------------------------
+    def evaluate(self, prompts: Sequence[Any]) -> EvaluationResult:
+        """Greedy answers to held-out prompts, graded; every rank calls, with the same prompts."""
+        return evaluate(self.experience_maker, self.grader, prompts, step=self.state.step)
+
+    def _evaluate(self, prompts: Sequence[Any]) -> dict[str, float]:
+        if not prompts:
+            return {}
+        result = self.evaluate(prompts)
+        self.last_evaluation = result
+        self.state.evaluation[str(self.state.step)] = result.accuracy
+        return {"eval_accuracy": result.accuracy, "eval_reward": result.reward}
+
+    def _log_evaluation(self, sinks: Sequence[MetricSink]) -> None:
+        """The evaluation at the end belongs to no step's line: it gets its own file and the plot reads both."""
+        if self.strategy.is_rank_0() and self.state.evaluation:
+            path = self.output_dir / "evaluation.json"
+            path.write_text(json.dumps(self.state.evaluation, indent=1), encoding="utf-8")
+
+    # ---- files --------------------------------------------------------------------------------------------------------------
+    def _open_sinks(self) -> list[MetricSink]:
+        if not self.strategy.is_rank_0():
+            return []
+        return make_sinks(self.config, self.output_dir, self.log_dir, first_step=self.state.step + 1)
+
+    def _plot(self) -> None:
+        if not self.strategy.is_rank_0():
+            return
+        lines: list[dict[str, Any]] = read_metrics(self.output_dir / METRICS_FILE)
+        lines += [{"step": int(step), "eval_accuracy": value} for step, value in self.state.evaluation.items()]
+        known = {line["step"] for line in lines if "eval_accuracy" in line and "reward_mean" in line}
+        lines = [line for line in lines if "reward_mean" in line or line["step"] not in known]
+        plot_curves(sorted(lines, key=lambda line: line["step"]), self.log_dir / PLOTS)
+
+    def _save_trajectories(self, rollout: Rollout) -> None:
+        if not self.config.save_trajectories or not self.strategy.is_rank_0():
+            return
+        folder = self.log_dir / TRAJECTORIES
+        folder.mkdir(parents=True, exist_ok=True)
+        chosen = rollout.trajectories[: self.config.num_trajectories_to_save]
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in chosen)
+        (folder / f"step_{self.state.step + 1}.jsonl").write_text(text, encoding="utf-8")
+
+    # ---- checkpoints --------------------------------------------------------------------------------------------------------
+    def _models(self) -> dict[str, nn.Module]:
+        models = {"actor": self.actor, "critic": self.critic, "ema": self.ema_model}
+        return {name: model for name, model in models.items() if model is not None}
+
+    def save_state(self, stream: PromptStream | None = None) -> None:
+        """Write a checkpoint of everything; between two optimizer steps, also in the middle of a rollout buffer."""
+        state = self.state
+        if stream is not None:
+            state.stream = stream.state_dict()
+        place = f"_epoch_{state.epoch}_batch_{state.batch}" if state.training else ""
+        self.strategy.save_ckpt(
+            self._models(),
+            self.output_dir / CHECKPOINTS,
+            tag=f"step_{state.step:06d}{place}",
+            max_num=self.config.max_ckpt_num,
+            max_mem=self.config.max_ckpt_mem,
+            client_state={
+                "step": state.step,
+                "run": state.to_json(),
+                "kl": self.kl_ctl.state_dict(),
+                "moments": self.experience_maker.moments.state_dict(),
+                "engine": self.strategy.engine_host.state_dict(),
+            },
+            rank_state=self.replay_buffer.state_tensors() if state.training else {},
+            asynchronous=self.config.async_save and not self._stopping,
+        )
+
+    def load_state(self, stream: PromptStream) -> bool:
+        """Go back to the last whole checkpoint; False where there is none yet and the run starts from the beginning."""
+        folder = self.output_dir / CHECKPOINTS
+        there = self.strategy.all_gather_object(folder.is_dir() and any(folder.iterdir()))[0]
+        if not there:
+            self.strategy.print(f"{folder}: no checkpoint yet; starting from the beginning")
+            return False
+        try:
+            loaded = self.strategy.load_ckpt(self._models(), folder)
+        except CheckpointError as error:
+            self.strategy.print(f"{error}; starting from the beginning")
+            return False
+        saved = loaded.client_state
+        self.state = RunState.from_json(saved["run"])
+        self.kl_ctl.load_state_dict(saved["kl"])
+        self.experience_maker.moments.load_state_dict(saved["moments"])
+        # The sync at the start of fit counts as the one after the last step.
+        version = dict(saved["engine"])
+        version["weight_version"] = max(0, version["weight_version"] - 1)
+        self.strategy.engine_host.load_state_dict(version)
+        stream.load_state_dict(self.state.stream)
+        if self.state.training:
+            self.replay_buffer = ReplayBuffer.restore(
+                loaded.rank_states,
+                n_samples=self.sampling.n,
+                rank=self.strategy.data_parallel_rank,
+                ranks=self.strategy.data_parallel_size,
+            )
+        where = f"step {self.state.step}" + (" (in the middle of a rollout buffer)" if self.state.training else "")
+        self.strategy.print(f"resumed from {loaded.path} at {where}")
+        return True
+
+
+class _Sums:
+    """Sums on the device, fetched once an optimizer step."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.values: dict[str, Tensor] = {}
+
+    def add(self, name: str, value: Tensor) -> None:
+        value = value.detach().float()
+        self.values[name] = self.values[name] + value if name in self.values else value
+
+    def maximum(self, name: str, value: Tensor) -> None:
+        value = value.detach().float()
+        self.values[name] = torch.maximum(self.values[name], value) if name in self.values else value
+
+    def over_ranks(self, strategy: StrategyBase) -> dict[str, float]:
+        """Totals over all ranks. Every rank has run equally many micro-batches, so all know the same names."""
+        totals: dict[str, float] = {}
+        for op, names in (
+            ("sum", [name for name in self.values if not name.endswith("_max")]),
+            ("max", [name for name in self.values if name.endswith("_max")]),
+        ):
+            if names:
+                packed = torch.stack([self.values[name] for name in names])
+                totals |= dict(zip(names, strategy.all_reduce(packed, op).tolist(), strict=True))
+        return totals
+
+
+def _accumulate(sums: dict[str, float], name: str, value: float | None) -> None:
+    if value is not None:
+        sums[name] = sums.get(name, 0.0) + value
+
+
+def sampling_from(config: Any, generate_kwargs: dict[str, Any]) -> SamplingParams:
+    """Sampling settings: the configuration's, overridden by ``generate_kwargs`` (Hugging Face's or vLLM's names).
+
+    :raises ValueError: a name that means nothing here.
+    """
+    given = dict(generate_kwargs)
+    for name in ("do_sample", "max_length", "pad_token_id", "eos_token_id", "num_return_sequences"):
+        if name in given:
+            hint = {
+                "max_length": "max_new_tokens",
+                "num_return_sequences": "n_samples_per_prompt",
+                "eos_token_id": "stop_token_ids",
+            }
+            cure = f"; use {hint[name]}" if name in hint else "; leave it away"
+            raise ValueError(f"generate_kwargs: {name} has no meaning here{cure}")
+    named = {
+        "n": config.n_samples_per_prompt,
+        "temperature": config.temperature,
+        "top_p": config.top_p,
+        "top_k": config.top_k,
+        "min_p": config.min_p,
+        "max_tokens": config.generate_max_len,
+        "seed": config.seed,
+    }
+    renamed = {{"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}.get(k, k): v for k, v in given.items()}
+    return SamplingParams.coerce({**named, **renamed})

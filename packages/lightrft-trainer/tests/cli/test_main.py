@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lightrft.cli.main import build_parser, main
+
+
+def run(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60).stdout
+
+
+def test_help_and_wrong_settings_load_no_torch() -> None:
+    code = """
+import sys, json, contextlib, io
+from lightrft.cli.main import main
+codes = []
+for argv in ([], ["train", "--list_presets"], ["train", "--bf16", "--fp16"]):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        codes.append(main(argv))
+heavy = [name for name in ("torch", "transformers", "datasets") if name in sys.modules]
+print(json.dumps([codes, heavy]))
+"""
+    assert json.loads(run(code)) == [[0, 0, 2], []]
+
+
+def test_wrong_settings_are_a_list_not_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--bf16", "--fp16", "--temperature", "-1"]) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("lightrft: ")
+    assert "  - --bf16 with --fp16: choose one" in shown
+    assert "  - --temperature -1.0: must be above 0" in shown
+    assert "Traceback" not in shown
+
+
+def test_presets_are_listed_with_what_they_do(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--list_presets"]) == 0
+    assert "default: What `lightrft train` does without a model" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--zero_stage 2 --engine_tp_size 4 --engine_mem_util 0.9 --enable_engine_sleep --micro_train_batch_size 1 --train_batch_size 128",
+        "--fsdp --fsdp_cpu_offload --use_mp_opt --engine_tp_size 2 --engine_mem_util 0.85 --enable_engine_sleep --train_batch_size 64",
+        "--fsdp --engine_tp_size 4 --mixed_mm_data --packing_samples --enable_engine_sleep --plot_every 20",
+        "--engine_type vllm --disable_engine_sleep --adam_offload --sp_size 2 --fused_linear_logprob --chunk_size 4096",
+        "--log_dir ./logs --plot_every 10 --bf16",
+    ],
+)
+def test_the_documents_command_lines_parse(flags: str) -> None:
+    for command in ("train", "train-vl"):
+        assert build_parser().parse_args([command, *flags.split()]).command == command
+
+
+@pytest.mark.parametrize("name", ["train.py", "train_vl.py"])
+def test_the_example_scripts_take_the_same_flags(name: str) -> None:
+    script = Path(__file__).parents[2] / "examples" / name
+    result = subprocess.run(
+        [sys.executable, str(script), "--bf16", "--fp16"], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert result.returncode == 2
+    assert "--bf16 with --fp16: choose one" in result.stderr
