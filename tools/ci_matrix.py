@@ -3,7 +3,8 @@
     git diff --name-only main... | python tools/ci_matrix.py
 
 A change to a package runs its own sessions and those of every package whose tests install it, so a change to core runs
-them all; so does a change to uv.lock or to what all packages share. A change to documents runs `lint` alone.
+them all; so does a change to uv.lock or to what all packages share. A change to documents runs `lint` alone, unless
+`contracts` compares them with something.
 """
 
 from __future__ import annotations
@@ -75,6 +76,8 @@ def matrix(
     for path in changed:
         parts = PurePosixPath(path).parts
         package = parts[1].removeprefix("lightrft-") if len(parts) > 2 and parts[0] == "packages" else ""
+        if package in reverse or path == "docs/configuration.md":
+            names.add("contracts")  # which holds a package's papers, and that page, against the sources
         if package in reverse and PurePosixPath(path).name == "README.md" and len(parts) == 3:
             read_me.add(package)  # its example is run from the wheel
         elif _is_document(path):

@@ -91,21 +91,22 @@ def check_imports(distribution: str) -> list[str]:
 
 
 def check_readme(distribution: str, readme: Path) -> list[str]:
-    """Run a README's Python examples, and load every plug-in for which its install line brings what is needed."""
+    """Run a README's Python examples, those that define tests with pytest."""
     blocks = python_blocks(readme.read_text(encoding="utf-8"))
     if not blocks:
         return [f"{readme} shows no Python example"]
     faults = []
     for number, block in enumerate(blocks, start=1):
         with tempfile.TemporaryDirectory() as folder:
-            script = Path(folder, f"readme_{number}.py")
+            script = Path(folder, f"test_readme_{number}.py")
             script.write_text(block, encoding="utf-8")
+            runner = ["-m", "pytest", "-q"] if re.search(r"^class Test", block, flags=re.MULTILINE) else []
             answer = subprocess.run(
-                [sys.executable, "-P", script], cwd=folder, capture_output=True, text=True, timeout=300
+                [sys.executable, "-P", *runner, script], cwd=folder, capture_output=True, text=True, timeout=300
             )
             sys.stdout.write(answer.stdout)
             if answer.returncode != 0:
-                faults.append(f"example {number} of {readme} fails:\n{answer.stderr}")
+                faults.append(f"example {number} of {readme} fails:\n{answer.stdout}{answer.stderr}")
     return faults
 
 

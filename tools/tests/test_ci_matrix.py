@@ -90,15 +90,18 @@ def test_a_package_runs_its_own_sessions_and_those_of_packages_whose_tests_insta
     assert "tests(fsdp, cpu)" not in chosen("packages/lightrft-trainer/tests/test_losses.py")
 
 
-@pytest.mark.parametrize(
-    "path", ["docs/index.md", "README.md", "packages/lightrft-fsdp/CHANGELOG.md", "LICENSE", "docs/plot.png"]
-)
+@pytest.mark.parametrize("path", ["docs/index.md", "README.md", "LICENSE", "docs/plot.png"])
 def test_documents_alone_run_lint(path: str) -> None:
     assert chosen(path) == {"lint"}
 
 
+@pytest.mark.parametrize("path", ["packages/lightrft-fsdp/CHANGELOG.md", "docs/configuration.md"])
+def test_documents_that_a_check_reads_run_that_check(path: str) -> None:
+    assert chosen(path) == {"lint", "contracts"}
+
+
 def test_a_package_readme_runs_its_example_from_the_wheel() -> None:
-    assert chosen("packages/lightrft-fsdp/README.md") == {"lint", "wheels(fsdp)"}
+    assert chosen("packages/lightrft-fsdp/README.md") == {"lint", "contracts", "wheels(fsdp)"}
 
 
 def test_a_tool_runs_the_repository_wide_checks_only() -> None:
