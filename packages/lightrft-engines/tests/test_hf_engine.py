@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import pytest
+
+from lightrft.engines.hf import HFEngine
+from lightrft.strategy.engine import EngineSpec, RolloutEngine
+from lightrft.testing.engine_suite import EngineSuite
+
+
+class TestHFEngine(EngineSuite):
+    text_kinds = ("qwen2", "qwen2_tied", "qwen2_sliding", "mistral", "qwen3", "qwen3_moe", "llama")
+
+    @pytest.fixture
+    def make_engine(self) -> Any:
+        def make(spec: EngineSpec) -> RolloutEngine:
+            engine = HFEngine()
+            engine.start(spec)
+            return engine
+
+        return make
+
+
+class TestHFEngineInSmallBatches(TestHFEngine):
+    """Three rows at once: samples wait, and take the places of those that finished."""
+
+    spec_options: ClassVar[Mapping[str, Any]] = {"max_batch_size": 3}
+    text_kinds = ("qwen2",)
+    vision_kinds = ("qwen2_vl",)
