@@ -1,0 +1,43 @@
+"""Everything that a training backend must keep, to subclass with one method.
+
+::
+
+    class TestMyStrategy(StrategySuite):
+        world_size = 2
+
+        @classmethod
+        def make_strategy(cls, **settings):
+            return MyStrategy(**settings)
+"""
+
+from __future__ import annotations
+
+from .strategy_claims.claims import on_ranks
+from .strategy_claims.collectives import CollectiveClaims
+from .strategy_claims.data import DataClaims
+from .strategy_claims.interface import InterfaceClaims
+from .strategy_claims.memory import MemoryClaims
+from .strategy_claims.preparing import PreparingClaims
+from .strategy_claims.training import TrainingClaims
+
+__all__ = ["StrategySuite", "on_ranks"]
+
+
+class StrategySuite(
+    InterfaceClaims,
+    PreparingClaims,
+    TrainingClaims,
+    CollectiveClaims,
+    DataClaims,
+    MemoryClaims,
+):
+    """All claims about a strategy. Subclass it, set ``world_size`` and define ``make_strategy``.
+
+    Each test runs on the ranks of a pool, which the ``rank_pools`` fixture of pytest keeps alive for the session.
+    ``gradient_tolerance`` and ``weight_tolerance`` say what rounding may explain. A claim that cannot hold is marked
+    in the subclass, with its reason, never overridden with less::
+
+        @pytest.mark.xfail(reason="...", strict=True)
+        @on_ranks
+        def test_...(self): ...
+    """
