@@ -315,7 +315,7 @@ def announce(text: str) -> None:
     _send(_pipe, ("said", text))
 
 
-# ---- the test process's side of a rank -----------------------------------------------------------------------------------
+# ---- the test process's side of a rank ---------------------------------------------------------------------------
 class _Rank:
     def __init__(self, context: Any, index: int, world_size: int, log: Path, env: Mapping[str, str]) -> None:
         self.index, self._log, self._begun = index, log, 0
@@ -393,7 +393,7 @@ def _unpickled(data: bytes | None) -> BaseException | None:
         return None
 
 
-# ---- the rank's side -------------------------------------------------------------------------------------------------------
+# ---- the rank's side ----------------------------------------------------------------------------------------------
 _pipe: multiprocessing.connection.Connection | None = None
 _pipe_lock = threading.Lock()
 
@@ -526,7 +526,8 @@ def _load_module(name: str, file: str) -> ModuleType:
     if spec is not None and spec.origin == file:
         return importlib.import_module(name)
     spec = importlib.util.spec_from_file_location(name, file)
-    assert spec is not None and spec.loader is not None, f"{file} is no Python module"
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{file} is no Python module")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # before it runs: dataclasses look their module up
     spec.loader.exec_module(module)

@@ -15,9 +15,8 @@ from torch.nn import functional as F
 
 from lightrft.strategy.fake_strategy import FakeStrategy
 from lightrft.strategy.strategy_base import StepResult, StrategyBase
-
-from ..ranks import FunctionReference, RankPool
-from ..tiny_models import VOCABULARY, tiny_model
+from lightrft.testing.ranks import FunctionReference, RankPool
+from lightrft.testing.tiny_models import VOCABULARY, tiny_model
 
 SETTINGS: Mapping[str, Any] = {
     "seed": 7,
@@ -27,7 +26,7 @@ SETTINGS: Mapping[str, Any] = {
     "engine_type": "fake",
     "actor_learning_rate": 1e-2,
     "critic_learning_rate": 1e-2,
-    # Adam divides by a root: a larger epsilon keeps rounding where a gradient is nearly zero from looking like an error.
+    # Adam divides by a root: a larger epsilon keeps rounding of tiny gradients from looking like an error.
     "adam_eps": 1e-4,
     "plot_every": -1,
 }
@@ -191,10 +190,11 @@ def refused(*kinds: type[BaseException], saying: Sequence[str] = ()) -> Iterator
     try:
         yield
     except kinds as error:
-        lacking = [word for word in saying if word not in str(error)]
-        assert not lacking, f"the message does not say {lacking}: {error}"
+        message = str(error)
     else:
         raise AssertionError(f"nothing was raised; expected {' or '.join(kind.__name__ for kind in kinds)}")
+    lacking = [word for word in saying if word not in message]
+    assert not lacking, f"the message does not say {lacking}: {message}"
 
 
 constant_schedule: Callable[[Any], Any] = functools.partial(

@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightrft.strategy.strategy_base import StrategyBase
+from lightrft.testing.faults import poison_gradient
 
-from ..faults import poison_gradient
 from .claims import (
     StrategyClaims,
     constant_schedule,
