@@ -1,0 +1,127 @@
+"""Whole tensors by hub name, bucket by bucket, from sharded parameters.
+
+A bucket's parameters are gathered side by side into one flat buffer that every bucket uses again. Each rank casts its
+rows into its own place there and the all-gather works in place, so a rank holds one bucket and nothing else. Small
+parameters share a collective where the buffer has room to sort them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from lightrft.strategy.hub_layout import HubLayout, hub_sources
+from lightrft.strategy.weights import TensorSpec, UpdatePlan, WeightBucket, plan_buckets
+
+from .shards import Cut, cut_of, gather_into, gather_packed, local
+
+# Below this a collective costs more in latency than in bytes.
+SMALL_BYTES = 2**18
+# What one packed collective sorts at most.
+STAGING_BYTES = 2**22
+# Every tensor begins at a multiple of this, as device allocators align.
+ALIGNMENT = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where one module tensor lies in the buffer.
+
+    :param offset: in bytes. :param size: in bytes, every rank's padding included.
+    """
+
+    source: str
+    dtype: torch.dtype
+    cut: Cut
+    offset: int
+    size: int
+
+
+@dataclass(kw_only=True)
+class BucketPlan:
+    """One bucket: hub names, what must be gathered for them and where, and what is whole here already."""
+
+    names: list[str]
+    places: list[Place] = field(default_factory=list)
+    whole: dict[str, torch.dtype] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        return self.places[-1].offset + self.places[-1].size if self.places else 0
+
+
+def plan_places(specs: Sequence[TensorSpec], layout: HubLayout, cuts: dict[str, Cut | None]) -> BucketPlan:
+    """Lay one bucket's module tensors out in a buffer. Pure.
+
+    :param cuts: how each module tensor is cut, by its module name; None for one that is whole on every rank.
+    """
+    plan = BucketPlan(names=[spec.name for spec in specs])
+    end, seen = 0, set()
+    for spec in specs:
+        source = layout.by_name[spec.name].source
+        if source in seen:
+            continue
+        seen.add(source)
+        cut = cuts[source]
+        if cut is None:
+            plan.whole[source] = spec.dtype
+            continue
+        offset = -(-end // ALIGNMENT) * ALIGNMENT
+        end = offset + cut.padded_numel * spec.dtype.itemsize
+        plan.places.append(Place(source=source, dtype=spec.dtype, cut=cut, offset=offset, size=end - offset))
+    return plan
+
+
+def export_buckets(
+    model: nn.Module, layout: HubLayout, plan: UpdatePlan, device: torch.device
+) -> Iterator[WeightBucket]:
+    """See :meth:`StrategyBase.export_weights`. Every rank must drain it."""
+    tensors = {name: tensor.detach() for name, tensor in hub_sources(model)}
+    cuts = {name: cut_of(tensor) for name, tensor in tensors.items()}
+    buckets = [plan_places(specs, layout, cuts) for specs in plan_buckets(plan)]
+    longest = max((bucket.size for bucket in buckets), default=0)
+    room = max(longest, plan.bucket_bytes)
+    # Grown to what packing can use, but never beyond what the plan allows.
+    staging = min(room - longest, STAGING_BYTES, longest)
+    buffer = torch.empty(longest + staging, dtype=torch.uint8, device=device)
+    for index, bucket in enumerate(buckets):
+        wholes = {source: local(tensors[source]).to(device, kind) for source, kind in bucket.whole.items()}
+        wholes |= _gather(bucket, tensors, buffer)
+        hubs = [layout.by_name[name] for name in bucket.names]
+        yield WeightBucket(index, {hub.name: hub.view(wholes[hub.source]) for hub in hubs})
+
+
+@torch.no_grad()
+def _gather(bucket: BucketPlan, tensors: dict[str, torch.Tensor], buffer: torch.Tensor) -> dict[str, torch.Tensor]:
+    wholes: dict[str, torch.Tensor] = {}
+    free = (-(-bucket.size // ALIGNMENT) * ALIGNMENT, buffer.numel())
+    for places in _collectives(bucket.places, free[1] - free[0]):
+        slots = [buffer[place.offset : place.offset + place.size].view(place.dtype) for place in places]
+        rows = [local(tensors[place.source]) for place in places]
+        if len(places) == 1:
+            wholes[places[0].source] = gather_into(slots[0], rows[0], places[0].cut)
+            continue
+        staging = buffer[free[0] : free[0] + sum(place.size for place in places)].view(places[0].dtype)
+        gather_packed(slots, rows, [place.cut for place in places], staging)
+        for place, slot in zip(places, slots, strict=True):
+            wholes[place.source] = slot[: place.cut.shape.numel()].view(place.cut.shape)
+    return wholes
+
+
+def _collectives(places: Sequence[Place], room: int) -> Iterator[list[Place]]:
+    """Which parameters share a collective: small ones of one dtype and group, as many as fit into ``room`` bytes."""
+    packs: dict[tuple[torch.dtype, dist.ProcessGroup | None], list[Place]] = {}
+    for place in places:
+        if place.size >= SMALL_BYTES or place.size > room:
+            yield [place]
+            continue
+        pack = packs.setdefault((place.dtype, place.cut.group), [])
+        if sum(other.size for other in pack) + place.size > room:
+            yield list(pack)
+            pack.clear()
+        pack.append(place)
+    yield from (pack for pack in packs.values() if pack)

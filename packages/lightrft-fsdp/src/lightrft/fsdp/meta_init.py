@@ -1,0 +1,242 @@
+"""Fill models that were built on the meta device: from safetensors, or by the modules' own initialisation.
+
+Nothing is ever left as it was allocated. What the pretrained files hold stays on the meta device until it is sharded
+and is then read straight into each rank's rows; the rest is initialised block by block, alike on all ranks and for any
+number of them. Where nothing says how to fill a parameter, the model refuses to run.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from lightrft.strategy.errors import LightRFTError
+from lightrft.strategy.hub_layout import HubLayout, hub_models, hub_sources, is_pretrained_model, unwrap
+
+from .shards import local
+
+logger = logging.getLogger("lightrft")
+
+
+class UnfilledModelError(LightRFTError, ValueError):
+    """A model was built on the meta device, and nothing says what its parameters are."""
+
+
+@dataclass(kw_only=True)
+class FillPlan:
+    """How a meta model becomes real.
+
+    :param files: hub name to (file, key in it), for what is read after sharding.
+    :param streamed: module tensors that these hub names make up.
+    :param unknown: module tensors for which there is neither a file nor an initialisation.
+    """
+
+    files: dict[str, tuple[Path, str]] = field(default_factory=dict)
+    streamed: set[str] = field(default_factory=set)
+    unknown: set[str] = field(default_factory=set)
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(hub name, whole CPU tensor), one at a time, file by file."""
+        for path in sorted({path for path, _ in self.files.values()}):
+            with safe_open(path, framework="pt") as file:
+                for name, (where, key) in self.files.items():
+                    if where == path:
+                        yield name, file.get_tensor(key)
+
+
+def is_meta(model: nn.Module) -> bool:
+    """Was any of the model built on the meta device?"""
+    return any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+
+
+def plan_fill(model: nn.Module) -> FillPlan:
+    """Decide for each meta tensor of an unsharded model where its value comes from.
+
+    A transformers model whose configuration names a folder (or a hub name in the local cache) is read from there. One
+    whose configuration names nothing was built from scratch, and is initialised.
+    """
+    plan, layout = FillPlan(), HubLayout(model)
+    inner = hub_models(model)
+    for prefix, module in inner:
+        kept = prefix if len(inner) > 1 else ""
+        name = getattr(module, "name_or_path", "") or ""
+        files = pretrained_files(name)
+        mine = {source for source, _ in hub_sources(model) if source.startswith(prefix)}
+        if name and not files:
+            logger.info("%r is neither a folder with safetensors nor in the local cache", name)
+            plan.unknown |= mine
+            continue
+        wanted = [hub for source in mine for hub in layout.by_source[source]]
+        for hub in wanted:
+            for key in _spellings(hub.name.removeprefix(kept), getattr(module, "base_model_prefix", "")):
+                if key in files:
+                    plan.files[hub.name] = (files[key], key)
+                    break
+    for source, hubs in layout.by_source.items():
+        if hubs and all(hub.name in plan.files for hub in hubs):
+            plan.streamed.add(source)
+    plan.files = {name: place for name, place in plan.files.items() if layout.by_name[name].source in plan.streamed}
+    owners = _initialisers(unwrap(model))
+    for path, module in unwrap(model).named_modules():
+        if module in owners:
+            continue
+        names = {f"{path}.{name}" if path else name for name, _ in module.named_parameters(recurse=False)}
+        plan.unknown |= names - plan.streamed
+    fresh = {name for name, t in hub_sources(model) if t.is_meta} - plan.streamed - plan.unknown
+    if plan.streamed and fresh:
+        logger.warning("not in the pretrained files, newly initialised: %s", ", ".join(sorted(fresh)))
+    return plan
+
+
+def initialise(model: nn.Module, root: nn.Module, plan: FillPlan, seed: int) -> None:
+    """Give memory and values to the meta tensors of ``model``, a part of ``root``, that nothing is streamed into.
+
+    :raises UnfilledModelError: a module's own initialisation left a tensor out.
+    """
+    later = plan.streamed | plan.unknown
+    owners = _initialisers(unwrap(root))
+    names = {id(module): name for name, module in unwrap(root).named_modules()}
+    kept_by_id = {id(tensor) for name, tensor in hub_sources(root) if name in later}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for module in model.modules():
+            fresh = _materialise_own(module, kept_by_id)
+            if fresh:
+                # Each module draws from its own stream: how the model is cut into units must not matter.
+                torch.manual_seed(seed + _stable_hash(names.get(id(module), "")))
+                if module in owners:
+                    owners[module](module)
+                _check_filled(names.get(id(module), ""), fresh)
+
+
+@torch.no_grad()
+def materialise(model: nn.Module, device: torch.device) -> None:
+    """Give memory to what is still on the meta device: after sharding, a rank's rows alone. Values must follow."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_meta:
+            value = torch.empty_like(tensor, device=device)
+            local(value).fill_(_poison(tensor.dtype))
+            _swap(tensor, value)
+
+
+def refuse_forward(model: nn.Module, plan: FillPlan) -> Any:
+    """Make ``model`` raise when it is called, until the handle that this returns is removed."""
+    message = unfilled_message(plan)
+
+    def refuse(*_: Any) -> None:
+        raise UnfilledModelError(message)
+
+    return model.register_forward_pre_hook(refuse, prepend=True)
+
+
+def unfilled_message(plan: FillPlan) -> str:
+    """What is missing, and what to call."""
+    first = sorted(plan.unknown)[0]
+    return (
+        f"{len(plan.unknown)} parameters were built on the meta device and have no values, the first is {first}: call "
+        "strategy.import_weights(model, tensors) or strategy.load_ckpt, or build the model from a configuration whose "
+        "name_or_path is a folder with safetensors files"
+    )
+
+
+def pretrained_files(name: str) -> dict[str, Path]:
+    """Hub name to safetensors file, of a folder or of a hub name in the local cache; empty where there is none."""
+    if not name:
+        return {}
+    folder = Path(name)
+    if not folder.is_dir():
+        from transformers.utils.hub import cached_file
+
+        found = None
+        for file in ("model.safetensors.index.json", "model.safetensors"):
+            try:
+                found = found or cached_file(name, file, local_files_only=True)
+            except OSError:  # not in the cache
+                continue
+        if found is None:
+            return {}
+        folder = Path(found).parent
+    files: dict[str, Path] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            files |= dict.fromkeys(file.keys(), path)
+    return files
+
+
+def _spellings(name: str, base: str) -> Iterator[str]:
+    """A hub name, and the same with or without the base model's prefix, as from_pretrained accepts it."""
+    yield name
+    if base:
+        yield f"{base}.{name}"
+        if name.startswith(f"{base}."):
+            yield name[len(base) + 1 :]
+
+
+def _initialisers(model: nn.Module) -> dict[nn.Module, Any]:
+    """What fills each module's own tensors: its transformers model's initialisation, or its own reset_parameters."""
+    found: dict[nn.Module, Any] = {}
+
+    def walk(module: nn.Module, initialise: Any) -> None:
+        if is_pretrained_model(module):
+            initialise = module._init_weights
+        own = initialise
+        if own is None and callable(reset := getattr(module, "reset_parameters", None)):
+            own = lambda _, reset=reset: reset()  # noqa: E731
+        if own is not None:
+            found[module] = own
+        for child in module.children():
+            walk(child, initialise)
+
+    walk(model, None)
+    return found
+
+
+def _materialise_own(module: nn.Module, kept: set[int]) -> dict[str, torch.Tensor]:
+    """Give host memory to a module's own meta tensors, filled with what no initialisation leaves behind."""
+    fresh: dict[str, torch.Tensor] = {}
+    for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+        if tensor.is_meta and id(tensor) not in kept and not isinstance(tensor, DTensor):
+            _swap(tensor, torch.full_like(tensor, _poison(tensor.dtype), device="cpu"))
+            fresh[name] = tensor
+    return fresh
+
+
+def _check_filled(path: str, fresh: dict[str, torch.Tensor]) -> None:
+    for name, tensor in fresh.items():
+        poison = _poison(tensor.dtype)
+        left = tensor.isnan() if tensor.dtype.is_floating_point else tensor == poison
+        if tensor.dtype != torch.bool and bool(left.any()):
+            raise UnfilledModelError(
+                f"{path}.{name} was built on the meta device and its module's initialisation does not fill it: build "
+                "this model without meta_init"
+            )
+
+
+def _poison(dtype: torch.dtype) -> Any:
+    """A value that no initialisation leaves behind."""
+    if dtype.is_floating_point:
+        return float("nan")
+    return False if dtype == torch.bool else torch.iinfo(dtype).max
+
+
+@torch.no_grad()
+def _swap(tensor: torch.Tensor, value: torch.Tensor) -> None:
+    """Replace a tensor's inside: the object stays, and with it ties and optimizers that hold it."""
+    if isinstance(tensor, nn.Parameter):
+        value = nn.Parameter(value, requires_grad=tensor.requires_grad)
+    torch.utils.swap_tensors(tensor, value)
+
+
+def _stable_hash(text: str) -> int:
+    total = 0
+    for byte in text.encode():
+        total = (total * 131 + byte) % 2**31
+    return total

@@ -1,0 +1,235 @@
+"""Which modules are gathered together, and how they are sharded.
+
+The units are the model's own blocks: for a transformers model those that it calls unsplittable, else the children of
+every list of like modules. What is left belongs to the transformers model itself and to the root.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from lightrft.strategy.hub_layout import hub_models, is_pretrained_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """Modules that are gathered, computed and freed as one.
+
+    :param name: the module's path; "" is the root.
+    :param stays: keep it gathered between forward and backward, because backward begins with it.
+    :param may_idle: some of its parameters may see no data on some ranks (routed experts, a vision tower): their
+        gradients are reduced as zeros there, or the ranks would reduce different sizes.
+    """
+
+    name: str
+    module: nn.Module
+    stays: bool = False
+    may_idle: bool = False
+
+
+def plan_units(model: nn.Module, *, mixed_mm_data: bool = False) -> list[Unit]:
+    """The units of a model, children before parents, the root last. Pure: no process group is needed.
+
+    :param mixed_mm_data: batches of some ranks may hold no image. A vision tower that then does not run may not have
+        collectives of its own: its parameters travel with the transformers model around it.
+    """
+    holders = _holders(model)
+    units: list[Unit] = []
+    outer, inside = "", model  # what a wrapper keeps under .module
+    while isinstance(inner_module := getattr(inside, "module", None), nn.Module):
+        outer, inside = f"{outer}module.", inner_module
+
+    def add(name: str, module: nn.Module) -> bool:
+        if _owns_its_parameters(name, module, holders):
+            units.append(Unit(name=name, module=module, may_idle=_routes(module)))
+            return True
+        return False
+
+    inner = {outer + prefix: module for prefix, module in hub_models(model)}
+    for prefix, module in inner.items():
+        towers = _towers(module)
+        for name, block in _blocks(module, skip=towers if mixed_mm_data else []):
+            add(prefix + name, block)
+        _add_embedding(prefix, module, units, add)
+        if module is not model:
+            may_idle = mixed_mm_data and bool(towers)
+            units.append(Unit(name=prefix.rstrip("."), module=module, stays=True, may_idle=may_idle))
+    for name, block in _listed_blocks(model, skip=list(inner.values())):
+        add(name, block)
+    root_towers = mixed_mm_data and any(_towers(module) for module in inner.values() if module is model)
+    return [*units, Unit(name="", module=model, stays=True, may_idle=root_towers or _routes_outside(model, units))]
+
+
+def shard(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    units: list[Unit],
+    *,
+    trains: bool,
+    param_dtype: torch.dtype | None,
+    master_dtype: torch.dtype | None,
+    offload: bool,
+    before: Callable[[Unit], None] = lambda unit: None,
+) -> None:
+    """Shard ``model`` in place over ``mesh``, unit by unit, so that no more than one is ever whole in another dtype.
+
+    :param trains: a frozen model is freed after forward throughout, for no backward pass follows.
+    :param param_dtype: compute in it; None: in the parameters' own.
+    :param master_dtype: hold trainable parameters in it; None: in their own.
+    :param offload: the shards and their gradients live in host memory.
+    :param before: called with each unit while its own parameters are still whole.
+    """
+    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
+    host = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if offload else OffloadPolicy()
+    alone = mesh.size(mesh.ndim - 1) == 1  # nothing to free: every rank holds all rows
+    for unit in units:
+        before(unit)
+        cast_trainable(unit.module, master_dtype)
+        options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "offload_policy": host}
+        fully_shard(unit.module, **options, reshard_after_forward=not (alone or (unit.stays and trains)))
+        if unit.may_idle:
+            assert isinstance(unit.module, FSDPModule)
+            unit.module.set_reduce_scatter_unused_params(True, recurse=False)
+
+
+@torch.no_grad()
+def cast_trainable(module: nn.Module, dtype: torch.dtype | None) -> None:
+    """Hold the trainable parameters that are not sharded yet in ``dtype``; None leaves them."""
+    for parameter in module.parameters():
+        if dtype is None or not parameter.requires_grad or isinstance(parameter, DTensor):
+            continue
+        if parameter.is_floating_point() and parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)
+
+
+def finish_sharding(model: nn.Module) -> None:
+    """Make ``model`` the root for good, and let every forward pass without gradients leave shards behind."""
+    assert isinstance(model, FSDPModule)
+    # torch takes the first module that runs for the root; when that is the transformers model inside an actor, the
+    # actor itself is refused later. There is no public way to say which is the root.
+    model._get_fsdp_state()._lazy_init()
+
+    def reshard(module: nn.Module, *_: Any) -> None:
+        if not torch.is_grad_enabled():
+            module.reshard()  # type: ignore[operator]
+
+    for module in sharded_modules(model):
+        module.register_forward_hook(reshard)  # type: ignore[attr-defined]
+
+
+def make_mesh(device: torch.device, world_size: int, shard_size: int) -> DeviceMesh:
+    """One axis over all ranks, or (replicate, shard) where fewer ranks than all share a model. Every rank must call."""
+    if shard_size == world_size:
+        return init_device_mesh(device.type, (world_size,), mesh_dim_names=("shard",))
+    return init_device_mesh(device.type, (world_size // shard_size, shard_size), mesh_dim_names=("replicate", "shard"))
+
+
+def sharded_modules(model: nn.Module) -> list[FSDPModule]:
+    """Every module that ``fully_shard`` was applied to."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+# ---- finding units ---------------------------------------------------------------------------------------------------
+def _blocks(model: nn.Module, skip: list[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    """A transformers model's unsplittable blocks, outermost ones; else the children of its module lists."""
+    names: set[str] = set()
+    for module in model.modules():
+        if is_pretrained_model(module):
+            names.update(getattr(module, "_no_split_modules", None) or ())
+    found = list(_outermost(model, lambda module: type(module).__name__ in names, skip))
+    return iter(found) if found else _listed_blocks(model, skip)
+
+
+def _listed_blocks(model: nn.Module, skip: list[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    """Children of every outermost list of two or more like modules."""
+    for name, modules in _outermost(model, _is_list_of_likes, skip):
+        for key, child in modules.named_children():
+            yield f"{name}.{key}" if name else key, child
+
+
+def _outermost(model: nn.Module, wanted: Any, skip: list[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    def walk(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+        for name, child in module.named_children():
+            if any(child is other for other in skip):
+                continue
+            here = f"{path}.{name}" if path else name
+            if wanted(child):
+                yield here, child
+            else:
+                yield from walk(child, here)
+
+    if any(model is other for other in skip):
+        return iter(())
+    return iter([("", model)]) if wanted(model) else walk(model, "")
+
+
+def _is_list_of_likes(module: nn.Module) -> bool:
+    if not isinstance(module, nn.ModuleList) or len(module) < 2:
+        return False
+    return len({type(child) for child in module}) == 1 and all(_has_parameters(child) for child in module)
+
+
+def _routes(module: nn.Module) -> bool:
+    """Does a block choose among a list of like modules (experts that are not stacked)?"""
+    return any(_is_list_of_likes(child) for child in module.modules() if child is not module)
+
+
+def _routes_outside(model: nn.Module, units: list[Unit]) -> bool:
+    """Does the root keep a list of like modules, none of which became a unit?"""
+    taken = {id(module) for unit in units for module in unit.module.modules()}
+    lists = [module for module in model.modules() if _is_list_of_likes(module)]
+    return any(not any(id(child) in taken for child in module.children()) for module in lists)
+
+
+def _towers(model: nn.Module) -> list[nn.Module]:
+    """Outermost transformers models inside ``model`` that do not hold its token embedding: they run on images alone."""
+    embedding = _token_embedding(model)
+
+    def is_tower(module: nn.Module) -> bool:
+        return is_pretrained_model(module) and not any(part is embedding for part in module.modules())
+
+    return [module for _, module in _outermost(model, is_tower, [])] if embedding is not None else []
+
+
+def _token_embedding(model: nn.Module) -> nn.Module | None:
+    try:
+        return model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def _add_embedding(prefix: str, model: nn.Module, units: list[Unit], add: Any) -> None:
+    """A token embedding that no output layer shares is a unit: backward does not need it gathered."""
+    embedding = _token_embedding(model)
+    if embedding is None or any(part is embedding for unit in units for part in unit.module.modules()):
+        return
+    name = next(name for name, module in model.named_modules() if module is embedding)
+    if name and _has_parameters(embedding):
+        add(prefix + name, embedding)
+
+
+def _holders(model: nn.Module) -> dict[int, set[str]]:
+    """Every path under which each parameter is held."""
+    holders: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        holders.setdefault(id(parameter), set()).add(name)
+    return holders
+
+
+def _owns_its_parameters(name: str, module: nn.Module, holders: dict[int, set[str]]) -> bool:
+    """A parameter that is tied to another part of the model must stay with what holds both."""
+    return _has_parameters(module) and all(
+        path.startswith(f"{name}.") for parameter in module.parameters() for path in holders[id(parameter)]
+    )
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None

@@ -1,0 +1,105 @@
+"""Training state by parameter name, from and into this rank's rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from lightrft.strategy.errors import CheckpointError
+from lightrft.strategy.hub_layout import HubLayout, hub_sources
+from lightrft.strategy.training_state import StateItem
+
+from .optimizer import ShardedAdamW
+from .shards import cut_of, like, local, take_rows, whole
+
+MASTER, STEP = "master", "step"
+
+
+def iter_state(model: nn.Module, optimizer: Optimizer | None, device: torch.device) -> Iterator[StateItem]:
+    """See :meth:`StrategyBase.iter_state`. One parameter is gathered at a time; every rank must drain it.
+
+    :param device: where the collectives work.
+    """
+    for name, tensor in hub_sources(model):
+        state = optimizer.state.get(tensor, {}) if optimizer is not None else {}
+        moments = {
+            kind: whole(tensor, local(value), device).cpu()
+            for kind, value in sorted(state.items())
+            if isinstance(value, torch.Tensor) and kind not in (MASTER, STEP)
+        }
+        weight = whole(tensor, local(state.get(MASTER, tensor)), device).cpu()
+        yield StateItem(name=name, weight=weight.detach(), moments=moments, step=int(state.get(STEP, 0)))
+
+
+@torch.no_grad()
+def load_state(model: nn.Module, optimizer: Optimizer | None, items: Iterable[StateItem]) -> None:
+    """See :meth:`StrategyBase.load_state`. No communication: each rank keeps its rows of what it reads.
+
+    :raises CheckpointError: names or shapes differ from the model's.
+    """
+    wanted = dict(hub_sources(model))
+    for item in items:
+        tensor = wanted.pop(item.name, None)
+        if tensor is None or tensor.shape != item.weight.shape:
+            have = "no such parameter" if tensor is None else f"{tuple(tensor.shape)} here"
+            raise CheckpointError(f"{item.name}: {tuple(item.weight.shape)} in the checkpoint, {have}")
+        local(tensor).copy_(take_rows(tensor, item.weight))
+        if optimizer is None:
+            continue
+        if not item.moments:
+            optimizer.state.pop(tensor, None)
+            continue
+        state = fresh_state(optimizer, tensor)
+        if MASTER in state:
+            state[MASTER].copy_(take_rows(tensor, item.weight))
+        for kind, value in item.moments.items():
+            local(state[kind]).copy_(take_rows(tensor, value))
+        state[STEP].fill_(float(item.step))
+    if wanted:
+        raise CheckpointError(f"the checkpoint lacks {len(wanted)} parameters, the first is {next(iter(wanted))}")
+
+
+def fresh_state(optimizer: Optimizer, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A parameter's optimizer states, made where it has none yet: AdamW's, whoever wrote the optimizer."""
+    if isinstance(optimizer, ShardedAdamW):
+        return optimizer.state_of(parameter)
+    state = optimizer.state[parameter]
+    if not state:
+        rows = local(parameter).detach()
+        for kind in ("exp_avg", "exp_avg_sq"):
+            state[kind] = like(parameter, torch.zeros_like(rows))
+        state[STEP] = torch.zeros((), dtype=torch.float32)
+    return state
+
+
+class Assembler:
+    """Puts whole hub tensors together into module tensors, of which each rank keeps its rows.
+
+    At most the parameters whose hub tensors have not all come are held, on the host.
+    """
+
+    def __init__(self, model: nn.Module, layout: HubLayout) -> None:
+        self._layout, self._tensors = layout, dict(hub_sources(model))
+        self._open: dict[str, torch.Tensor] = {}
+        self._left = {source: len(hubs) for source, hubs in layout.by_source.items()}
+
+    def target(self, name: str) -> torch.Tensor:
+        """Where to write the hub tensor ``name``. What was asked for before must be written by now."""
+        self.keep_rows()
+        hub = self._layout.by_name[name]
+        tensor = self._tensors[hub.source].detach()
+        if cut_of(tensor) is None:
+            return hub.view(local(tensor))
+        self._left[hub.source] -= 1
+        if hub.source not in self._open:
+            self._open[hub.source] = torch.empty(tensor.shape, dtype=tensor.dtype)
+        return hub.view(self._open[hub.source])
+
+    @torch.no_grad()
+    def keep_rows(self) -> None:
+        """Take this rank's rows of every parameter that is complete."""
+        for source in [source for source in self._open if self._left[source] == 0]:
+            local(self._tensors[source]).copy_(take_rows(self._tensors[source], self._open.pop(source)))
