@@ -1,0 +1,1 @@
+"""Prompts to train on: tasks made from nothing, files, datasets."""

@@ -1,0 +1,46 @@
+"""Call something with a deadline, and say where it was stuck when it did not come back."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
+
+
+class LateCall(Exception):
+    """The call is still running after its deadline. ``where`` is the line that it was executing."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(where)
+        self.where = where
+
+
+def call_with_deadline(function: Callable[[], Result], seconds: float) -> Result:
+    """Run ``function`` in a thread of its own and return its result, or raise what it raised.
+
+    A thread cannot be ended from outside: a late call is left behind in a daemon thread, which does not keep the program alive.
+
+    :raises LateCall: it was not back within ``seconds``.
+    """
+    outcome: dict[str, Any] = {}
+
+    def target() -> None:
+        try:
+            outcome["result"] = function()
+        except BaseException as error:  # handed to the caller below, whatever it is
+            outcome["error"] = error
+
+    thread = threading.Thread(target=target, name="reward", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        frame = sys._current_frames().get(thread.ident or -1)
+        summary = traceback.extract_stack(frame)[-1] if frame is not None else None
+        raise LateCall(f"{summary.filename}:{summary.lineno} in {summary.name}" if summary else "an unknown place")
+    if "error" in outcome:
+        raise outcome["error"]
+    return outcome["result"]

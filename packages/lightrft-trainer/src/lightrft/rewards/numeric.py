@@ -1,0 +1,112 @@
+"""The numeric reward: is the answer in this response the labelled number or expression?
+
+Plain numbers are compared exactly, here. Everything else (LaTeX, fractions, intervals) goes to math-verify in a helper process,
+because an expression that sends the algebra system into a loop can only be stopped by ending its process.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+from .math_worker import MathWorker
+from .rules import accepted_answers
+
+MAX_ANSWER_CHARACTERS = 1000
+
+_HASH_MARK = re.compile(r"####[ \t]*([^\n]+)")
+_ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_BOXED = re.compile(r"\\boxed\s*\{")
+_NUMBER = re.compile(r"(?<![\w.])[-+]?\$?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:/\d+)?")
+_WITH_UNIT = re.compile(rf"({_NUMBER.pattern})\s+[A-Za-z]{{2,}}(?:\s+[A-Za-z]+)*\.?")
+_MAGNITUDES = re.compile(r"\b(?:hundred|thousand|million|billion|dozen|percent)s?\b", re.IGNORECASE)
+_PLAIN = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d{1,3})?(?:/\d+)?")
+
+
+def _boxed_answers(text: str) -> list[tuple[int, str]]:
+    """Start and contents of every ``\\boxed{…}`` whose braces balance."""
+    found = []
+    for match in _BOXED.finditer(text):
+        depth = 1
+        for position in range(match.end(), len(text)):
+            depth += {"{": 1, "}": -1}.get(text[position], 0)
+            if depth == 0:
+                found.append((match.start(), text[match.end() : position]))
+                break
+    return found
+
+
+def extract_answer(text: str) -> str | None:
+    """The answer that a response gives: the last marked one, else the last number, else None.
+
+    Marks are GSM8K's ``#### 42``, ``\\boxed{42}`` and ``<answer>42</answer>``; of several, the one that starts last counts.
+    """
+    marked = [(match.start(), match.group(1)) for match in _HASH_MARK.finditer(text)]
+    marked += [(match.start(), match.group(1)) for match in _ANSWER_TAG.finditer(text)]
+    marked += _boxed_answers(text)
+    if marked:
+        inner = max(marked)[1].strip()
+        return inner or None
+    numbers = [match.group(0).strip() for match in _NUMBER.finditer(text)]
+    return numbers[-1] if numbers else None
+
+
+def reference_answer(label: str) -> str:
+    """The answer that a label gives: what follows its last ``####`` (GSM8K), or stands in ``\\boxed{}``, else all of it."""
+    marked = [(match.start(), match.group(1)) for match in _HASH_MARK.finditer(label)] + _boxed_answers(label)
+    return max(marked)[1].strip() if marked else label.strip()
+
+
+def plain_number(text: str) -> Fraction | None:
+    """The exact value of a plainly written number (``1,234``, ``$3.50``, ``-2``, ``1e3``, ``3/4``), or None for anything else."""
+    cleaned = text.strip().strip("$").replace("\\$", "").replace("$", "").replace("\\!", "").strip()
+    if re.fullmatch(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d*)?", cleaned):
+        cleaned = cleaned.replace(",", "")
+    cleaned = cleaned.removesuffix(".") or cleaned
+    if not _PLAIN.fullmatch(cleaned):
+        return None
+    numerator, _, denominator = cleaned.partition("/")
+    try:
+        return Fraction(numerator) / (Fraction(denominator) if denominator else 1)
+    except ZeroDivisionError:
+        return None
+
+
+def answers_equal(answer: str, reference: str, *, worker: MathWorker) -> bool:
+    """Whether two answers mean the same number or expression; an answer that cannot be read is wrong, not an error."""
+    if answer.strip() == reference.strip():
+        return True
+    if len(answer) > MAX_ANSWER_CHARACTERS:
+        return False
+    ours, theirs = plain_number(answer), plain_number(reference)
+    if ours is None and theirs is not None:
+        with_unit = _WITH_UNIT.fullmatch(answer.strip())  # "18 dollars" for a label that says 18
+        if with_unit and not _MAGNITUDES.search(answer):
+            ours = plain_number(with_unit.group(1))
+    if ours is not None and theirs is not None:
+        return ours == theirs
+    return worker.equal(answer, reference)
+
+
+_shared_worker = MathWorker()
+
+
+def numeric_answer(
+    prompts: Sequence[str], responses: Sequence[str], labels: Sequence[Any], **extras: Any
+) -> list[float]:
+    """1 where the response's answer is mathematically the label's, else 0.
+
+    The answer is found by :func:`extract_answer`, the label is read by :func:`reference_answer`. A comparison that takes longer
+    than the worker's limit counts as wrong and is logged.
+    """
+    rewards = []
+    for index, (prompt, response, label) in enumerate(zip(prompts, responses, labels, strict=True)):
+        references = accepted_answers(label, sample=index, prompt=prompt)
+        answer = extract_answer(response)
+        right = answer is not None and any(
+            answers_equal(answer, reference_answer(reference), worker=_shared_worker) for reference in references
+        )
+        rewards.append(float(right))
+    return rewards

@@ -1,0 +1,46 @@
+"""Scores from reasoning-gym: each of its datasets brings the function that judges its answers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .protocol import RewardError, excerpt
+
+_ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+
+
+def tagged_answer(response: str) -> str:
+    """What stands in the response's last ``<answer>…</answer>``, else the whole response, without surrounding blanks."""
+    tagged = _ANSWER_TAG.findall(response)
+    return (tagged[-1] if tagged else response).strip()
+
+
+def reasoning_gym_score(
+    prompts: Sequence[str], responses: Sequence[str], labels: Sequence[Any], **extras: Any
+) -> list[float]:
+    """The score, usually 0 to 1, that the sample's own reasoning-gym dataset gives.
+
+    Labels are reasoning-gym's entries (``question``, ``answer``, ``metadata``), as ``--prompt_data reasoning_gym:NAME`` yields them.
+
+    :raises RewardError: a label is no such entry, or reasoning-gym is not installed.
+    """
+    try:
+        from reasoning_gym import get_score_answer_fn
+    except ModuleNotFoundError as error:
+        raise RewardError(
+            f"reward reasoning_gym needs {error.name}: pip install 'lightrft-trainer[reasoning-gym]'"
+        ) from error
+
+    scores = []
+    for index, (prompt, response, label) in enumerate(zip(prompts, responses, labels, strict=True)):
+        source = label.get("metadata", {}).get("source_dataset") if isinstance(label, Mapping) else None
+        if not source:
+            raise RewardError(
+                f"sample {index} (prompt {excerpt(prompt)}): its label is no reasoning-gym entry, it is {str(label)[:80]!r}; "
+                "use --prompt_data reasoning_gym:NAME, or another --reward",
+                sample=index,
+            )
+        scores.append(float(get_score_answer_fn(source)(tagged_answer(response), label)))
+    return scores
