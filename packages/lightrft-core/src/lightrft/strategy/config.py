@@ -238,6 +238,12 @@ class StrategyConfig:
     )
     use_gspo: bool = option(False, "Sequence-level ratio (GSPO, arXiv:2507.18071).", group=ALGORITHM)
     use_cpg_loss: bool = option(False, "Clipped policy gradient with drift (CPGD, arXiv:2505.12504).", group=ALGORITHM)
+    policy_drift_coef: float = option(
+        0.0,
+        "With --use_cpg_loss: weight of the drift from the policy that wrote the samples.",
+        group=ALGORITHM,
+        rule=at_least_0,
+    )
     init_kl_coef: float = option(
         0.01, "Weight of the KL to the reference model; 0 loads no reference model.", group=ALGORITHM, rule=at_least_0
     )

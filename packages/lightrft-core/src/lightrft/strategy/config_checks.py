@@ -84,6 +84,13 @@ def _one_policy_loss(c: StrategyConfig) -> str | None:
     return "--use_gspo with --use_cpg_loss: choose one" if c.use_gspo and c.use_cpg_loss else None
 
 
+@between("policy_drift_coef", "use_cpg_loss")
+def _drift_belongs_to_cpg(c: StrategyConfig) -> str | None:
+    if c.policy_drift_coef == 0 or c.use_cpg_loss:
+        return None
+    return f"--policy_drift_coef {c.policy_drift_coef}: works only with --use_cpg_loss"
+
+
 @between("advantage_estimator", "n_samples_per_prompt")
 def _groups_to_compare(c: StrategyConfig) -> str | None:
     if c.advantage_estimator not in ("group_norm", "grpo", "dr_grpo", "rloo") or c.n_samples_per_prompt >= 2:
