@@ -36,8 +36,8 @@ class FSDPV2Strategy(NativeStrategy):
     """Parameters, gradients and optimizer states cut over the ranks, gathered block by block (``fully_shard``).
 
     Trainable parameters are held in fp32 and computed with in ``--bf16`` or ``--fp16``; with ``--use_mp_opt`` they are
-    held in 16 bit, and the optimizer holds the fp32 ones. Gradients are reduced in fp32, for each micro-batch, so that no
-    rank ever holds a whole model's. A world of one in fp32 has nothing to shard, and runs the plain module.
+    held in 16 bit, and the optimizer holds the fp32 ones. Gradients are reduced in fp32, at each micro-batch, so that
+    no rank ever holds a whole model's. A world of one in fp32 has nothing to shard, and runs the plain module.
     """
 
     name = "fsdp"
@@ -121,6 +121,8 @@ class FSDPV2Strategy(NativeStrategy):
 
     # ---- models that were built on the meta device -------------------------------------------------------------------
     def _read_pretrained(self, model: nn.Module, fill: FillPlan) -> None:
+        if not fill.files and not fill.unknown:
+            return
         self._unfilled[model] = fill, meta_init.refuse_forward(model, fill)
         if fill.files:
             specs = self.hub_layout(model).by_name
@@ -255,7 +257,9 @@ class FSDPV2Strategy(NativeStrategy):
         self._settle(record.model)
         if asynchronous and self._background is None:
             # The writer's thread talks to its like on other ranks while training goes on: over a group of its own.
-            self._background = dist.new_group(backend="gloo")
+            group = dist.new_group(backend="gloo")
+            assert isinstance(group, dist.ProcessGroup), "a group of all ranks holds this one"
+            self._background = group
         group = self._background if asynchronous else None
         return checkpoints.write(record.model, record.optimizer, folder, asynchronous=asynchronous, group=group)
 

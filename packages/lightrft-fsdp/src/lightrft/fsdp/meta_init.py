@@ -139,9 +139,10 @@ def refuse_forward(model: nn.Module, plan: FillPlan) -> Any:
 
 def unfilled_message(plan: FillPlan) -> str:
     """What is missing, and what to call."""
-    first = sorted(plan.unknown)[0]
+    lacking = sorted(plan.unknown or plan.streamed)
+    first = lacking[0]
     return (
-        f"{len(plan.unknown)} parameters were built on the meta device and have no values, the first is {first}: call "
+        f"{len(lacking)} parameters were built on the meta device and have no values, the first is {first}: call "
         "strategy.import_weights(model, tensors) or strategy.load_ckpt, or build the model from a configuration whose "
         "name_or_path is a folder with safetensors files"
     )

@@ -1,0 +1,24 @@
+"""FSDPV2Strategy keeps every claim of the standard suite, on two ranks and on one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightrft.fsdp import FSDPV2Strategy
+from lightrft.testing import StrategySuite
+
+
+class TestFSDPOnTwoRanks(StrategySuite):
+    """Sharded over two gloo ranks."""
+
+    world_size = 2
+
+    @classmethod
+    def make_strategy(cls, **settings: Any) -> FSDPV2Strategy:
+        return FSDPV2Strategy(**settings)
+
+
+class TestFSDPOnOneRank(TestFSDPOnTwoRanks):
+    """Nothing to shard: the plain module, the same meaning."""
+
+    world_size = 1
