@@ -37,7 +37,7 @@ def test_the_default_preset_is_right_on_one_and_two_ranks() -> None:
 
 
 def test_naming_a_model_leaves_the_documents_defaults() -> None:
-    config = load("--pretrain", "org/model", "--prompt_data", "org/data", "--reward", "exact")
+    config = load("--pretrain", "org/model", "--prompt_data", "org/data", "--reward", "exact_match")
     assert (config.backend, config.engine_type, config.rollout_batch_size) == ("deepspeed", "vllm", 512)
 
 
@@ -103,7 +103,7 @@ def test_all_faults_come_at_once(tmp_path: Path) -> None:
     ("arguments", "said"),
     [
         (("--train_batch_size", "96", "--micro_train_batch_size", "8"), "must divide a step's samples"),
-        (("--prompt_data", "org/data", "--reward", "exact"), "--pretrain: needed with --prompt_data"),
+        (("--prompt_data", "org/data", "--reward", "exact_match"), "--pretrain: needed with --prompt_data"),
         (("--pretrain", "org/model"), "--prompt_data: needed with --pretrain"),
         (("--use_gspo",), "add --loss_agg_mode seq-mean-token-mean"),
         (("--kl_target", "0.1"), "give it a start above 0"),

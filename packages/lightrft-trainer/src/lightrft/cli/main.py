@@ -17,7 +17,7 @@ Settings come from, each overriding the one before: a preset (the default one wh
 --prompt_data is named), the saved run (with --resume), --config FILE, the flags you type.
 
   lightrft train                                          the built-in task, on this machine as it is
-  lightrft train --pretrain DIR --prompt_data FILE.jsonl --reward exact --fsdp --engine_type hf
+  lightrft train --pretrain DIR --prompt_data FILE.jsonl --reward exact_match --fsdp --engine_type hf
   lightrft train --resume                                 go on with the last run
 """
 

@@ -67,7 +67,7 @@ def _model_and_data_together(c: StrategyConfig) -> str | None:
 def _something_that_grades(c: StrategyConfig) -> str | None:
     if c.prompt_data is None or c.reward or c.remote_rm_url or c.reward_pretrain:
         return None
-    return "--reward: needed with --prompt_data: a rule such as exact or numeric, or module:function; or give --remote_rm_url"
+    return "--reward: needed with --prompt_data: a rule such as exact_match or numeric_answer, or module:function; or give --remote_rm_url"
 
 
 @between("eval_data", "prompt_data")

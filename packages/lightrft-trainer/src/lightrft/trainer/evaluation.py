@@ -39,9 +39,9 @@ def evaluate(
     sampling = replace(maker.sampling, n=1, temperature=0.0, top_p=1.0, top_k=-1, min_p=0.0, logprobs=False)
     outputs = maker.generate(mine, sampling, step)
     samples = [maker.to_sample(output, prompt) for output, prompt in zip(outputs, mine, strict=True)]
-    graded = grader(mine, samples, 1, step, trajectories=True)
+    graded = grader(mine, samples, 1, step, trajectories=shown)
     totals = strategy.all_reduce({"right": sum(graded.right), "reward": sum(graded.rewards), "count": len(mine)}, "sum")
-    parts = strategy.all_gather_object(graded.trajectories[:shown])
+    parts = strategy.all_gather_object(graded.trajectories)
     answers = [answer for together in zip(*parts, strict=False) for answer in together] or [
         a for part in parts for a in part
     ]

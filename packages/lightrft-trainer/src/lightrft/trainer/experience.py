@@ -79,16 +79,23 @@ class ExperienceBatch:
         )
 
 
-def make_batch(samples: Sequence[Experience], pad_token_id: int, device: torch.device) -> ExperienceBatch:
+def make_batch(
+    samples: Sequence[Experience],
+    pad_token_id: int,
+    device: torch.device,
+    dummy_fields: Sequence[str] = TOKEN_FIELDS,
+) -> ExperienceBatch:
     """Right-pad samples into one batch.
 
     No samples give one dummy row whose mask is empty, so that a rank with nothing left still takes part in a forward pass
     that all ranks share.
+
+    :param dummy_fields: per-token figures of the dummy row: those that the other ranks' samples have.
     """
     if not samples:
         tokens = torch.full((1, 2), pad_token_id, dtype=torch.long)
         empty = torch.zeros(1, 2, dtype=torch.bool)
-        fields = {name: torch.zeros(1, 2, device=device) for name in TOKEN_FIELDS}
+        fields = {name: torch.zeros(1, 2, device=device) for name in dummy_fields}
         return ExperienceBatch(tokens.to(device), torch.ones_like(tokens).to(device), empty.to(device), fields, {})
     longest = max(sample.length for sample in samples)
     tokens = torch.full((len(samples), longest), pad_token_id, dtype=torch.long)

@@ -48,7 +48,6 @@ class Rollout:
     groups_dropped: int = 0
     trajectories: list[dict[str, Any]] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
-    has_engine_logprobs: bool = False
 
 
 @dataclass
@@ -64,6 +63,7 @@ class ExperienceMaker:
 
     :param needs_old_logprobs: compute the policy's logprobs before training. Not needed while there is a single optimizer step
         a rollout: the training pass then sees the same weights.
+    :param trajectories: texts to keep of each draw, for the log.
     """
 
     def __init__(
@@ -81,6 +81,7 @@ class ExperienceMaker:
         micro_batch_size: int,
         needs_old_logprobs: bool,
         processor: Any = None,
+        trajectories: int = 0,
     ) -> None:
         self.strategy, self.config = strategy, strategy.config
         self.actor, self.critic, self.initial_model = actor, critic, initial_model
@@ -91,6 +92,8 @@ class ExperienceMaker:
         self.sampling = sampling
         self.micro_batch_size = micro_batch_size
         self.needs_old_logprobs = needs_old_logprobs
+        self.trajectories = trajectories
+        self.has_engine_logprobs = True  # until an engine brings none
         self.moments = RunningMoments()
         config = self.config
         self.shaping = RewardShaping(
@@ -107,6 +110,27 @@ class ExperienceMaker:
     def vllm_mp_group(self) -> Any:
         """The ranks that share an engine; None where each rank has its own."""
         return self.strategy.engine_mp_group
+
+    @property
+    def token_fields(self) -> tuple[str, ...]:
+        """Per-token figures that every sample of this run has."""
+        config = self.config
+        wanted = {
+            "advantages": True,
+            "engine_logprobs": self.has_engine_logprobs,
+            "old_logprobs": self._needs_policy,
+            "reference_logprobs": self.initial_model is not None,
+            "entropies": config.high_entropy_token_ratio > 0,
+            "values": self.critic is not None,
+            "returns": self.critic is not None,
+        }
+        return tuple(name for name, there in wanted.items() if there)
+
+    @property
+    def _needs_policy(self) -> bool:
+        """Whether the actor looks at the samples before it is trained on them."""
+        kl_in_reward = self.initial_model is not None and not self.config.use_kl_loss
+        return self.needs_old_logprobs or kl_in_reward or self.config.high_entropy_token_ratio > 0
 
     # ---- text to ids --------------------------------------------------------------------------------------------------
     def tokenize_fn(
@@ -182,7 +206,7 @@ class ExperienceMaker:
         n = self.sampling.n
         rollout.generated_tokens += sum(len(output.output_token_ids) for output in outputs)
         samples = [self.to_sample(output, prompts[i // n]) for i, output in enumerate(outputs)]
-        graded = self.grader(prompts, samples, n, step)
+        graded = self.grader(prompts, samples, n, step, trajectories=self.trajectories)
         for sample, reward in zip(samples, graded.rewards, strict=True):
             sample.reward = reward
         rollout.seconds["generate"] += generated - begun
@@ -227,7 +251,11 @@ class ExperienceMaker:
         ]
         told = all(s.engine_logprobs is not None for group in groups for s in group.samples)
         parts = self.strategy.all_gather_object((mine, told))
-        rollout.has_engine_logprobs = all(told for _, told in parts)
+        self.has_engine_logprobs = all(told for _, told in parts)
+        if not self.has_engine_logprobs:
+            for group in groups:
+                for sample in group.samples:
+                    sample.engine_logprobs = None
         # Ranks that share a sequence bring the same groups: each counts once.
         everyone = sorted({item[0]: item for part, _ in parts for item in part}.values())
         position = {place: number for number, (place, _, _) in enumerate(everyone)}
@@ -256,13 +284,11 @@ class ExperienceMaker:
     @torch.no_grad()
     def _look(self, rollout: Rollout, batches: Sequence[list[Experience]]) -> None:
         """Fill in what the actor, the reference and the critic say of the samples, where the algorithm needs it."""
-        config = self.config
+        config, policy = self.config, self._needs_policy
         entropies = config.high_entropy_token_ratio > 0
-        kl_in_reward = self.initial_model is not None and not config.use_kl_loss
-        policy = self.needs_old_logprobs or kl_in_reward or entropies
+        if not (policy or self.initial_model is not None or self.critic is not None):
+            return
         for samples in batches:
-            if not (policy or self.initial_model is not None or self.critic is not None):
-                return
             batch = make_batch(samples, self.tokenizer.pad_token_id or 0, self.strategy.device)
             if policy:
                 statistics = token_statistics(self.actor, batch, config.temperature, entropy=entropies)

@@ -14,32 +14,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
+from lightrft.rewards import CheckedReward, CombinedReward, build_reward
 from lightrft.strategy.errors import CheckpointError, LightRFTError
 from lightrft.strategy.sampling import SamplingParams
 
 from .evaluation import EvaluationResult, evaluate
-from .experience import ExperienceBatch, make_batch
 from .experience_maker import ExperienceMaker, Rollout
-from .forward import token_statistics, token_values
 from .grading import Grader
 from .interruption import Interruption
-from .kl import approximate_kl
 from .kl_controller import make_kl_controller
-from .losses import (
-    PolicyObjective,
-    aggregate,
-    entropy_threshold,
-    loss_denominator,
-    policy_loss,
-    truncated_importance_weights,
-    value_loss,
-)
+from .losses import PolicyObjective
 from .metrics import METRICS_FILE, MetricSink, make_sinks, read_metrics
 from .plots import plot_curves
-from .progress import Progress, SilentProgress, make_progress
+from .policy_update import PolicyUpdater
+from .progress import Progress, make_progress
 from .prompt_stream import PromptStream
 from .replay_buffer import OptimizerBatch, ReplayBuffer
 from .run_state import RunState
@@ -69,7 +60,8 @@ class SPMDPPOTrainer:
     :param initial_model: the reference for the KL, or None where ``init_kl_coef`` is 0.
     :param ema_model: a copy of the actor that follows it slowly, or None.
     :param tokenizer: of the actor; ``processor`` for vision-language models.
-    :param reward_fn: what grades the responses: see :class:`lightrft.trainer.grading.Grader`.
+    :param reward_fn: grades responses: ``reward_fn(prompts, responses, labels, **extras)`` gives one number for each. None takes
+        ``--reward`` and ``--remote_rm_url``. Reward models add to it.
     :param output_dir: where checkpoints, metrics and plots go; None takes ``--output_dir``.
     :param generate_kwargs: sampling settings by Hugging Face's or vLLM's names; they win over the configuration.
     :raises ValueError: settings that cannot work together.
@@ -135,20 +127,58 @@ class SPMDPPOTrainer:
         self.output_dir = Path(config.output_dir if output_dir is None else output_dir)
         self.log_dir = Path(config.log_dir) if config.log_dir else self.output_dir
         self.sampling = sampling_from(config, generate_kwargs)
-        self._check(generate_kwargs)
-        self.grader = Grader(
-            strategy,
-            tokenizer,
-            reward_fn=reward_fn,
-            reward_model=reward_model,
-            remote_rm_url=chosen(remote_rm_url, "remote_rm_url"),
-        )
+        if problems := self._problems():
+            raise ValueError("; ".join(problems))
+        self.grader = self._make_grader(reward_fn, remote_rm_url)
         self.replay_buffer = ReplayBuffer()
         self.state = RunState()
         self.experience_maker = self.make_experience_maker()
+        self.updater = PolicyUpdater(
+            strategy=strategy,
+            actor=actor,
+            actor_optim=actor_optim,
+            actor_scheduler=actor_scheduler,
+            critic=critic,
+            critic_optim=critic_optim,
+            critic_scheduler=critic_scheduler,
+            ema_model=ema_model,
+            ema_beta=self.ema_beta,
+            pad_token_id=tokenizer.pad_token_id or 0,
+            objective=self.objective,
+            loss_agg_mode=self.loss_agg_mode,
+            eps_clip=self.eps_clip,
+            value_clip=self.value_clip,
+            kl_controller=self.kl_ctl,
+            comparable=self.sampling.full_support,
+        )
         self._stopping = False
         self._save_wanted: Callable[[], bool] = lambda: False
-        self._seconds_checkpoint = 0.0
+        self.last_evaluation: EvaluationResult | None = None
+
+    def _make_grader(self, reward_fn: Any, remote_rm_url: str | None) -> Grader:
+        """Rewards: ``reward_fn``, the reward models, or else what ``--reward`` and ``--remote_rm_url`` name."""
+        config, rewards = self.config, []
+        if reward_fn is not None:
+            rewards.append(
+                reward_fn
+                if isinstance(reward_fn, (CheckedReward, CombinedReward))
+                else CheckedReward(
+                    reward_fn, name=getattr(reward_fn, "__name__", "reward_fn"), timeout=config.reward_timeout
+                )
+            )
+        spec, urls = (None if reward_fn is not None else config.reward), remote_rm_url
+        if urls is None and reward_fn is None:
+            urls = config.remote_rm_url
+        if spec or urls:
+            rewards.append(build_reward(spec, remote_urls=urls, timeout=config.reward_timeout))
+        models = self.reward_model if isinstance(self.reward_model, (list, tuple)) else [self.reward_model]
+        return Grader(
+            self.strategy,
+            self.tokenizer,
+            rewards,
+            models=[model for model in models if model is not None],
+            micro_batch_size=self.micro_rollout_batch_size,
+        )
 
     def make_experience_maker(self) -> ExperienceMaker:
         """What turns prompts into experience; override to bring another."""
@@ -165,12 +195,14 @@ class SPMDPPOTrainer:
             sampling=self.sampling,
             micro_batch_size=self.micro_rollout_batch_size,
             needs_old_logprobs=self.optimizer_steps_per_rollout > 1,
+            trajectories=self.config.num_trajectories_to_save if self.config.save_trajectories else 0,
         )
 
     def _experience_maker_class(self) -> type[ExperienceMaker]:
         return ExperienceMaker
 
-    def _check(self, generate_kwargs: dict[str, Any]) -> None:
+    def _problems(self) -> list[str]:
+        """What is missing among the constructor's arguments."""
         config, problems = self.config, []
         if config.advantage_estimator == "gae" and self.critic is None:
             problems.append("--advantage_estimator gae needs a critic; pass critic=... and its optimizer")
@@ -182,8 +214,7 @@ class SPMDPPOTrainer:
             )
         if self.tokenizer is None:
             problems.append("no tokenizer was given; pass tokenizer=...")
-        if problems:
-            raise ValueError("; ".join(problems))
+        return problems
 
     # ---- what the documents' examples read ------------------------------------------------------------------------------
     @property
@@ -384,143 +415,35 @@ class SPMDPPOTrainer:
             while state.batch < len(plan):
                 if (state.epoch or state.batch) and self._interrupted():
                     return {}
-                self._train_on(plan[state.batch], global_steps)
+                figures = self.training_step(plan[state.batch], global_steps)
+                for name, value in figures.items():
+                    peak = name.endswith("_max")
+                    before = state.sums.get(name, 0.0)
+                    state.sums[name] = max(before, value) if peak else before + value
+                state.sums["batches"] = state.sums.get("batches", 0.0) + 1
+                state.optimizer_steps += 1
+                state.skipped_steps += int(figures.get("skipped", 0))
                 state.batch += 1
             state.epoch, state.batch = state.epoch + 1, 0
         return self._status()
 
-    def _train_on(self, batch: OptimizerBatch, global_steps: int) -> None:
-        """One optimizer step of the actor, and of the critic where there is one."""
-        train_actor = global_steps >= self.config.freezing_actor_steps
-        threshold = self._entropy_threshold(batch)
-        kept_tokens = batch.tokens
-        if threshold is not None:
-            kept_tokens = self._count_high_entropy(batch, threshold)
-        denominator = loss_denominator(self.loss_agg_mode, kept_tokens, batch.sequences)
-        sums = _Sums(self.strategy.device)
-        last = len(batch.microbatches) - 1
-        for i, micro in enumerate(batch.microbatches):
-            samples = [self.replay_buffer.samples[index] for index in micro.indices]
-            rows = make_batch(samples, self.tokenizer.pad_token_id or 0, self.strategy.device)
-            if train_actor:
-                loss = self._actor_loss(rows, threshold, sums)
-                self.strategy.backward(loss, self.actor, self.actor_optim, scale=1.0 / denominator, boundary=i == last)
-            if self.critic is not None:
-                assert self.critic_optim is not None
-                loss = self._critic_loss(rows, sums)
-                self.strategy.backward(
-                    loss, self.critic, self.critic_optim, scale=1.0 / max(1, batch.tokens), boundary=i == last
-                )
-        self._step_optimizers(train_actor)
-        self._collect(sums, denominator, batch)
-
-    def _actor_loss(self, rows: ExperienceBatch, threshold: float | None, sums: _Sums) -> Tensor:
-        """Sum over the micro-batch; divided by the global count later."""
-        config, fields, mask = self.config, rows.per_token, rows.mask
-        statistics = token_statistics(self.actor, rows, config.temperature, entropy=config.entropy_coef > 0)
-        logprobs = statistics.logprobs
-        old = fields.get("old_logprobs", logprobs.detach())
-        train_mask = mask if threshold is None else mask & (fields["entropies"] >= threshold)
-        weights = None
-        if "engine_logprobs" in fields and self.sampling.full_support:
-            drift = (old.detach() - fields["engine_logprobs"]).abs().masked_fill(~mask, 0.0)
-            sums.add("logprob_drift", drift.sum())
-            sums.maximum("logprob_drift_max", drift.max())
-            if config.importance_sampling_cap > 0:
-                weights = truncated_importance_weights(old, fields["engine_logprobs"], config.importance_sampling_cap)
-                sums.add("importance_weight", (weights * mask).sum())
-        policy = policy_loss(
-            logprobs,
-            old,
-            fields["advantages"],
-            train_mask,
-            objective=self.objective,
-            eps_low=self.eps_clip,
-            eps_high=config.eps_clip_high if config.eps_clip_high is not None else self.eps_clip,
-            weights=weights,
-            drift_coef=config.policy_drift_coef,
+    def training_step(self, batch: OptimizerBatch, global_steps: int) -> dict[str, float]:
+        """One optimizer step of the actor, and of the critic where there is one; returns its figures, alike on all ranks."""
+        return self.updater.step(
+            batch,
+            self.replay_buffer,
+            self.experience_maker.token_fields,
+            train_actor=global_steps >= self.config.freezing_actor_steps,
         )
-        token_losses = policy.token_losses
-        drift_kl = approximate_kl(old, logprobs.detach(), "k3").masked_fill(~mask, 0.0)
-        sums.add("policy_kl", drift_kl.sum())
-        if "reference_logprobs" in fields:
-            kl = approximate_kl(logprobs, fields["reference_logprobs"], config.kl_estimator)
-            sums.add("kl", kl.detach().masked_fill(~mask, 0.0).sum())
-            if config.use_kl_loss:
-                token_losses = token_losses + self.kl_ctl.value * kl
-        if statistics.entropies is not None:
-            sums.add("entropy", statistics.entropies.detach().masked_fill(~mask, 0.0).sum())
-            token_losses = token_losses - config.entropy_coef * statistics.entropies
-        sums.add("clip_fraction", policy.clipped.sum())
-        loss = aggregate(token_losses, train_mask, self.loss_agg_mode)
-        sums.add("loss", loss.detach())
-        return loss
-
-    def _critic_loss(self, rows: ExperienceBatch, sums: _Sums) -> Tensor:
-        assert self.critic is not None
-        values = token_values(self.critic, rows)
-        losses = value_loss(values, rows.per_token["values"], rows.per_token["returns"], self.value_clip)
-        loss = aggregate(losses, rows.mask, "token-mean")
-        sums.add("critic_loss", loss.detach())
-        sums.add("values", values.detach().masked_fill(~rows.mask, 0.0).sum())
-        return loss
-
-    def _step_optimizers(self, train_actor: bool) -> None:
-        strategy, state = self.strategy, self.state
-        if train_actor:
-            result = strategy.optimizer_step(self.actor_optim, self.actor, self.actor_scheduler, name="actor")
-            state.optimizer_steps += 1
-            state.skipped_steps += int(result.skipped)
-            _accumulate(state.sums, "grad_norm", result.grad_norm)
-            _accumulate(state.sums, "skipped", float(result.skipped))
-            if result.stepped and self.ema_model is not None:
-                strategy.moving_average(self.actor, self.ema_model, self.ema_beta)
-        if self.critic is not None:
-            assert self.critic_optim is not None
-            result = strategy.optimizer_step(self.critic_optim, self.critic, self.critic_scheduler, name="critic")
-            _accumulate(state.sums, "critic_grad_norm", result.grad_norm)
-
-    def _collect(self, sums: _Sums, denominator: int, batch: OptimizerBatch) -> None:
-        """Add this optimizer step's figures, summed over ranks, to the step's."""
-        totals = sums.over_ranks(self.strategy)
-        tokens = max(1, batch.tokens)
-        for name, value in totals.items():
-            if name.endswith("_max"):
-                self.state.sums[name] = max(self.state.sums.get(name, 0.0), value)
-            else:
-                _accumulate(self.state.sums, name, value / (denominator if name == "loss" else tokens))
-        _accumulate(self.state.sums, "batches", 1.0)
 
     def _status(self) -> dict[str, float]:
         """Means over the optimizer steps of this rollout step."""
         batches = max(1.0, self.state.sums.get("batches", 0.0))
-        kept = ("skipped",)
         return {
-            name: value if name in kept or name.endswith("_max") else value / batches
+            name: value if name == "skipped" or name.endswith("_max") else value / batches
             for name, value in self.state.sums.items()
             if name != "batches"
         }
-
-    # ---- high-entropy tokens ------------------------------------------------------------------------------------------------
-    def _entropy_threshold(self, batch: OptimizerBatch) -> float | None:
-        """Entropy from which tokens are trained on: one value for the whole optimizer step, on all ranks."""
-        share = self.config.high_entropy_token_ratio
-        if share <= 0:
-            return None
-        mine = self._entropies(batch)
-        return entropy_threshold(self.strategy.all_gather(mine), share)
-
-    def _count_high_entropy(self, batch: OptimizerBatch, threshold: float) -> int:
-        return self.strategy.all_reduce(int((self._entropies(batch) >= threshold).sum()), "sum")
-
-    def _entropies(self, batch: OptimizerBatch) -> Tensor:
-        parts = [
-            entropies
-            for micro in batch.microbatches
-            for index in micro.indices
-            if (entropies := self.replay_buffer.samples[index].entropies) is not None
-        ]
-        return (torch.cat(parts) if parts else torch.zeros(0)).to(self.strategy.device)
 
     # ---- after training -----------------------------------------------------------------------------------------------------
     def _sync(self) -> float:
@@ -664,6 +587,9 @@ class SPMDPPOTrainer:
         self.strategy.engine_host.load_state_dict(version)
         stream.load_state_dict(self.state.stream)
         if self.state.training:
+            self.experience_maker.has_engine_logprobs = all(
+                bool(state["has.engine_logprobs"].all()) for state in loaded.rank_states
+            )
             self.replay_buffer = ReplayBuffer.restore(
                 loaded.rank_states,
                 n_samples=self.sampling.n,
@@ -673,39 +599,6 @@ class SPMDPPOTrainer:
         where = f"step {self.state.step}" + (" (in the middle of a rollout buffer)" if self.state.training else "")
         self.strategy.print(f"resumed from {loaded.path} at {where}")
         return True
-
-
-class _Sums:
-    """Sums on the device, fetched once an optimizer step."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.values: dict[str, Tensor] = {}
-
-    def add(self, name: str, value: Tensor) -> None:
-        value = value.detach().float()
-        self.values[name] = self.values[name] + value if name in self.values else value
-
-    def maximum(self, name: str, value: Tensor) -> None:
-        value = value.detach().float()
-        self.values[name] = torch.maximum(self.values[name], value) if name in self.values else value
-
-    def over_ranks(self, strategy: StrategyBase) -> dict[str, float]:
-        """Totals over all ranks. Every rank has run equally many micro-batches, so all know the same names."""
-        totals: dict[str, float] = {}
-        for op, names in (
-            ("sum", [name for name in self.values if not name.endswith("_max")]),
-            ("max", [name for name in self.values if name.endswith("_max")]),
-        ):
-            if names:
-                packed = torch.stack([self.values[name] for name in names])
-                totals |= dict(zip(names, strategy.all_reduce(packed, op).tolist(), strict=True))
-        return totals
-
-
-def _accumulate(sums: dict[str, float], name: str, value: float | None) -> None:
-    if value is not None:
-        sums[name] = sums.get(name, 0.0) + value
 
 
 def sampling_from(config: Any, generate_kwargs: dict[str, Any]) -> SamplingParams:

@@ -1,0 +1,54 @@
+"""What a run shows at its end: what was learned, a few answers, and where everything lies."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ANSWERS_SHOWN = 5
+LONGEST_SHOWN = 60
+
+
+def show_report(
+    *,
+    before: float | None,
+    after: float | None,
+    held_out: int,
+    answers: Sequence[Mapping[str, Any]],
+    output_dir: Path,
+    seconds: float,
+    steps: int,
+) -> None:
+    """Print the report on this process's standard output; call on rank 0 only."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 100, highlight=False)
+    console.print()
+    if after is not None:
+        table = Table(title=f"Held-out accuracy ({held_out} prompts, greedy)", title_justify="left")
+        for name in ("before RL", f"after {steps} steps", "change"):
+            table.add_column(name, justify="right")
+        change = "" if before is None else f"{after - before:+.3f}"
+        table.add_row("" if before is None else f"{before:.3f}", f"{after:.3f}", change)
+        console.print(table)
+    if answers:
+        table = Table(title="Some held-out answers", title_justify="left")
+        for name in ("prompt", "answer", "expected", ""):
+            table.add_column(name)
+        for answer in answers[:ANSWERS_SHOWN]:
+            mark = "right" if answer["right"] else "wrong"
+            table.add_row(
+                _short(answer["prompt"]), _short(answer["response"]), _short(str(answer.get("label", ""))), mark
+            )
+        console.print(table)
+    console.print(f"{steps} steps in {seconds:.0f} s. Everything is in {output_dir}:", markup=False)
+    console.print("  model/         transformers loads it", markup=False)
+    console.print("  metrics.jsonl  one line a step;  plots/  the curves;  checkpoints/  for --resume", markup=False)
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= LONGEST_SHOWN else "…" + text[-LONGEST_SHOWN:]

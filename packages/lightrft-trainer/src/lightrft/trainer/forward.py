@@ -1,0 +1,43 @@
+"""What the models say of a batch: logprobs and entropies of the response tokens, values of their states."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from .experience import ExperienceBatch
+
+
+@dataclass(frozen=True)
+class TokenStatistics:
+    """Per-token figures ``[B, T]``; only those on response tokens mean anything.
+
+    :param logprobs: ``logprobs[:, t]`` is token t's, under the distribution at the sampling temperature.
+    :param entropies: of the distribution that token t was drawn from, in nats; None where not asked for.
+    """
+
+    logprobs: Tensor
+    entropies: Tensor | None = None
+
+
+def token_statistics(
+    model: nn.Module, batch: ExperienceBatch, temperature: float, *, entropy: bool = False
+) -> TokenStatistics:
+    """One forward pass of a policy."""
+    output = model(
+        batch.tokens,
+        attention_mask=batch.attention_mask,
+        temperature=temperature,
+        return_entropy=entropy,
+        **batch.images,
+    )
+    if entropy:
+        logprobs, entropies = output
+        return TokenStatistics(logprobs, entropies)
+    return TokenStatistics(output)
+
+
+def token_values(model: nn.Module, batch: ExperienceBatch) -> Tensor:
+    """One forward pass of a critic: ``[B, T]``, the value of the state in which each token was drawn."""
+    return model(batch.tokens, attention_mask=batch.attention_mask, **batch.images)

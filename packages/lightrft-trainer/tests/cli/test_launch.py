@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import argparse
+import signal
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from lightrft.cli import launch
+from lightrft.cli.main import build_parser
+from lightrft.strategy.errors import ConfigError
+
+
+def failure(exitcode: int, text: str | None = None, *, timestamp: int = 0, secondary: bool = False) -> SimpleNamespace:
+    message: Any = f"exit code {exitcode}"
+    if text is not None:
+        message = {"message": text, "extraInfo": {"timestamp": str(timestamp), "secondary": secondary}}
+    return SimpleNamespace(exitcode=exitcode, message=message, timestamp=timestamp)
+
+
+def options(*arguments: str) -> argparse.Namespace:
+    return build_parser().parse_args(["train", *arguments])
+
+
+def test_the_root_cause_is_named_not_the_ranks_that_waited_for_it() -> None:
+    failures = {
+        0: failure(1, "rank 1 is late", secondary=True, timestamp=1),
+        1: failure(1, "the reward raised", timestamp=2),
+    }
+    assert launch.describe_failures(failures) == "rank 1: the reward raised"
+
+
+def test_a_killed_rank_is_the_cause_whoever_noticed_first() -> None:
+    failures = {
+        0: failure(1, "rank 1 is gone", secondary=True),
+        1: failure(-signal.SIGKILL, timestamp=9),
+        2: failure(-signal.SIGTERM),
+    }
+    assert launch.describe_failures(failures) == "rank 1 was killed by SIGKILL (out of memory?)"
+
+
+def test_a_rank_without_a_word_shows_its_exit_code() -> None:
+    assert launch.describe_failures({3: failure(7)}) == "rank 3 ended with exit code 7"
+
+
+def test_cores_are_shared_between_ranks_unless_the_user_said_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert launch.thread_environment(2, 8) == {"OMP_NUM_THREADS": "4"}
+    assert launch.thread_environment(4, 2) == {"OMP_NUM_THREADS": "1"}
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert launch.thread_environment(2, 8) == {}
+
+
+def test_one_node_meets_on_a_free_port_of_its_own() -> None:
+    config = launch._launch_config(options(), 2)
+    assert (config.nproc_per_node, config.max_nodes, config.rdzv_endpoint) == (2, 1, "localhost:0")
+    assert config.max_restarts == 0
+    assert launch._launch_config(options(), 2).run_id != config.run_id
+
+
+def test_several_nodes_meet_at_the_first() -> None:
+    config = launch._launch_config(options("--nnodes", "2", "--node_rank", "1", "--master_addr", "first"), 4)
+    assert (config.min_nodes, config.rdzv_backend, config.rdzv_endpoint) == (2, "static", "first:29500")
+    assert config.rdzv_configs["rank"] == 1
+    config = launch._launch_config(options("--nnodes", "2", "--rdzv_endpoint", "first:1234", "--rdzv_id", "mine"), 4)
+    assert (config.rdzv_backend, config.rdzv_endpoint, config.run_id) == ("c10d", "first:1234", "mine")
+
+
+def test_several_nodes_without_a_meeting_point_are_refused() -> None:
+    with pytest.raises(ConfigError, match="needs --master_addr"):
+        launch._launch_config(options("--nnodes", "2"), 1)
+
+
+def test_at_least_one_rank() -> None:
+    with pytest.raises(ConfigError, match="--nproc_per_node 0: must be at least 1"):
+        launch.ranks_on_this_node(0)
