@@ -1,0 +1,107 @@
+"""A transformers model from a path, a configuration, or a model that is there already."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+Kind = Literal["causal-lm", "image-text-to-text", "backbone", "sequence-classification"]
+ModelSource = "str | os.PathLike[str] | PreTrainedConfig | nn.Module"
+
+
+def attention_implementation(use_flash_attention_2: bool, dtype: torch.dtype) -> str | None:
+    """The name that transformers takes; None leaves the choice to it.
+
+    :raises ValueError: flash attention is not installed, or cannot compute in this dtype.
+    """
+    if not use_flash_attention_2:
+        return None
+    if importlib.util.find_spec("flash_attn") is None:
+        raise ValueError("--flash_attn: the package is not installed; pip install flash-attn, or leave the flag away (SDPA is used)")
+    if dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"--flash_attn computes in bf16 or fp16, not in {dtype}; add --bf16, or leave the flag away")
+    return "flash_attention_2"
+
+
+def is_vision_language(config: Any) -> bool:
+    """Whether a configuration describes a model that takes images and writes text."""
+    from transformers import AutoModelForImageTextToText
+
+    return type(config) in AutoModelForImageTextToText._model_mapping
+
+
+def load_model(
+    source: Any,
+    kind: Literal["generator", "backbone", "sequence-classification"],
+    *,
+    dtype: torch.dtype = torch.float32,
+    use_flash_attention_2: bool = False,
+    trust_remote_code: bool = False,
+    **config_overrides: Any,
+) -> nn.Module:
+    """A transformers model in train mode.
+
+    :param source: a folder or hub name (weights are read), a configuration (weights are random; on the meta device under
+        ``torch.device("meta")``), or a module, which is returned as it is.
+    :param kind: ``generator`` is a causal or an image-text-to-text model, whichever the configuration says.
+    :raises ValueError: an empty path, or flash attention that cannot be had.
+    :raises OSError: from transformers, for a path or name without a model.
+    """
+    if isinstance(source, nn.Module):
+        return source
+    import transformers
+
+    attention = attention_implementation(use_flash_attention_2, dtype)
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    if attention is not None:
+        options["attn_implementation"] = attention
+    from_path = isinstance(source, (str, os.PathLike))
+    if from_path and not str(source):
+        raise ValueError("--pretrain is empty; give a folder or a hub name")
+    config = (
+        transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code) if from_path else source
+    )
+    for key, value in config_overrides.items():
+        setattr(config, key, value)
+    loader: Any = {
+        "backbone": transformers.AutoModel,
+        "sequence-classification": transformers.AutoModelForSequenceClassification,
+        "generator": transformers.AutoModelForImageTextToText
+        if is_vision_language(config)
+        else transformers.AutoModelForCausalLM,
+    }[kind]
+    if from_path:
+        model = loader.from_pretrained(source, config=config, **options)
+    else:
+        model = loader.from_config(config, **options)
+    return model.train()
+
+
+def hidden_size(config: Any) -> int:
+    """Width of the language part's hidden states."""
+    return int(config.get_text_config().hidden_size)
+
+
+def multimodal_inputs(config: Any, input_ids: torch.Tensor, extras: dict[str, Any]) -> dict[str, Any]:
+    """``extras`` without those that are None, and with the token types that transformers 5 derives positions from.
+
+    ``mm_token_type_ids`` is 1 at image tokens and 2 at video tokens; a processor returns it for prompts, but responses have
+    been appended since.
+    """
+    given = {key: value for key, value in extras.items() if value is not None}
+    if not given or given.get("mm_token_type_ids") is not None:
+        return given
+    image_token, video_token = getattr(config, "image_token_id", None), getattr(config, "video_token_id", None)
+    if {"image_grid_thw", "video_grid_thw"} & given.keys() and image_token is not None:
+        types = (input_ids == image_token).int()
+        if video_token is not None:
+            types += 2 * (input_ids == video_token).int()
+        given["mm_token_type_ids"] = types
+    return given

@@ -1,0 +1,108 @@
+"""Token logprobs and entropies from logits, without a second copy of the logits.
+
+For N tokens and a vocabulary of V, PyTorch's ``log_softmax`` keeps N × V numbers for the backward pass beside the logits, and
+another N × V in fp32 where the logits are bf16. Here only one number a token is kept, and the backward pass writes its N × V
+gradient in chunks of rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK_BYTES = 4 * 2**20
+"""Size of one chunk in the computing dtype: small enough to stay in a CPU's cache, large enough to fill a GPU."""
+
+
+def _rows_in_chunk(vocabulary: int, dtype: torch.dtype, device: torch.device) -> int:
+    budget = CHUNK_BYTES if device.type == "cpu" else 64 * CHUNK_BYTES
+    return max(1, budget // (vocabulary * dtype.itemsize))
+
+
+class _TokenStatistics(torch.autograd.Function):
+    """Logprobs ``[N]`` and entropies ``[N]`` of logits ``[N, V]`` that are divided by a temperature."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, labels: Tensor, temperature: float, with_entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        count, vocabulary = logits.shape
+        normalizers = torch.empty(count, dtype=dtype, device=logits.device)
+        logprobs = torch.empty_like(normalizers)
+        entropies = torch.empty_like(normalizers) if with_entropy else None
+        step = _rows_in_chunk(vocabulary, dtype, logits.device)
+        for start in range(0, count, step):
+            rows = slice(start, start + step)
+            scaled = logits[rows].to(dtype) / temperature if temperature != 1.0 else logits[rows].to(dtype)
+            normalizer = torch.logsumexp(scaled, dim=-1)
+            normalizers[rows] = normalizer
+            logprobs[rows] = scaled.gather(-1, labels[rows, None])[:, 0] - normalizer
+            if entropies is not None:
+                shifted = scaled - normalizer[:, None]
+                # A masked token has the logit -inf: its term is 0, not 0 × inf.
+                entropies[rows] = -(shifted.exp() * shifted.clamp_min(torch.finfo(dtype).min)).sum(-1)
+        ctx.save_for_backward(logits, labels, normalizers, entropies)
+        ctx.temperature = temperature
+        return logprobs, entropies
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor, None, None, None]:
+        logits, labels, normalizers, entropies = ctx.saved_tensors
+        by_logprob, by_entropy = gradients
+        dtype = normalizers.dtype
+        result = torch.empty_like(logits)
+        step = _rows_in_chunk(logits.shape[1], dtype, logits.device)
+        for start in range(0, logits.shape[0], step):
+            rows = slice(start, start + step)
+            scaled = logits[rows].to(dtype) / ctx.temperature
+            shifted = scaled.sub_(normalizers[rows, None])
+            probabilities = shifted.exp()
+            gradient = torch.zeros_like(shifted)
+            if by_entropy is not None and entropies is not None:
+                # dH/dx_i = -p_i (log p_i + H)
+                shifted.clamp_min_(torch.finfo(dtype).min).add_(entropies[rows, None])
+                gradient.addcmul_(probabilities, shifted.mul_(by_entropy[rows, None]), value=-1.0)
+            if by_logprob is not None:
+                weight = by_logprob[rows, None]
+                gradient.addcmul_(probabilities, weight, value=-1.0)
+                gradient.scatter_add_(-1, labels[rows, None], weight)
+            result[rows] = gradient.div_(ctx.temperature)
+        return result, None, None, None
+
+
+def token_statistics_from_logits(
+    logits: Tensor, labels: Tensor, *, temperature: float = 1.0, with_entropy: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Logprob of each label, and the entropy of the distribution that it was drawn from, in nats.
+
+    :param logits: ``[..., V]``, any floating dtype; they are only read.
+    :param labels: ``[...]``, integers in ``[0, V)``.
+    :param temperature: divides the logits first; the distribution is the one that a sampler at this temperature draws from.
+    :param with_entropy: also compute entropies; both results carry gradients.
+    :return: ``[...]`` in fp32 (fp64 for fp64 logits), and the same or None.
+    :raises ValueError: shapes that do not fit, or a temperature that is not positive.
+    """
+    if logits.shape[:-1] != labels.shape:
+        raise ValueError(f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} do not fit: labels need {tuple(logits.shape[:-1])}")
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature}: logprobs need a positive one; greedy decoding has no distribution")
+    flat = logits.reshape(-1, logits.shape[-1])
+    logprobs, entropies = _TokenStatistics.apply(flat, labels.reshape(-1), float(temperature), with_entropy)  # pyright: ignore[reportGeneralTypeIssues]
+    return logprobs.view(labels.shape), None if entropies is None else entropies.view(labels.shape)
+
+
+def logprobs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
+    """Logprob of each label; see :func:`token_statistics_from_logits`."""
+    return token_statistics_from_logits(logits, labels, temperature=temperature)[0]
+
+
+def entropy_from_logits(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Entropy in nats of each distribution; see :func:`token_statistics_from_logits`."""
+    labels = torch.zeros(logits.shape[:-1], dtype=torch.long, device=logits.device)
+    entropies = token_statistics_from_logits(logits, labels, temperature=temperature, with_entropy=True)[1]
+    assert entropies is not None
+    return entropies

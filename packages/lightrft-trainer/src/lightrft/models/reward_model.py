@@ -1,0 +1,79 @@
+"""A trained reward model: one score for a prompt with its response."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .critic import Critic
+from .loading import load_model
+from .rows import check_right_padded
+
+
+class RewardModel(nn.Module):
+    """A sequence classifier with one output, read at each row's last token.
+
+    ``.model`` is a transformers sequence classification model. The last token is found by the attention mask: transformers
+    looks for padding ids instead, and so misses the end token of models that pad with it.
+
+    :param pretrain_or_model: a folder or hub name, a transformers configuration (random weights), or a model.
+    """
+
+    def __init__(
+        self,
+        pretrain_or_model: Any,
+        *,
+        dtype: torch.dtype = torch.float32,
+        use_flash_attention_2: bool = False,
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model: Any = load_model(
+            pretrain_or_model,
+            "sequence-classification",
+            dtype=dtype,
+            use_flash_attention_2=use_flash_attention_2,
+            trust_remote_code=trust_remote_code,
+            num_labels=1,
+        )
+        if not isinstance(getattr(self.model, "score", None), nn.Module):
+            raise ValueError(
+                f"reward model: {type(self.model).__name__} has no `score` layer; use a decoder with a sequence "
+                "classification head, such as Qwen2ForSequenceClassification, or a reward server (--remote_rm_url)"
+            )
+
+    @property
+    def config(self) -> Any:
+        """The transformers configuration."""
+        return self.model.config
+
+    def forward(self, sequences: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """``[B]`` fp32: the score of each row.
+
+        :param sequences: ``[B, T]`` token ids, padded on the right. :param attention_mask: ``[B, T]``; None: no padding.
+        :raises ValueError: padding on the left, or a row without a token.
+        """
+        mask = torch.ones_like(sequences) if attention_mask is None else attention_mask
+        check_right_padded(mask)
+        last = mask.long().sum(dim=1) - 1
+        if bool((last < 0).any()):
+            raise ValueError("reward model: a row has no token")
+        hidden = self.model.base_model(input_ids=sequences, attention_mask=mask, use_cache=False).last_hidden_state
+        pooled = hidden[torch.arange(len(sequences), device=sequences.device), last]
+        return self.model.score(pooled)[:, 0].float()
+
+
+def get_llm_for_sequence_regression(
+    pretrain_or_model: Any, model_type: Literal["critic", "reward"], **kwargs: Any
+) -> Critic | RewardModel:
+    """A critic or a reward model; ``kwargs`` go to its class.
+
+    :raises ValueError: another ``model_type``.
+    """
+    if model_type == "critic":
+        return Critic(pretrain_or_model, **kwargs)
+    if model_type == "reward":
+        return RewardModel(pretrain_or_model, **kwargs)
+    raise ValueError(f"model_type={model_type!r}: there are 'critic' and 'reward'")
