@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 FORMAT = "lightrft-checkpoint-1"
 MANIFEST, CLIENT, LATEST, RANKS = "manifest.json", "client_state.json", "latest", "ranks"
-DEFAULT_NAME = "model"
+DEFAULT_NAME, SCALARS = "model", "scalars.json"
 
 
 @dataclass(kw_only=True)
@@ -239,6 +239,8 @@ def _read(
     manifest = json.loads((folder / MANIFEST).read_text())
     for name, record in records.items():
         _check_same_model(folder, name, manifest["models"], _shapes(record.model))
+        if not module_only:
+            _check_receivers(record, folder / name, optimizer=optimizer, scheduler=scheduler)
     with strategy.waits_for_ranks("load_ckpt"):
         for name, record in records.items():
             strategy.read_state(record, folder / name, optimizer=optimizer and not module_only)
@@ -306,11 +308,11 @@ def _write_scalars(record: ModelRecord, folder: Path) -> None:
         ]
     if record.scheduler is not None:
         state["scheduler"] = {k: v for k, v in record.scheduler.state_dict().items() if _is_plain(v)}
-    (folder / "scalars.json").write_text(_to_json(state))
+    (folder / SCALARS).write_text(_to_json(state))
 
 
 def _read_scalars(record: ModelRecord, folder: Path, *, optimizer: bool, scheduler: bool) -> None:
-    state = json.loads((folder / "scalars.json").read_text())
+    state = json.loads((folder / SCALARS).read_text())
     record.loss_scale.load_state_dict(state["loss_scale"])
     record.skipped_steps = state["skipped_steps"]
     if optimizer and record.optimizer is not None and "param_groups" in state:
@@ -318,6 +320,21 @@ def _read_scalars(record: ModelRecord, folder: Path, *, optimizer: bool, schedul
             group.update({key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()})
     if scheduler and record.scheduler is not None and "scheduler" in state:
         record.scheduler.load_state_dict(state["scheduler"])
+
+
+def _check_receivers(record: ModelRecord, folder: Path, *, optimizer: bool, scheduler: bool) -> None:
+    """What was saved must have somewhere to go: a run that starts with a fresh optimizer is no resumed run."""
+    state = json.loads((folder / SCALARS).read_text())
+    if optimizer and "param_groups" in state and record.optimizer is None:
+        raise CheckpointError(
+            f"{folder}: holds an optimizer's state, and this model has no optimizer: call create_optimizer(model) first, "
+            "or pass load_optimizer_states=False, or load_module_only=True"
+        )
+    if scheduler and "scheduler" in state and record.scheduler is None:
+        raise CheckpointError(
+            f"{folder}: holds a scheduler's state, and the strategy knows no scheduler of this model: pass "
+            "load_ckpt(..., scheduler=scheduler), or load_lr_scheduler_states=False, or load_module_only=True"
+        )
 
 
 def _write_rank(strategy: StrategyBase, folder: Path, rank_state: Mapping[str, torch.Tensor]) -> None:

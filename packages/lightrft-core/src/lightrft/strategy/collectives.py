@@ -14,11 +14,13 @@ import torch.distributed as dist
 ReduceOp = Literal["mean", "sum", "max", "min"]
 OPS = {"mean": dist.ReduceOp.SUM, "sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 Group = dist.ProcessGroup | None
+# The group of a rank that is by itself, however many others there are: None means all of them.
+ALONE: Any = dist.GroupMember.NON_GROUP_MEMBER
 
 
 def size_of(group: Group) -> int:
     """Ranks of a group (None: all), 1 without a process group."""
-    return dist.get_world_size(group) if dist.is_initialized() else 1
+    return dist.get_world_size(group) if dist.is_initialized() and group is not ALONE else 1
 
 
 def all_reduce(data: Any, op: str = "mean", group: Group = None, device: torch.device | None = None) -> Any:

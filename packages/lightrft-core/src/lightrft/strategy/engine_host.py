@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .collectives import all_gather_object
+from .collectives import ALONE, all_gather_object
 from .config import StrategyConfig
 from .engine import EngineSpec, GenerationOutput, RolloutEngine
 from .errors import ConfigError, EngineStateError, LightRFTError, RolloutError, WeightSyncError
@@ -171,7 +171,7 @@ class EngineHost:
                 verified=self.config.verify_weights if readback else "manifest",
                 digest=sync_digest(plan.specs, sent),
             )
-        shared = all_gather_object(receipt, self.strategy.groups.engine)[0] if self.placement != "spmd" else receipt
+        shared = self._leaders(receipt) if self.placement != "spmd" else receipt
         assert shared is not None
         return shared
 
@@ -194,7 +194,7 @@ class EngineHost:
         )
         # One small collective carries the counts and any rank's refusal, so that all ranks go on, or none.
         with self.strategy.waits_for_ranks("gather_and_generate"):
-            counts = all_gather_object((len(prompts), _describe(problem)))
+            counts = self.strategy.all_gather_object((len(prompts), _describe(problem)))
         self._raise_if_any([text for _, text in counts], problem)
         if prompt_indices is None:
             offset = sum(count for count, _ in counts[: self.strategy.rank])
@@ -296,7 +296,7 @@ class EngineHost:
 
     def _record_lengths(self, outputs: Iterable[GenerationOutput]) -> None:
         if self.lengths.active:
-            everyone = all_gather_object([len(output.output_token_ids) for output in outputs])
+            everyone = self.strategy.all_gather_object([len(output.output_token_ids) for output in outputs])
             self.lengths.record([n for part in everyone for n in part], write=self.strategy.is_rank_0())
 
     # ---- agreement ---------------------------------------------------------------------------------------------------
@@ -305,13 +305,18 @@ class EngineHost:
         result, problem = _attempt(act, self.engine) if self.engine is not None else (None, None)
         self._raise_together(problem, WeightSyncError, what)
         if self.placement != "spmd":
-            result = all_gather_object(result, self.strategy.groups.engine)[0]
+            result = self._leaders(result)
         return result
+
+    def _leaders(self, value: T) -> T:
+        """The value that the leader of this rank's engine has."""
+        alone = self.strategy.layout.engine_tp_size == 1
+        return all_gather_object(value, ALONE if alone else self.strategy.groups.engine)[0]
 
     def _raise_together(self, problem: Exception | None, kind: type[LightRFTError], what: str = "") -> None:
         """All ranks raise where one has a problem: the one its own error, the others one that names it."""
         with self.strategy.waits_for_ranks(what or "agree on the outcome"):
-            texts = all_gather_object(_describe(problem))
+            texts = self.strategy.all_gather_object(_describe(problem))
         if problem is not None or any(texts):
             if self.engine is not None and kind is WeightSyncError:
                 self.engine.abort_update()

@@ -52,7 +52,10 @@ def load_state(model: nn.Module, optimizer: Optimizer | None, items: Iterable[St
             have = "no such parameter" if tensor is None else f"{tuple(tensor.shape)} here"
             raise CheckpointError(f"{item.name}: {tuple(item.weight.shape)} in the checkpoint, {have}")
         tensor.copy_(item.weight)
-        if optimizer is not None and item.moments:
+        if optimizer is None:
+            continue
+        optimizer.state.pop(tensor, None)  # a parameter that had not stepped yet must not keep what it has seen since
+        if item.moments:
             state: dict[str, Any] = {k: v.to(tensor.device, copy=True) for k, v in item.moments.items()}
             optimizer.state[tensor] = {"step": torch.tensor(float(item.step)), **state}
     if wanted:

@@ -282,23 +282,28 @@ class StrategyBase(ABC):
             error.add_note(f"{operation}: flags that lower the memory: {OUT_OF_MEMORY_FLAGS}")
             raise
 
+    @property
+    def _everyone(self) -> Any:
+        """The group that "all ranks" means."""
+        return None if self.distributed else collectives.ALONE
+
     def all_reduce(self, data: Any, op: str = "mean") -> Any:
         """Reduce tensors, numbers, or dicts of them over all ranks: "mean", "sum", "max" or "min".
 
         ``data`` is not changed; dtypes and 0-d shapes survive; Python numbers come back as Python numbers.
         """
         with self.waits_for_ranks("all_reduce"):
-            return collectives.all_reduce(data, op, device=self.device)
+            return collectives.all_reduce(data, op, self._everyone, device=self.device)
 
     def all_gather(self, data: Any) -> Any:
         """Gather from all ranks in rank order: tensors along axis 0 (lengths may differ), numbers as a list."""
         with self.waits_for_ranks("all_gather"):
-            return collectives.all_gather(data)
+            return collectives.all_gather(data, self._everyone)
 
     def all_gather_object(self, data: Any) -> list[Any]:
         """Any picklable object from each rank, in rank order."""
         with self.waits_for_ranks("all_gather_object"):
-            return collectives.all_gather_object(data)
+            return collectives.all_gather_object(data, self._everyone)
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
