@@ -6,6 +6,7 @@ import contextlib
 import functools
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,33 @@ def calling_first(owner: Any, name: str, action: Callable[[], None], *, nth: int
 def die() -> None:
     """End this process as ``kill -9`` would: nothing is flushed, nothing is cleaned up."""
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_at_file_event(folder: Path, nth: int) -> None:
+    """End this process as ``kill -9`` would at its ``nth`` file operation (from 1) below ``folder``, from now on.
+
+    Opening, renaming, removing and creating count; so every moment of a save can be hit, whatever the backend writes.
+    """
+    watch_file_events(folder, lambda count: die() if count == nth else None)
+
+
+def watch_file_events(folder: Path, action: Callable[[int], Any]) -> None:
+    """Call ``action(count)`` before each of this process's file operations below ``folder``, to the process's end."""
+    below = str(folder.resolve())
+    count = 0
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        nonlocal count
+        if event not in _FILE_EVENTS or not args or not isinstance(args[0], (str, os.PathLike)):
+            return
+        if os.path.abspath(os.fspath(args[0])).startswith(below):
+            count += 1
+            action(count)
+
+    sys.addaudithook(hook)
+
+
+_FILE_EVENTS = frozenset({"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "shutil.rmtree"})
 
 
 def cut(path: Path, share: float = 0.5) -> None:

@@ -12,13 +12,16 @@
 
 from __future__ import annotations
 
+from .strategy_claims.checkpoints import CheckpointClaims
 from .strategy_claims.claims import on_ranks
 from .strategy_claims.collectives import CollectiveClaims
 from .strategy_claims.data import DataClaims
 from .strategy_claims.interface import InterfaceClaims
 from .strategy_claims.memory import MemoryClaims
 from .strategy_claims.preparing import PreparingClaims
+from .strategy_claims.rollout import RolloutClaims
 from .strategy_claims.training import TrainingClaims
+from .strategy_claims.weights import WeightClaims
 
 __all__ = ["StrategySuite", "on_ranks"]
 
@@ -30,6 +33,9 @@ class StrategySuite(
     CollectiveClaims,
     DataClaims,
     MemoryClaims,
+    CheckpointClaims,
+    WeightClaims,
+    RolloutClaims,
 ):
     """All claims about a strategy. Subclass it, set ``world_size`` and define ``make_strategy``.
 

@@ -141,17 +141,17 @@ def on_ranks(claim: Callable[..., None]) -> Callable[..., None]:
     test.__module__ = claim.__module__
     position = inspect.Parameter.POSITIONAL_OR_KEYWORD
     own = [inspect.Parameter(name, position) for name in ("self", "rank_pools", "tmp_path")]
-    test.__signature__ = inspect.Signature([*own, *parameters])  # type: ignore[attr-defined]
-    test.claim = claim  # type: ignore[attr-defined]
+    test.__signature__ = inspect.Signature([*own, *parameters])
+    test.claim = claim
     return test
 
 
-def run_claim(suite: FunctionReference, name: str, folder: Path, params: Mapping[str, Any]) -> None:
-    """On a rank: a claim of a suite."""
+def run_claim(suite: FunctionReference, name: str, folder: Path, params: Mapping[str, Any]) -> Any:
+    """On a rank: a claim of a suite, or one of its own methods."""
     instance = suite.resolve()()
     instance.folder = folder
     method = getattr(type(instance), name)
-    getattr(method, "claim", method)(instance, **params)
+    return getattr(method, "claim", method)(instance, **params)
 
 
 def next_token_loss(model: nn.Module, rows: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,8 @@ import copy
 
 import torch
 
+from lightrft.strategy.hub_layout import HubLayout, hub_sources
+
 from .claims import (
     StrategyClaims,
     constant_schedule,
@@ -183,8 +185,9 @@ class PreparingClaims(StrategyClaims):
         with strategy.init_model_context(meta_init=False):
             assert not any(p.is_meta for p in self.model().parameters())
         model = strategy.prepare(empty)
-        source = [(spec.name, tensor) for spec, tensor in _hub_tensors(strategy, plain)]
-        strategy.import_weights(model, source)
+        layout, tensors = HubLayout(plain), dict(hub_sources(plain))
+        whole = ((hub.name, hub.view(tensors[hub.source].detach())) for hub in layout.by_name.values())
+        strategy.import_weights(model, whole)
         rows = self.rows(2)
         with torch.no_grad():
             logits = model(input_ids=rows.to(strategy.device)).logits.cpu()
@@ -213,10 +216,3 @@ class PreparingClaims(StrategyClaims):
         for seed, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
             assert strategy.optimizer_step(optimizer, model, None).stepped
             self.assert_same_gradients(gradients_of(strategy, model, optimizer), expected[seed])
-
-
-def _hub_tensors(strategy: object, model: torch.nn.Module) -> list[tuple[object, torch.Tensor]]:
-    from lightrft.strategy.hub_layout import HubLayout, hub_sources
-
-    layout, tensors = HubLayout(model), dict(hub_sources(model))
-    return [(hub.spec, hub.view(tensors[hub.source].detach())) for hub in layout.by_name.values()]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightrft.strategy.strategy_base import StrategyBase
+from lightrft.strategy.strategy_base import StepResult, StrategyBase
 from lightrft.testing.faults import poison_gradient
 
 from .claims import (
@@ -290,12 +290,12 @@ def _split(kind: str, total: int, rank: int, world_size: int) -> list[list[int]]
 def _token_mean_step(
     strategy: StrategyBase,
     model: nn.Module,
-    optimizer: object,
+    optimizer: torch.optim.Optimizer,
     rows: torch.Tensor,
     lengths: list[int],
     micro_batches: list[list[int]],
     total: int,
-) -> object:
+) -> StepResult:
     """One step on the mean over all tokens of all ranks; every rank runs as many micro-batches as the busiest."""
     tokens = sum(length - 1 for length in lengths)
     most = strategy.all_reduce(len(micro_batches), "max") if strategy.distributed else len(micro_batches)
@@ -304,12 +304,12 @@ def _token_mean_step(
         boundary = index == most - 1
         if not mine:  # an empty micro-batch: the forward pass is collective, its share is zero
             loss = next_token_loss(model, rows[:1].to(strategy.device))
-            strategy.backward(loss, model, optimizer, scale=0.0, boundary=boundary)  # type: ignore[arg-type]
+            strategy.backward(loss, model, optimizer, scale=0.0, boundary=boundary)
         else:
             count = sum(lengths[row] - 1 for row in mine)
             loss = _masked_loss(model, rows[mine].to(strategy.device), [lengths[row] for row in mine])
-            strategy.backward(loss, model, optimizer, scale=count / tokens, boundary=boundary)  # type: ignore[arg-type]
-    return strategy.optimizer_step(optimizer, model, None)  # type: ignore[arg-type]
+            strategy.backward(loss, model, optimizer, scale=count / tokens, boundary=boundary)
+    return strategy.optimizer_step(optimizer, model, None)
 
 
 def _masked_loss(model: nn.Module, rows: torch.Tensor, lengths: list[int]) -> torch.Tensor:
