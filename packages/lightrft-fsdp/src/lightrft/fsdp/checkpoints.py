@@ -30,6 +30,7 @@ METADATA = ".metadata"
 _RECORDS = {
     "torch.distributed.checkpoint.metadata": {
         "_MEM_FORMAT_ENCODING",
+        "BytesStorageMetadata",
         "ChunkStorageMetadata",
         "Metadata",
         "MetadataIndex",

@@ -7,8 +7,8 @@ parameters share a collective where the buffer has room to sort them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -52,6 +52,14 @@ class BucketPlan:
     @property
     def size(self) -> int:
         return self.places[-1].offset + self.places[-1].size if self.places else 0
+
+
+def with_dtypes(layout: HubLayout, dtypes: Mapping[str, torch.dtype]) -> HubLayout:
+    """Let a layout, in place, say the dtypes that its module tensors have by now."""
+    for source, hubs in layout.by_source.items():
+        layout.by_source[source] = [replace(hub, dtype=dtypes[source]) for hub in hubs]
+        layout.by_name.update({hub.name: hub for hub in layout.by_source[source]})
+    return layout
 
 
 def plan_places(specs: Sequence[TensorSpec], layout: HubLayout, cuts: dict[str, Cut | None]) -> BucketPlan:

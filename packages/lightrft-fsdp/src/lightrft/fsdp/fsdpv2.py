@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from lightrft.strategy.checkpoint import import_by_name
-from lightrft.strategy.hub_layout import hub_sources
+from lightrft.strategy.hub_layout import HubLayout, hub_sources
 from lightrft.strategy.memory import MoveReport
 from lightrft.strategy.native_strategy import NativeStrategy
 from lightrft.strategy.strategy_base import ModelRecord, StepResult
@@ -24,7 +24,7 @@ from lightrft.strategy.training_state import StateItem
 from lightrft.strategy.weights import TensorSpec, UpdatePlan, WeightBucket
 
 from . import checkpoints, meta_init, state
-from .export import export_buckets
+from .export import export_buckets, with_dtypes
 from .gradients import global_norm, widen
 from .meta_init import FillPlan, UnfilledModelError
 from .optimizer import ShardedAdamW
@@ -80,6 +80,8 @@ class FSDPV2Strategy(NativeStrategy):
             if fill is not None:
                 meta_init.initialise(unit.module, model, fill, self.config.seed)
 
+        # transformers finds a model's hub names by its class's name, and fully_shard changes that: trace them before.
+        layout = HubLayout(model)
         # In fp32 a frozen model computes in the dtype that it was loaded in.
         shard(
             model,
@@ -93,6 +95,7 @@ class FSDPV2Strategy(NativeStrategy):
         )
         if fill is not None:
             meta_init.materialise(model, torch.device("cpu") if self.config.fsdp_cpu_offload else self.device)
+        self._layouts[model] = with_dtypes(layout, {name: tensor.dtype for name, tensor in hub_sources(model)})
         self._sharded[model] = sharded_modules(model)
         finish_sharding(model)
 
