@@ -29,3 +29,4 @@ class TestHFEngineInSmallBatches(TestHFEngine):
     spec_options: ClassVar[Mapping[str, Any]] = {"max_batch_size": 3}
     text_kinds = ("qwen2",)
     vision_kinds = ("qwen2_vl",)
+    samples = 300

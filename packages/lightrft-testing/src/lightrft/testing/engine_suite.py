@@ -561,11 +561,13 @@ class EngineSuite(EngineContractSuite):
 
     :cvar text_kinds: models of :data:`lightrft.testing.tiny_models.CONFIGS` that the engine serves.
     :cvar vision_kinds: those with images; empty where ``capabilities.multimodal`` is False.
+    :cvar samples: how many to draw for a distribution test.
     :cvar logprob_tolerance: largest difference of a logprob from a teacher-forced forward, in fp32.
     """
 
     text_kinds: ClassVar[Sequence[str]] = TEXT_KINDS
     vision_kinds: ClassVar[Sequence[str]] = VISION_KINDS
+    samples: ClassVar[int] = 3000
     logprob_tolerance: ClassVar[float] = 1e-5
 
     def pytest_generate_tests(self, metafunc: Any) -> None:
@@ -613,10 +615,10 @@ class EngineSuite(EngineContractSuite):
 
     def test_the_models_end_token_stops_unless_ignored(self, engines: _Engines, folders: Any) -> None:
         engine, model = engines.fresh(folders("qwen2")), _model("qwen2")
-        sampling = SamplingParams(temperature=1.5, max_tokens=100)
-        outputs = engine.generate(requests_for(PROMPTS * 40, sampling))
+        sampling = SamplingParams(temperature=2.0, max_tokens=60)
+        outputs = engine.generate(requests_for(PROMPTS * 20, sampling))
         stopped = [o for o in outputs if o.finish_reason == "stop"]
-        assert stopped, "in 200 samples of 100 tokens at this temperature some must end"
+        assert stopped, "in 100 samples of 60 tokens at this temperature some must end"
         assert all(o.output_token_ids.index(EOS) == len(o.output_token_ids) - 1 for o in stopped)
         assert all(EOS not in o.output_token_ids for o in outputs if o.finish_reason == "length")
         self._check_logprobs(model, stopped[0], sampling)
@@ -627,8 +629,8 @@ class EngineSuite(EngineContractSuite):
         ids=["plain", "temperature", "top_k", "top_p", "min_p"],
     )
     def test_samples_follow_the_distribution(self, engine: RolloutEngine, truncation: Mapping[str, Any]) -> None:
-        """Chi-square over the first token of 3000 samples; new seeds would fail by chance once in about a million."""
-        model, count = _model("qwen2"), 3000
+        """Chi-square over the first token of many samples; new seeds would fail by chance once in about a million."""
+        model, count = _model("qwen2"), self.samples
         sampling = SamplingParams(**{"temperature": 1.0, "max_tokens": 1, "ignore_eos": True, **truncation})
         outputs = engine.generate(requests_for([PROMPTS[0]] * count, sampling, [7919 * i + 5 for i in range(count)]))
         expected = processed_logprobs(model, outputs[0], sampling)[0].exp() * count
