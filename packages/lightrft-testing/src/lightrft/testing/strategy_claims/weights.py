@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from lightrft.strategy.errors import CheckpointError
+from lightrft.strategy.hub_layout import HubLayout, hub_sources
 from lightrft.strategy.strategy_base import StrategyBase
 from lightrft.strategy.weights import UpdatePlan
 
@@ -142,9 +145,9 @@ class WeightClaims(StrategyClaims):
         loaded, report = loader.from_pretrained(target, output_loading_info=True)
         assert not report["missing_keys"]
         assert not report["unexpected_keys"]
-        again = _saved(loaded, self.folder / str(strategy.rank))
-        assert sorted(again) == sorted(exported)
-        assert all(torch.equal(again[name], tensor) for name, tensor in exported.items())
+        for again in (_read(target), _hub_tensors(loaded)):
+            assert sorted(again) == sorted(exported)
+            assert all(torch.equal(again[name], tensor) for name, tensor in exported.items())
         assert AutoTokenizer.from_pretrained(target).decode([40, 41]) == tiny_tokenizer().decode([40, 41])
         files = sorted(path.name for path in target.glob("*.safetensors"))
         if bucket_bytes < 2**40:
@@ -162,8 +165,6 @@ class WeightClaims(StrategyClaims):
         target = self.folder / "model"
         strategy.save_model(first, None, target, bucket_bytes=20_000)
         strategy.save_model(second, None, target, dtype=torch.bfloat16)
-        from safetensors.torch import load_file
-
         assert sorted(path.name for path in target.glob("*.safetensors*")) == ["model.safetensors"]
         saved = load_file(target / "model.safetensors")
         expected, _ = _export(strategy, second, 2**40, torch.bfloat16)
@@ -186,9 +187,16 @@ def _export(
     return tensors, sizes
 
 
-def _saved(model: Any, folder: Any) -> dict[str, torch.Tensor]:
-    """What transformers itself writes."""
-    from safetensors.torch import load_file
-
+def _saved(model: Any, folder: Path) -> dict[str, torch.Tensor]:
+    """What transformers itself writes. Before set-up: afterwards only rank 0's transformers would write."""
     model.save_pretrained(folder)
+    return _read(folder)
+
+
+def _read(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def _hub_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    layout, tensors = HubLayout(model), dict(hub_sources(model))
+    return {hub.name: hub.view(tensors[hub.source].detach()) for hub in layout.by_name.values()}
