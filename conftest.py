@@ -1,8 +1,13 @@
-"""What every package's tests share: property tests give the same answer each time and have no clock."""
+"""What every package's tests share: one thread a process, and property tests without a clock or a die."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
+
+# Tiny tensors gain nothing from threads, and lose a factor of ten where several ranks or suites share the cores. Read
+# when torch is first imported, which is after this; the ranks that tests start inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 if importlib.util.find_spec("hypothesis") is not None:
     from hypothesis import settings
