@@ -1,7 +1,7 @@
 """A task made from nothing: reverse four digits, with its tokenizer and a model small enough to learn it on a laptop.
 
-``lightrft train`` without arguments trains on this task. It needs no network, every answer can be checked exactly, and a model of
-two layers really generalises on it: the held-out strings share no string with the training ones.
+``lightrft train`` without arguments trains on this task. It needs no network, every answer can be checked exactly,
+and a model of two layers really generalises on it: the held-out strings share no string with the training ones.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def build_model_config(*, layers: int = 2, width: int = 128) -> Qwen2Config:
 
 
 def build_model(*, seed: int = 42, layers: int = 2, width: int = 128) -> PreTrainedModel:
-    """The tiny Qwen2 with random fp32 weights that depend on ``seed`` alone; the caller's random state is left as it was."""
+    """The tiny model with random fp32 weights from ``seed`` alone; the caller's random state is left as it was."""
     import torch
     from transformers import Qwen2ForCausalLM
 

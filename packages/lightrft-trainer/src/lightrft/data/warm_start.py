@@ -1,7 +1,7 @@
 """A short supervised warm start for the default task: enough that rewards are not all zero, and no more.
 
-Reinforcement needs a policy that is right now and then. This shows the untrained model some solved questions until its held-out
-accuracy first lies in a window well below what the run is to reach, and says how many steps that took.
+Reinforcement needs a policy that is right now and then. This shows the untrained model some solved questions until
+its held-out accuracy first lies in a window well below what the run is to reach, and says how many steps that took.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def encode_solved(tokenizer: Any, examples: Sequence[TaskExample]) -> tuple[Tens
 def greedy_accuracy(model: Any, rows: Tensor, prompt_length: int) -> float:
     """Share of rows whose answer the model would decode greedily, end token included.
 
-    One forward pass does: greedy decoding gives the answer exactly if each of its tokens is the likeliest after those before.
+    One forward pass does: greedy decoding gives the answer exactly if each of its tokens is the likeliest after those
+    before.
     """
     predicted = model(input_ids=rows, use_cache=False).logits[:, prompt_length - 1 : -1].argmax(-1)
     return (predicted == rows[:, prompt_length:]).all(dim=1).float().mean().item()
@@ -127,9 +128,7 @@ def warm_start(
     )
 
 
-def build_warm_model(
-    out_dir: str | pathlib.Path, *, seed: int = 42, split: TaskSplit | None = None
-) -> WarmStartReport:
+def build_warm_model(out_dir: str | pathlib.Path, *, seed: int = 42, split: TaskSplit | None = None) -> WarmStartReport:
     """Write the default model after its warm start, with its tokenizer, as a Hugging Face folder.
 
     :param split: the task's questions; default: :func:`lightrft.data.tasks.reverse_digits` with this seed.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, overload, Literal
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,8 @@ from .rows import check_right_padded, trimmed_length
 class Actor(nn.Module):
     """A causal language model, or an image-text-to-text model, as a policy.
 
-    ``.model`` is the transformers model. Everything goes through :meth:`forward` and the model's own forward, so that a strategy
-    may shard any part of it.
+    ``.model`` is the transformers model. Everything goes through :meth:`forward` and the model's own forward, so that
+    a strategy may shard any part of it.
 
     :param pretrain_or_model: a folder or hub name, a transformers configuration (random weights), or a module.
     :param dtype: of the weights, where they are loaded or made here.
@@ -89,17 +89,22 @@ class Actor(nn.Module):
 
         :param sequences: ``[B, T]`` token ids: prompt, response, padding.
         :param attention_mask: ``[B, T]``, 1 at tokens, 0 at padding on the right; None: no padding.
-        :param response_mask: ``[B, T]`` bool. Logits are made for these tokens alone, which is most of the saving in time and
-            memory where prompts are long or the vocabulary is large. None: for every token but the first of a row.
+        :param response_mask: ``[B, T]`` bool. Logits are made for these tokens alone, which is most of the saving in
+            time and memory where prompts are long or the vocabulary is large. None: for every token but the first of
+            a row.
         :param return_entropy: also return the entropy in nats of the distribution that each token was drawn from.
-        :param multimodal: ``pixel_values``, ``image_grid_thw`` and whatever else the model's forward takes; None is left out.
-        :return: ``[B, T]`` fp32, aligned with ``sequences`` and 0 where the mask is false; with ``return_entropy``, two of them.
+        :param multimodal: ``pixel_values``, ``image_grid_thw`` and whatever else the model's forward takes; None is
+            left out.
+        :return: ``[B, T]`` fp32, aligned with ``sequences`` and 0 where the mask is false; with ``return_entropy``,
+            two of them.
         :raises ValueError: rows with padding on the left, or masks of another shape.
         """
         mask = torch.ones_like(sequences) if attention_mask is None else attention_mask
         for name, given in (("attention_mask", mask), ("response_mask", response_mask)):
             if given is not None and given.shape != sequences.shape:
-                raise ValueError(f"{name} {tuple(given.shape)} must have the shape of sequences, {tuple(sequences.shape)}")
+                raise ValueError(
+                    f"{name} {tuple(given.shape)} must have the shape of sequences, {tuple(sequences.shape)}"
+                )
         check_right_padded(mask)
         length = trimmed_length(mask)
         tokens, trimmed = sequences[:, :length], mask[:, :length]
@@ -139,8 +144,8 @@ class Actor(nn.Module):
 def _only_for(head: nn.Module, wanted: Tensor) -> Iterator[None]:
     """While open, the output layer is given only the hidden states before the wanted tokens, as ``[1, N, H]``.
 
-    A hook, rather than the model's ``logits_to_keep``, because that keeps the same columns of all rows; and rather than a
-    product with the layer's weight, because a sharded weight exists only inside the layer's own forward.
+    A hook, rather than the model's ``logits_to_keep``, because that keeps the same columns of all rows; and rather
+    than a product with the layer's weight, because a sharded weight exists only inside the layer's own forward.
     """
 
     def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -168,5 +173,6 @@ class ActorVL(Actor):
         super().__init__(pretrain_or_model, **kwargs)
         if not hasattr(self.config, "vision_config"):
             raise ValueError(
-                f"--pretrain: {type(self.model).__name__} takes no images; choose a vision-language model, or `lightrft train`"
+                f"--pretrain: {type(self.model).__name__} takes no images; choose a vision-language model, or "
+                "`lightrft train`"
             )

@@ -14,8 +14,8 @@ from .rows import check_right_padded, trimmed_length
 class Critic(nn.Module):
     """A language model's body with a value head, one scalar a token.
 
-    ``.model`` is the transformers model without its output layer; ``.value_head`` starts at zero, so that the first advantages
-    are the plain returns.
+    ``.model`` is the transformers model without its output layer; ``.value_head`` starts at zero, so that the first
+    advantages are the plain returns.
 
     :param pretrain_or_model: a folder or hub name, a transformers configuration (random weights), or a body.
     """

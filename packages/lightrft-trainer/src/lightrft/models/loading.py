@@ -4,16 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
-Kind = Literal["causal-lm", "image-text-to-text", "backbone", "sequence-classification"]
-ModelSource = "str | os.PathLike[str] | PreTrainedConfig | nn.Module"
 
 
 def attention_implementation(use_flash_attention_2: bool, dtype: torch.dtype) -> str | None:
@@ -24,7 +18,9 @@ def attention_implementation(use_flash_attention_2: bool, dtype: torch.dtype) ->
     if not use_flash_attention_2:
         return None
     if importlib.util.find_spec("flash_attn") is None:
-        raise ValueError("--flash_attn: the package is not installed; pip install flash-attn, or leave the flag away (SDPA is used)")
+        raise ValueError(
+            "--flash_attn: the package is not installed; pip install flash-attn, or leave the flag away (SDPA is used)"
+        )
     if dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"--flash_attn computes in bf16 or fp16, not in {dtype}; add --bf16, or leave the flag away")
     return "flash_attention_2"
@@ -48,8 +44,8 @@ def load_model(
 ) -> nn.Module:
     """A transformers model in train mode.
 
-    :param source: a folder or hub name (weights are read), a configuration (weights are random; on the meta device under
-        ``torch.device("meta")``), or a module, which is returned as it is.
+    :param source: a folder or hub name (weights are read), a configuration (weights are random; on the meta device
+        under ``torch.device("meta")``), or a module, which is returned as it is.
     :param kind: ``generator`` is a causal or an image-text-to-text model, whichever the configuration says.
     :raises ValueError: an empty path, or flash attention that cannot be had.
     :raises OSError: from transformers, for a path or name without a model.
@@ -92,8 +88,8 @@ def hidden_size(config: Any) -> int:
 def multimodal_inputs(config: Any, input_ids: torch.Tensor, extras: dict[str, Any]) -> dict[str, Any]:
     """``extras`` without those that are None, and with the token types that transformers 5 derives positions from.
 
-    ``mm_token_type_ids`` is 1 at image tokens and 2 at video tokens; a processor returns it for prompts, but responses have
-    been appended since.
+    ``mm_token_type_ids`` is 1 at image tokens and 2 at video tokens; a processor returns it for prompts, but
+    responses have been appended since.
     """
     given = {key: value for key, value in extras.items() if value is not None}
     if not given or given.get("mm_token_type_ids") is not None:

@@ -1,8 +1,8 @@
 """Token logprobs and entropies from logits, without a second copy of the logits.
 
-For N tokens and a vocabulary of V, PyTorch's ``log_softmax`` keeps N × V numbers for the backward pass beside the logits, and
-another N × V in fp32 where the logits are bf16. Here only one number a token is kept, and the backward pass writes its N × V
-gradient in chunks of rows.
+For N tokens and a vocabulary of V, PyTorch's ``log_softmax`` keeps N × V numbers for the backward pass beside the
+logits, and another N × V in fp32 where the logits are bf16. Here only one number a token is kept, and the backward
+pass writes its N × V gradient in chunks of rows.
 """
 
 from __future__ import annotations
@@ -81,17 +81,23 @@ def token_statistics_from_logits(
 
     :param logits: ``[..., V]``, any floating dtype; they are only read.
     :param labels: ``[...]``, integers in ``[0, V)``.
-    :param temperature: divides the logits first; the distribution is the one that a sampler at this temperature draws from.
+    :param temperature: divides the logits first; the distribution is the one that a sampler at this temperature draws
+        from.
     :param with_entropy: also compute entropies; both results carry gradients.
     :return: ``[...]`` in fp32 (fp64 for fp64 logits), and the same or None.
     :raises ValueError: shapes that do not fit, or a temperature that is not positive.
     """
     if logits.shape[:-1] != labels.shape:
-        raise ValueError(f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} do not fit: labels need {tuple(logits.shape[:-1])}")
+        raise ValueError(
+            f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} do not fit: labels need "
+            f"{tuple(logits.shape[:-1])}"
+        )
     if not temperature > 0:
-        raise ValueError(f"temperature={temperature}: logprobs need a positive one; greedy decoding has no distribution")
+        raise ValueError(
+            f"temperature={temperature}: logprobs need a positive one; greedy decoding has no distribution"
+        )
     flat = logits.reshape(-1, logits.shape[-1])
-    logprobs, entropies = _TokenStatistics.apply(flat, labels.reshape(-1), float(temperature), with_entropy)  # pyright: ignore[reportGeneralTypeIssues]
+    logprobs, entropies = _TokenStatistics.apply(flat, labels.reshape(-1), float(temperature), with_entropy)
     return logprobs.view(labels.shape), None if entropies is None else entropies.view(labels.shape)
 
 

@@ -15,8 +15,8 @@ from .rows import check_right_padded
 class RewardModel(nn.Module):
     """A sequence classifier with one output, read at each row's last token.
 
-    ``.model`` is a transformers sequence classification model. The last token is found by the attention mask: transformers
-    looks for padding ids instead, and so misses the end token of models that pad with it.
+    ``.model`` is a transformers sequence classification model. The last token is found by the attention mask:
+    transformers looks for padding ids instead, and so misses the end token of models that pad with it.
 
     :param pretrain_or_model: a folder or hub name, a transformers configuration (random weights), or a model.
     """
@@ -52,7 +52,8 @@ class RewardModel(nn.Module):
     def forward(self, sequences: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """``[B]`` fp32: the score of each row.
 
-        :param sequences: ``[B, T]`` token ids, padded on the right. :param attention_mask: ``[B, T]``; None: no padding.
+        :param sequences: ``[B, T]`` token ids, padded on the right. :param attention_mask: ``[B, T]``; None: no
+            padding.
         :raises ValueError: padding on the left, or a row without a token.
         """
         mask = torch.ones_like(sequences) if attention_mask is None else attention_mask

@@ -23,12 +23,16 @@ class TokenRows:
 
 
 def pad_rows(
-    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], *, pad_token_id: int, device: torch.device | None = None
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    *,
+    pad_token_id: int,
+    device: torch.device | None = None,
 ) -> TokenRows:
     """Join each prompt with its response and pad on the right.
 
-    :raises ValueError: different numbers of prompts and responses, or an empty prompt (its first response token would have
-        no distribution).
+    :raises ValueError: different numbers of prompts and responses, or an empty prompt (its first response token would
+        have no distribution).
     """
     if len(prompts) != len(responses):
         raise ValueError(f"pad_rows: {len(prompts)} prompts and {len(responses)} responses")

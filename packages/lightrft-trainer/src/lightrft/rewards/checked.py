@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .deadline import LateCall, call_with_deadline
+from .deadline import LateCallError, call_with_deadline
 from .protocol import RewardError, RewardFunction, RewardOutput, RewardTimeoutError, excerpt
 
 DEFAULT_TIMEOUT_SECONDS = 60.0
@@ -57,7 +57,8 @@ def numbers_of(values: Any, count: int, *, name: str, prompts: Sequence[str]) ->
             value = value.item() if getattr(value, "ndim", 0) == 0 else value
         if not isinstance(value, numbers.Real):
             raise RewardError(
-                f"{name} returned {value!r}, a {type(value).__name__}, for sample {index} (prompt {excerpt(prompts[index])}); {advice}",
+                f"{name} returned {value!r}, a {type(value).__name__}, for sample {index} (prompt "
+                f"{excerpt(prompts[index])}); {advice}",
                 sample=index,
             )
         number = float(value)
@@ -99,7 +100,8 @@ class CheckedReward:
         count = len(responses)
         if not len(prompts) == len(labels) == count:
             raise RewardError(
-                f"reward {self.name}: {len(prompts)} prompts, {count} responses and {len(labels)} labels; they must be as many"
+                f"reward {self.name}: {len(prompts)} prompts, {count} responses and {len(labels)} labels; they "
+                "must be as many"
             )
         if count == 0:
             return RewardOutput(rewards=[])
@@ -107,7 +109,7 @@ class CheckedReward:
         start = time.monotonic()
         try:
             result = call_with_deadline(lambda: self.function(prompts, responses, labels, **wanted), self.timeout)
-        except LateCall as late:
+        except LateCallError as late:
             raise self._late(late, prompts) from None
         except RewardError:
             raise
@@ -128,7 +130,7 @@ class CheckedReward:
             },
         )
 
-    def _late(self, late: LateCall, prompts: Sequence[str]) -> RewardTimeoutError:
+    def _late(self, late: LateCallError, prompts: Sequence[str]) -> RewardTimeoutError:
         return RewardTimeoutError(
             f"reward {self.name} was not back after {self.timeout:g} s for {len(prompts)} sample(s), "
             f"the first with prompt {excerpt(prompts[0])}; it was at {late.where}. "
@@ -161,7 +163,7 @@ class CheckedReward:
                 call_with_deadline(
                     lambda one=one, alone=alone: self.function(prompts[one], responses[one], labels[one], **alone), left
                 )
-            except Exception:  # the first one that fails alone, in whatever way, is the one to show
+            except Exception:  # noqa: BLE001 - the first one that fails alone, in whatever way, is the one to show
                 culprit = index
                 break
         cause = f"{type(error).__name__}: {error}"

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 Result = TypeVar("Result")
 
 
-class LateCall(Exception):
+class LateCallError(Exception):
     """The call is still running after its deadline. ``where`` is the line that it was executing."""
 
     def __init__(self, where: str) -> None:
@@ -22,16 +22,17 @@ class LateCall(Exception):
 def call_with_deadline(function: Callable[[], Result], seconds: float) -> Result:
     """Run ``function`` in a thread of its own and return its result, or raise what it raised.
 
-    A thread cannot be ended from outside: a late call is left behind in a daemon thread, which does not keep the program alive.
+    A thread cannot be ended from outside: a late call is left behind in a daemon thread, which does not keep the
+    program alive.
 
-    :raises LateCall: it was not back within ``seconds``.
+    :raises LateCallError: it was not back within ``seconds``.
     """
     outcome: dict[str, Any] = {}
 
     def target() -> None:
         try:
             outcome["result"] = function()
-        except BaseException as error:  # handed to the caller below, whatever it is
+        except BaseException as error:  # noqa: BLE001 - handed to the caller below, whatever it is
             outcome["error"] = error
 
     thread = threading.Thread(target=target, name="reward", daemon=True)
@@ -40,7 +41,7 @@ def call_with_deadline(function: Callable[[], Result], seconds: float) -> Result
     if thread.is_alive():
         frame = sys._current_frames().get(thread.ident or -1)
         summary = traceback.extract_stack(frame)[-1] if frame is not None else None
-        raise LateCall(f"{summary.filename}:{summary.lineno} in {summary.name}" if summary else "an unknown place")
+        raise LateCallError(f"{summary.filename}:{summary.lineno} in {summary.name}" if summary else "an unknown place")
     if "error" in outcome:
         raise outcome["error"]
     return outcome["result"]

@@ -1,7 +1,7 @@
-"""The program that :class:`lightrft.rewards.math_worker.MathWorker` starts: math-verify behind a time and a memory limit.
+"""The program that :class:`~lightrft.rewards.math_worker.MathWorker` starts: math-verify within time and memory limits.
 
-It is run by its path, so that it imports math-verify and nothing else. Each comparison happens in a fork: one that does not end
-is killed without losing the import, which takes seconds.
+It is run by its path, so that it imports math-verify and nothing else. Each comparison happens in a fork: one that
+does not end is killed without losing the import, which takes seconds.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def compare_in_fork(answer: str, reference: str, seconds: float) -> str:
                 verdict = b"equal"
         except MemoryError:
             verdict = b"died"
-        except Exception:  # whatever an expression does to the algebra system, it is not a right answer
+        except Exception:  # noqa: BLE001 - whatever an expression does to the algebra system, it is not a right answer
             verdict = b"unequal"
         finally:
             os.write(writer, verdict)
@@ -59,7 +59,7 @@ def compare_in_fork(answer: str, reference: str, seconds: float) -> str:
 
 
 def serve(questions: IO[str], answers: IO[str]) -> None:
-    """``[answer, reference, seconds]`` a line in, a verdict a line out, until the input ends (also when the parent was killed)."""
+    """``[answer, reference, seconds]`` a line in, a verdict a line out, until the input ends (or the parent)."""
     logging.disable(logging.WARNING)  # math-verify warns at each comparison that its own limit is off
     compare("1", "1")  # imports and builds the parsers once, for all forks
 

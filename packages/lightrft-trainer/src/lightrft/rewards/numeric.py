@@ -1,7 +1,8 @@
 """The numeric reward: is the answer in this response the labelled number or expression?
 
-Plain numbers are compared exactly, here. Everything else (LaTeX, fractions, intervals) goes to math-verify in a helper process,
-because an expression that sends the algebra system into a loop can only be stopped by ending its process.
+Plain numbers are compared exactly, here. Everything else (LaTeX, fractions, intervals) goes to math-verify in a
+helper process, because an expression that sends the algebra system into a loop can only be stopped by ending its
+process.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def _boxed_answers(text: str) -> list[tuple[int, str]]:
 def extract_answer(text: str) -> str | None:
     """The answer that a response gives: the last marked one, else the last number, else None.
 
-    Marks are GSM8K's ``#### 42``, ``\\boxed{42}`` and ``<answer>42</answer>``; of several, the one that starts last counts.
+    Marks are GSM8K's ``#### 42``, ``\\boxed{42}`` and ``<answer>42</answer>``; of several, the one that starts last
+    counts.
     """
     marked = [(match.start(), match.group(1)) for match in _HASH_MARK.finditer(text)]
     marked += [(match.start(), match.group(1)) for match in _ANSWER_TAG.finditer(text)]
@@ -54,13 +56,13 @@ def extract_answer(text: str) -> str | None:
 
 
 def reference_answer(label: str) -> str:
-    """The answer that a label gives: what follows its last ``####`` (GSM8K), or stands in ``\\boxed{}``, else all of it."""
+    """A label's answer: what follows its last ``####`` (GSM8K), or stands in ``\\boxed{}``, else all of it."""
     marked = [(match.start(), match.group(1)) for match in _HASH_MARK.finditer(label)] + _boxed_answers(label)
     return max(marked)[1].strip() if marked else label.strip()
 
 
 def plain_number(text: str) -> Fraction | None:
-    """The exact value of a plainly written number (``1,234``, ``$3.50``, ``-2``, ``1e3``, ``3/4``), or None for anything else."""
+    """The exact value of a plainly written number (``1,234``, ``$3.50``, ``-2``, ``1e3``, ``3/4``), else None."""
     cleaned = text.strip().strip("$").replace("\\$", "").replace("$", "").replace("\\!", "").strip()
     if re.fullmatch(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d*)?", cleaned):
         cleaned = cleaned.replace(",", "")
@@ -98,8 +100,8 @@ def numeric_answer(
 ) -> list[float]:
     """1 where the response's answer is mathematically the label's, else 0.
 
-    The answer is found by :func:`extract_answer`, the label is read by :func:`reference_answer`. A comparison that takes longer
-    than the worker's limit counts as wrong and is logged.
+    The answer is found by :func:`extract_answer`, the label is read by :func:`reference_answer`. A comparison that
+    takes longer than the worker's limit counts as wrong and is logged.
     """
     rewards = []
     for index, (prompt, response, label) in enumerate(zip(prompts, responses, labels, strict=True)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def soft_overlong_penalty(length: int, *, max_length: int, buffer_length: int) -> float:
-    """0 while there is room, then falling to -1 over the last ``buffer_length`` tokens (DAPO, arXiv:2503.14476, eq. 13).
+    """0 while there is room, then down to -1 over the last ``buffer_length`` tokens (DAPO, arXiv:2503.14476, eq. 13).
 
     :param length: tokens of the response.
     :param max_length: the length at which the penalty has become -1 (L_max); longer responses keep -1.

@@ -12,7 +12,7 @@ _ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
 def tagged_answer(response: str) -> str:
-    """What stands in the response's last ``<answer>…</answer>``, else the whole response, without surrounding blanks."""
+    """What stands in the response's last ``<answer>…</answer>``, else all of it, without surrounding blanks."""
     tagged = _ANSWER_TAG.findall(response)
     return (tagged[-1] if tagged else response).strip()
 
@@ -22,7 +22,8 @@ def reasoning_gym_score(
 ) -> list[float]:
     """The score, usually 0 to 1, that the sample's own reasoning-gym dataset gives.
 
-    Labels are reasoning-gym's entries (``question``, ``answer``, ``metadata``), as ``--prompt_data reasoning_gym:NAME`` yields them.
+    Labels are reasoning-gym's entries (``question``, ``answer``, ``metadata``), as ``--prompt_data
+    reasoning_gym:NAME`` yields them.
 
     :raises RewardError: a label is no such entry, or reasoning-gym is not installed.
     """
@@ -38,9 +39,11 @@ def reasoning_gym_score(
         source = label.get("metadata", {}).get("source_dataset") if isinstance(label, Mapping) else None
         if not source:
             raise RewardError(
-                f"sample {index} (prompt {excerpt(prompt)}): its label is no reasoning-gym entry, it is {str(label)[:80]!r}; "
+                f"sample {index} (prompt {excerpt(prompt)}): its label is no reasoning-gym entry, it is "
+                f"{str(label)[:80]!r}; "
                 "use --prompt_data reasoning_gym:NAME, or another --reward",
                 sample=index,
             )
-        scores.append(float(get_score_answer_fn(source)(tagged_answer(response), label)))
+        judge: Any = get_score_answer_fn(source)
+        scores.append(float(judge(tagged_answer(response), label)))
     return scores

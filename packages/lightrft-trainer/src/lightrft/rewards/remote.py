@@ -21,7 +21,7 @@ MAX_BYTES = 16 * 2**20
 RETRIED_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 
-class _TryAgain(Exception):
+class _TryAgainError(Exception):
     """A failure that may pass: no connection, an overloaded or failing server."""
 
 
@@ -34,7 +34,8 @@ def check_url(url: str) -> str:
     parts = urlsplit(url)
     if url.endswith(".py") and parts.scheme not in ("http", "https"):
         raise RewardError(
-            f"--remote_rm_url {url}: this is a Python file, and code is never run from a URL; put its folder on the path and "
+            f"--remote_rm_url {url}: this is a Python file, and code is never run from a URL; put its folder on "
+            "the path and "
             "write --reward module:function"
         )
     if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -79,7 +80,8 @@ class RemoteReward:
         """Rewards of one batch.
 
         :raises RewardTimeoutError: no server answered in time.
-        :raises RewardError: a label that JSON cannot express, a sample or an answer that is too large, or a wrong answer.
+        :raises RewardError: a label that JSON cannot express, a sample or an answer that is too large, or a wrong
+            answer.
         """
         deadline = time.monotonic() + self.timeout
         rewards: list[Any] = []
@@ -107,7 +109,8 @@ class RemoteReward:
                 sample = json.dumps([prompt, response, label, prompt + response], allow_nan=False)
             except (TypeError, ValueError) as error:
                 raise RewardError(
-                    f"sample {index} (prompt {excerpt(prompt)}): its label {str(label)[:80]!r} cannot be sent as JSON: {error}",
+                    f"sample {index} (prompt {excerpt(prompt)}): its label {str(label)[:80]!r} cannot be sent "
+                    f"as JSON: {error}",
                     sample=index,
                 ) from error
             sizes.append(len(sample) + 16)
@@ -143,13 +146,13 @@ class RemoteReward:
             self._turn += 1
             try:
                 return self._post(url, body, deadline)
-            except _TryAgain as error:
+            except _TryAgainError as error:
                 failures.append(f"{url}: {error}")
                 raise
 
         wait = tenacity.wait_exponential_jitter(initial=self.retry_seconds, max=10.0, jitter=self.retry_seconds)
         retry = tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type(_TryAgain),
+            retry=tenacity.retry_if_exception_type(_TryAgainError),
             wait=wait,
             # Another wait and another try must still fit before the deadline.
             stop=lambda state: time.monotonic() + state.upcoming_sleep >= deadline,
@@ -157,31 +160,32 @@ class RemoteReward:
         )
         try:
             return retry(attempt)
-        except _TryAgain:
+        except _TryAgainError:
             raise RewardTimeoutError(
-                f"no reward within {self.timeout:g} s for {what}, after {len(failures)} tries; the last: {failures[-1]}. "
+                f"no reward within {self.timeout:g} s for {what}, after {len(failures)} tries; the last: "
+                f"{failures[-1]}. "
                 "Is the server of --remote_rm_url up? --reward_timeout gives it more time"
             ) from None
 
     def _post(self, url: str, body: bytes, deadline: float) -> Any:
         left = deadline - time.monotonic()
         if left <= 0:
-            raise _TryAgain("no time left")
+            raise _TryAgainError("no time left")
         try:
             with httpx.stream(
                 "POST", url, content=body, headers={"Content-Type": "application/json"}, timeout=left
             ) as response:
                 if response.status_code in RETRIED_STATUS:
-                    raise _TryAgain(f"HTTP {response.status_code}")
+                    raise _TryAgainError(f"HTTP {response.status_code}")
                 content = bytearray()
                 for chunk in response.iter_bytes():
                     content += chunk
                     if len(content) > self.max_response_bytes:
                         raise RewardError(f"{url} sent more than {self.max_response_bytes} bytes; rewards are small")
                     if time.monotonic() > deadline:  # httpx's limit is for one read: a server that trickles resets it
-                        raise _TryAgain("still sending at the deadline")
+                        raise _TryAgainError("still sending at the deadline")
         except httpx.TransportError as error:
-            raise _TryAgain(f"{type(error).__name__} {error}".strip()) from error
+            raise _TryAgainError(f"{type(error).__name__} {error}".strip()) from error
         if response.status_code != 200:
             raise RewardError(f"{url} answered HTTP {response.status_code}: {bytes(content[:200])!r}")
         try:

@@ -27,7 +27,7 @@ RULES: dict[str, RewardFunction] = {
 
 
 def resolve_reward(name: str) -> RewardFunction:
-    """The reward called ``name``: one of the rules, or ``package.module:function``, imported from the path or the current directory.
+    """The reward called ``name``: a rule, or ``package.module:function`` from Python's path or the current directory.
 
     :raises RewardError: no such rule, module or attribute, or nothing that can be called as a reward.
     """
@@ -71,7 +71,8 @@ def _import(module_name: str, name: str) -> Any:
         missing = error.name or module_name
         if module_name == missing or module_name.startswith(missing + "."):
             raise RewardError(
-                f"reward {name!r}: no module {missing!r} on Python's path or in {here}; install it, or start from its folder"
+                f"reward {name!r}: no module {missing!r} on Python's path or in {here}; install it, or start "
+                "from its folder"
             ) from error
         raise RewardError(f"reward {name!r}: {module_name} needs {missing!r}, which is not installed") from error
     except Exception as error:
@@ -88,7 +89,8 @@ def parse_reward_spec(spec: str) -> list[tuple[str, float]]:
         name, equals, weight = (piece.strip() for piece in part.partition("="))
         if not name:
             raise RewardError(
-                f"--reward {spec!r}: an empty part; write names with commas between them, for example exact_match,format=0.1"
+                f"--reward {spec!r}: an empty part; write names with commas between them, for example "
+                "exact_match,format=0.1"
             )
         try:
             parsed.append((name, float(weight) if equals else 1.0))

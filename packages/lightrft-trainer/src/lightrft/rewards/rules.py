@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .protocol import RewardError, RewardFunction, excerpt
@@ -13,15 +13,18 @@ BOXED_PATTERN = r".*\\boxed\s*\{.+\}.*"
 
 
 def accepted_answers(label: Any, *, sample: int, prompt: str) -> tuple[str, ...]:
-    """The texts that count as right for one sample: the label, or each of a list of labels.
+    """The texts that count as right for one sample: the label, each of a list of labels, or an entry's ``answer``.
 
     :raises RewardError: the sample has no label.
     """
+    if isinstance(label, Mapping):  # a reasoning-gym entry
+        label = label.get("answer")
     candidates = label if isinstance(label, (list, tuple)) else (label,)
     texts = tuple(str(candidate) for candidate in candidates if candidate is not None)
     if not texts:
         raise RewardError(
-            f"sample {sample} (prompt {excerpt(prompt)}) has no label to compare with; name the label's key with --label_key",
+            f"sample {sample} (prompt {excerpt(prompt)}) has no label to compare with; name the label's key "
+            "with --label_key",
             sample=sample,
         )
     return texts

@@ -1,0 +1,58 @@
+"""How many prompts of each dataset make up an epoch: pure arithmetic."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+
+from .records import DataError
+
+
+def parse_shares(text: str | None, count: int) -> list[float] | None:
+    """``"0.7,0.3"`` as shares that add up to 1, or None where nothing is asked.
+
+    :raises DataError: not one positive number for each of ``count`` datasets.
+    """
+    if text is None:
+        return None
+    try:
+        shares = [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise DataError(f"--prompt_data_probs {text}: numbers with commas between them, for example 0.7,0.3") from error
+    if len(shares) != count:
+        raise DataError(f"--prompt_data_probs {text}: {len(shares)} shares for {count} datasets")
+    if not all(math.isfinite(share) and share > 0 for share in shares):
+        raise DataError(
+            f"--prompt_data_probs {text}: every share must be positive; leave a dataset away instead of giving it 0"
+        )
+    return [share / math.fsum(shares) for share in shares]
+
+
+def blend_counts(sizes: Sequence[int], shares: Sequence[float] | None, limit: int) -> list[int]:
+    """How many prompts to take of datasets with these sizes.
+
+    With shares: the largest blend of at most ``limit`` in which every dataset has its share and no prompt comes
+    twice. Without: all prompts, or the datasets' own proportions where that is more than ``limit``. Each dataset
+    gives at least one.
+
+    :raises DataError: ``limit`` is below the number of datasets.
+    """
+    if limit < len(sizes):
+        raise DataError(f"--max_samples {limit}: fewer than the {len(sizes)} datasets of --prompt_data")
+    total = sum(sizes)
+    if shares is None:
+        if total <= limit:
+            return list(sizes)
+        shares = [size / total for size in sizes]
+    whole = min(float(limit), *(size / share for size, share in zip(sizes, shares, strict=True)))
+    # A hair above, so that 0.3 × 10 is 3 and not 2.999….
+    counts = [max(1, min(size, math.floor(whole * share + 1e-9))) for size, share in zip(sizes, shares, strict=True)]
+    while sum(counts) > limit:  # only where rounding up to one prompt made it so
+        counts[counts.index(max(counts))] -= 1
+    return counts
+
+
+def choose(size: int, count: int, seed: int) -> list[int]:
+    """``count`` of ``size`` positions, in order; all of them, or a seeded draw."""
+    return list(range(size)) if count == size else sorted(random.Random(seed).sample(range(size), count))

@@ -1,0 +1,197 @@
+"""Records from wherever ``--prompt_data`` points: a file, a folder, a dataset's name, a generated task."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Any
+from urllib.parse import parse_qsl
+
+from .records import DataError, Record, raise_faults
+from .tasks import reverse_digits
+
+TASK_PREFIX = "task:"
+REASONING_GYM_PREFIX = "reasoning_gym:"
+REASONING_GYM_SIZE = 1000
+TASKS = {"reverse_digits": reverse_digits}
+
+
+def read_source(
+    spec: str,
+    *,
+    split: str = "train",
+    input_key: str = "input",
+    label_key: str | None = "label",
+    limit: int,
+    seed: int = 42,
+) -> list[Record]:
+    """At most ``limit`` records of one source.
+
+    :param spec: one of
+
+        - a ``.jsonl`` or ``.parquet`` file, which is one split whatever ``split`` says;
+        - a folder: a dataset that ``save_to_disk`` wrote, or files that ``datasets.load_dataset`` understands;
+        - ``NAME`` or ``NAME:CONFIG`` of a Hugging Face dataset (``openai/gsm8k:main``);
+        - ``reasoning_gym:TASK``, or with options ``reasoning_gym:chain_sum?size=500&min_terms=2``; its labels are whole
+          entries;
+        - ``task:reverse_digits``, the built-in task, with splits ``train`` and ``test``.
+    :param input_key: generated tasks put their question under this key, and their label under ``label_key``.
+    :raises DataError: nothing is there, it cannot be read, or it holds no record.
+    """
+    spec = spec.strip()
+    if spec.startswith(TASK_PREFIX):
+        records: Iterable[Record] = _task(spec, split, input_key, label_key, seed)
+    elif spec.startswith(REASONING_GYM_PREFIX):
+        records = _reasoning_gym(spec, split, input_key, label_key, limit, seed)
+    else:
+        path = pathlib.Path(spec).expanduser()
+        if path.suffix in _FILE_READERS:
+            if not path.is_file():
+                raise DataError(f"--prompt_data {spec}: there is no such file (from {pathlib.Path.cwd()})")
+            records = _FILE_READERS[path.suffix](path, limit)
+        elif path.is_file():
+            raise DataError(
+                f"--prompt_data {spec}: a {path.suffix or 'nameless'} file; known are {', '.join(_FILE_READERS)}"
+            )
+        else:
+            records = _hugging_face(spec, path, split)
+    found = list(islice(records, limit))
+    if not found:
+        raise DataError(f"--prompt_data {spec}: it holds no record")
+    return found
+
+
+def _jsonl(path: pathlib.Path, limit: int) -> Iterator[Record]:
+    """Objects of a JSONL file; empty lines count as lines but not as records."""
+    records, faults = [], []
+    folder = str(path.parent)
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if len(records) == limit:
+                break
+            if not line.strip():
+                continue
+            try:
+                values = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except UnicodeDecodeError as error:
+                faults.append(f"{path}:{number}: not UTF-8 at byte {error.start} of the line")
+                continue
+            except json.JSONDecodeError as error:
+                faults.append(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}")
+                continue
+            if not isinstance(values, dict):
+                faults.append(
+                    f'{path}:{number}: a {type(values).__name__}; each line must be an object, {{"input": …}}'
+                )
+                continue
+            records.append(Record(values, f"{path}:{number}", folder))
+    raise_faults(faults, f"--prompt_data {path}")
+    return iter(records)
+
+
+def _parquet(path: pathlib.Path, limit: int) -> Iterator[Record]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
+            return iter([Record(row, f"{path}[{n}]", str(path.parent)) for n, row in enumerate(islice(rows, limit))])
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"--prompt_data {path}: not readable as Parquet: {error}") from error
+
+
+_FILE_READERS: dict[str, Callable[[pathlib.Path, int], Iterator[Record]]] = {".jsonl": _jsonl, ".parquet": _parquet}
+
+
+def _hugging_face(spec: str, path: pathlib.Path, split: str) -> Iterator[Record]:
+    import datasets
+
+    if path.is_dir():
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            loaded: Any = datasets.load_from_disk(str(path))
+        else:
+            loaded = _load_dataset(spec, str(path), None)
+        folder = str(path)
+    else:
+        if spec.startswith(("/", "./", "../", "~")):
+            raise DataError(f"--prompt_data {spec}: there is no such file or folder (from {pathlib.Path.cwd()})")
+        name, _, config = spec.partition(":")
+        loaded, folder = _load_dataset(spec, name, config or None), None
+    if isinstance(loaded, dict):
+        if split not in loaded:
+            raise DataError(f"--prompt_split {split}: {spec} has the splits {', '.join(map(str, loaded))}")
+        loaded = loaded[split]
+    # Pictures stay encoded until they are needed.
+    for column, feature in loaded.features.items():
+        if isinstance(feature, datasets.Image):
+            loaded = loaded.cast_column(column, datasets.Image(decode=False))
+    return (Record(values, f"{spec}[{number}]", folder) for number, values in enumerate(loaded))
+
+
+def _load_dataset(spec: str, name: str, config: str | None) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_dataset(name, config)
+    # Whatever the hub, the network or a builder raises, the user asked for this dataset and cannot have it.
+    except Exception as error:
+        raise DataError(
+            f"--prompt_data {spec}: neither a file or folder here nor a dataset that could be loaded "
+            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'})"
+        ) from error
+
+
+def _task(spec: str, split: str, input_key: str, label_key: str | None, seed: int) -> Iterator[Record]:
+    name = spec.removeprefix(TASK_PREFIX)
+    if name not in TASKS:
+        raise DataError(
+            f"--prompt_data {spec}: there is no such task; there are {', '.join(TASK_PREFIX + t for t in TASKS)}"
+        )
+    questions = TASKS[name](seed=seed)
+    parts = {"train": questions.train, "test": questions.held_out}
+    if split not in parts:
+        raise DataError(f"--prompt_split {split}: {spec} has the splits {', '.join(parts)}")
+    for number, example in enumerate(parts[split]):
+        values = {input_key: example.prompt}
+        if label_key is not None:
+            values[label_key] = example.label
+        yield Record(values, f"{spec}[{number}]")
+
+
+def _reasoning_gym(
+    spec: str, split: str, input_key: str, label_key: str | None, limit: int, seed: int
+) -> Iterator[Record]:
+    name, _, query = spec.removeprefix(REASONING_GYM_PREFIX).partition("?")
+    try:
+        import reasoning_gym
+    except ModuleNotFoundError as error:
+        raise DataError(
+            f"--prompt_data {spec} needs {error.name}: pip install 'lightrft-trainer[reasoning-gym]'"
+        ) from error
+    from reasoning_gym.factory import DATASETS
+
+    if name not in DATASETS:
+        raise DataError(f"--prompt_data {spec}: reasoning-gym has no {name!r}; it has {', '.join(sorted(DATASETS))}")
+    options: dict[str, Any] = {}
+    for key, value in parse_qsl(query, keep_blank_values=True):
+        try:
+            options[key] = json.loads(value)
+        except json.JSONDecodeError:
+            options[key] = value
+    # Each split draws its own questions; in a task with few of them some may coincide.
+    options.setdefault("seed", seed if split == "train" else zlib.crc32(f"{seed}/{split}".encode()))
+    options.setdefault("size", min(limit, REASONING_GYM_SIZE))
+    try:
+        dataset = reasoning_gym.create_dataset(name, **options)
+    except (TypeError, AssertionError, ValueError) as error:
+        raise DataError(f"--prompt_data {spec}: {name} does not take these options: {error}") from error
+    for number in range(len(dataset)):
+        entry = dataset[number]
+        values = {**entry, input_key: entry["question"]}
+        if label_key is not None:
+            values[label_key] = entry
+        yield Record(values, f"{REASONING_GYM_PREFIX}{name}[{number}]")
