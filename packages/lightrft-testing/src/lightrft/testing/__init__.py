@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .ranks import Outcome, RankFailure, RankJob, RankPool, announce
     from .strategy_suite import StrategySuite, on_ranks
     from .tiny_models import save_tiny_model, tiny_image, tiny_model, tiny_processor, tiny_tokenizer
-    from .trajectory import Recipe, Trajectory, compare, noise_floor, run_trajectory
+    from .trajectory import Deviation, Recipe, Trajectory, compare, noise_floor, run_trajectory
 
 _HOMES = {
     "lightrft.strategy.fake_strategy": ["FakeStrategy"],
@@ -35,11 +35,19 @@ _HOMES = {
         "tiny_processor",
         "tiny_tokenizer",
     ],
-    "lightrft.testing.trajectory": ["Recipe", "Trajectory", "compare", "noise_floor", "run_trajectory"],
+    "lightrft.testing.trajectory": [
+        "Deviation",
+        "Recipe",
+        "Trajectory",
+        "compare",
+        "noise_floor",
+        "run_trajectory",
+    ],
 }
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "Deviation",
     "EngineSuite",
     "FakeEngine",
     "FakeStrategy",

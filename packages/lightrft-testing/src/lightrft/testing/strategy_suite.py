@@ -21,6 +21,7 @@ from .strategy_claims.memory import MemoryClaims
 from .strategy_claims.preparing import PreparingClaims
 from .strategy_claims.rollout import RolloutClaims
 from .strategy_claims.training import TrainingClaims
+from .strategy_claims.trajectories import TrajectoryClaims
 from .strategy_claims.weights import WeightClaims
 
 __all__ = ["StrategySuite", "on_ranks"]
@@ -30,6 +31,7 @@ class StrategySuite(
     InterfaceClaims,
     PreparingClaims,
     TrainingClaims,
+    TrajectoryClaims,
     CollectiveClaims,
     DataClaims,
     MemoryClaims,

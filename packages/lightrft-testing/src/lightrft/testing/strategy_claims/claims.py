@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -124,18 +125,21 @@ class StrategyClaims:
             assert error <= bound, f"{name}: off by {error:.2e}, {bound:.0e} is possible by rounding"
 
 
-def on_ranks(claim: Callable[..., None]) -> Callable[..., None]:
+def on_ranks(claim: Callable[..., str | None]) -> Callable[..., None]:
     """Turn a method that is written for a rank into a test: pytest calls it once, and it runs on every rank.
 
     Within the claim ``self`` is a fresh instance, ``self.folder`` a folder that the ranks share; parameters beyond
-    ``self`` come from ``pytest.mark.parametrize``.
+    ``self`` come from ``pytest.mark.parametrize``. What rank 0 returns is printed.
     """
     parameters = list(inspect.signature(claim).parameters.values())[1:]
 
     def test(self: Any, rank_pools: Any, tmp_path: Path, **params: Any) -> None:
         suite = type(self)
         pool: RankPool = rank_pools(suite.world_size)
-        pool.run(run_claim, FunctionReference.of(suite), claim.__name__, tmp_path, params, timeout=suite.timeout)
+        reference = FunctionReference.of(suite)
+        [result, *_] = pool.run(run_claim, reference, claim.__name__, tmp_path, params, timeout=suite.timeout)
+        if isinstance(result, str):  # figures to look at
+            sys.stdout.write(f"\n{result}")
 
     test.__name__, test.__qualname__, test.__doc__ = claim.__name__, claim.__qualname__, claim.__doc__
     test.__module__ = claim.__module__
