@@ -13,6 +13,7 @@ from lightrft.engines.hf.sampling import (
     draw,
     gumbel_noise,
     noise_keys,
+    noise_stream,
     splitmix64,
     truncate,
 )
@@ -34,13 +35,13 @@ def rows(
         top_k=torch.full((count,), top_k),
         top_p=torch.full((count,), top_p),
         min_p=torch.full((count,), min_p),
-        seed=torch.arange(count) if seeds is None else seeds,
+        stream=noise_stream(torch.arange(count) if seeds is None else seeds),
     )
 
 
 def uniforms(seeds: torch.Tensor, index: torch.Tensor, ids: torch.Tensor = IDS) -> torch.Tensor:
     """The uniforms behind the noise, float64."""
-    return (-(-gumbel_noise(noise_keys(seeds, index), ids).double()).exp()).exp()
+    return (-(-gumbel_noise(noise_keys(noise_stream(seeds), index), ids).double()).exp()).exp()
 
 
 def test_splitmix64_is_the_published_generator() -> None:
@@ -52,7 +53,7 @@ def test_splitmix64_is_the_published_generator() -> None:
 
 
 def test_noise_is_finite_and_reaches_far_into_the_tail() -> None:
-    keys = noise_keys(torch.arange(1000), torch.zeros(1000, dtype=torch.int64))
+    keys = noise_keys(noise_stream(torch.arange(1000)), torch.zeros(1000, dtype=torch.int64))
     noise = gumbel_noise(keys, IDS)
     assert torch.isfinite(noise).all()
     assert noise.max() > 13  # one in four million exceeds 15.2
@@ -85,7 +86,7 @@ def test_noise_is_uniform_and_uncorrelated_along(axis: str) -> None:
 @given(seed=st.integers(0, 2**63 - 1), index=st.integers(0, 100_000), flip=st.integers(0, 62))
 def test_noise_changes_wholly_with_one_bit_of_the_seed_or_one_step(seed: int, index: int, flip: int) -> None:
     seeds = torch.tensor([seed, seed ^ (1 << flip), seed])
-    noise = gumbel_noise(noise_keys(seeds, torch.tensor([index, index, index + 1])), IDS)
+    noise = gumbel_noise(noise_keys(noise_stream(seeds), torch.tensor([index, index, index + 1])), IDS)
     assert (noise[0] == noise[1]).float().mean() < 0.01
     assert (noise[0] == noise[2]).float().mean() < 0.01
 
@@ -94,7 +95,7 @@ def test_noise_changes_wholly_with_one_bit_of_the_seed_or_one_step(seed: int, in
 @given(seed=st.integers(0, 2**63 - 1), index=st.integers(0, 100_000), data=st.data())
 def test_noise_of_some_ids_is_that_of_all_ids(seed: int, index: int, data: st.DataObject) -> None:
     some = torch.tensor(data.draw(st.lists(st.integers(0, 4095), min_size=1, max_size=20)), dtype=torch.int32)
-    keys = noise_keys(torch.tensor([seed]), torch.tensor([index]))
+    keys = noise_keys(noise_stream(torch.tensor([seed])), torch.tensor([index]))
     assert torch.equal(gumbel_noise(keys, some.unsqueeze(0)), gumbel_noise(keys, IDS)[:, some.long()])
 
 
@@ -146,7 +147,7 @@ def test_rows_that_truncate_differently_share_a_batch(seed: int) -> None:
         top_k=torch.tensor([0, 5, 0]),
         top_p=torch.tensor([0.9, 1.0, 1.0]),
         min_p=torch.tensor([0.0, 0.1, 0.0]),
-        seed=torch.tensor([11, 12, 13]),
+        stream=torch.tensor([11, 12, 13]),
     )
     index = torch.tensor([0, 3, 9])
     together = draw(logits, index, mixed, SamplingShape(any_greedy=True, min_p=True, top_p=True, max_top_k=-1))

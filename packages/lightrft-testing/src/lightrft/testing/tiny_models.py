@@ -191,6 +191,8 @@ def tiny_tokenizer() -> Any:
         show_progress=False,
     )
     core.train_from_iterator(_CORPUS * 8, trainer)
+    # Every id that a model can write has a text of its own.
+    core.add_tokens([f"<|unused_{i}|>" for i in range(core.get_vocab_size(), VOCABULARY)])
     names = ("endoftext", "im_start", "im_end", "vision_start_token", "vision_end_token", "image_token", "video_token")
     extra = {name: token for name, token in zip(names, SPECIAL_TOKENS, strict=True) if name.endswith("_token")}
     tokenizer = PreTrainedTokenizerFast(

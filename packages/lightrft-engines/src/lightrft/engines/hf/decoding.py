@@ -18,7 +18,7 @@ from lightrft.strategy.sampling import SamplingParams
 from .batching import group_equal, prefill_buckets, swap_remove, worth_compacting
 from .cache import Prefill, SlotCache
 from .prompts import Prompt
-from .sampling import RowSampling, SamplingShape, draw
+from .sampling import RowSampling, SamplingShape, draw, noise_stream
 
 # Columns of a row's integers and floats.
 _SAMPLE, _LENGTH, _SHIFT, _TOKEN, _INDEX, _LIMIT, _MINIMUM, _SEED, _TOP_K = range(9)
@@ -252,7 +252,7 @@ class _Batch:
             top_p=self.floats[:n, _TOP_P].contiguous(),
             min_p=self.floats[:n, _MIN_P].contiguous(),
             top_k=self.ints[:n, _TOP_K].contiguous(),
-            seed=self.ints[:n, _SEED].contiguous(),
+            stream=noise_stream(self.ints[:n, _SEED]),
         )
         living = [self.samples[i] for i in self.ints[:n, _SAMPLE].tolist()]
         params = [s.sampling for s in living]

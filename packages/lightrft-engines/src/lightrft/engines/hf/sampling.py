@@ -24,14 +24,14 @@ class RowSampling:
     """What a batch's rows ask for, one element a row; greedy rows have temperature 0.
 
     :param temperature: float32 ``[rows]``. :param top_k: int64, 0 keeps all. :param top_p: float32, 1 keeps all.
-    :param min_p: float32, 0 keeps all. :param seed: int64.
+    :param min_p: float32, 0 keeps all. :param stream: int64, :func:`noise_stream` of the samples' seeds.
     """
 
     temperature: torch.Tensor
     top_k: torch.Tensor
     top_p: torch.Tensor
     min_p: torch.Tensor
-    seed: torch.Tensor
+    stream: torch.Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,13 +64,18 @@ def splitmix64(state: torch.Tensor) -> torch.Tensor:
     return state ^ ((state >> 31) & (2**33 - 1))
 
 
-def noise_keys(seed: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """A 64-bit key for output token ``index`` of the sample with ``seed``.
+def noise_stream(seed: torch.Tensor) -> torch.Tensor:
+    """Where each sample's noise begins: int64 of any shape, from int64 seeds. Constant over a sample's life."""
+    return splitmix64(seed)
 
-    :param seed: int64 ``[rows]``. :param index: int64 ``[rows]``, 0 for the first output token.
+
+def noise_keys(stream: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """A 64-bit key for output token ``index`` of the sample with that noise stream.
+
+    :param stream: int64 ``[rows]``. :param index: int64 ``[rows]``, 0 for the first output token.
     :return: int64 ``[rows]``.
     """
-    return splitmix64(splitmix64(seed) + (index + 1) * _GOLDEN)
+    return splitmix64(stream + (index + 1) * _GOLDEN)
 
 
 def _hash32(ids: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -170,7 +175,7 @@ def draw(
             top_k=rows.top_k[part],
             top_p=rows.top_p[part],
             min_p=rows.min_p[part],
-            seed=rows.seed[part],
+            stream=rows.stream[part],
         )
         token, logprob = _draw_block(logits[part].float(), index[part], block, shape)
         tokens.append(token)
@@ -190,7 +195,7 @@ def _draw_block(
         values, ids = logits / temperature.unsqueeze(1), None
         if shape.truncates:
             values, ids = truncate(values, rows, shape)
-        keys = noise_keys(rows.seed, index)
+        keys = noise_keys(rows.stream, index)
         wanted = (
             torch.arange(values.shape[-1], dtype=torch.int32, device=values.device)
             if ids is None
