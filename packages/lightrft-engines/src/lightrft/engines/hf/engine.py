@@ -209,7 +209,9 @@ class HFEngine(RolloutEngine):
         self._weight_store().load(bucket.tensors)
 
     def sample_weights(self, positions: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return self._weight_store().sample(positions)
+        held = self._weight_store().sample(positions)
+        # Some families keep a few weights in float32 whatever was asked; what came for them was in the engine's dtype.
+        return {name: t.to(self.spec.dtype) if t.is_floating_point() else t for name, t in held.items()}
 
     def _weight_store(self) -> Any:
         from .weights import WeightStore
