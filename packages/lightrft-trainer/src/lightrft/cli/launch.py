@@ -1,7 +1,7 @@
 """Start this node's ranks with torch's elastic launcher, wait for them, and say in one sentence what went wrong.
 
-A rank is ``python -m lightrft.cli.worker``. Parent and ranks share a folder: the parent puts the settings there, ranks their
-process ids (so that the parent can pass on Ctrl-C) and their final word.
+A rank is ``python -m lightrft.cli.worker``. Parent and ranks share a folder: the parent puts the settings there, ranks
+their process ids (so that the parent can pass on Ctrl-C) and their final word.
 """
 
 from __future__ import annotations

@@ -50,8 +50,8 @@ def merge_settings(
 ) -> dict[str, Any]:
     """Preset, then the saved run's settings, then the file's, then what was typed: the later wins.
 
-    A backend is chosen as a whole: who names ``zero_stage`` or ``strategy`` without ``fsdp`` does not get the ``fsdp`` of
-    a preset.
+    A backend is chosen as a whole: who names ``zero_stage`` or ``strategy`` without ``fsdp`` does not get the ``fsdp``
+    of a preset.
     """
     merged = dict(saved) if saved is not None else dict(preset)
     for layer in (file, typed):

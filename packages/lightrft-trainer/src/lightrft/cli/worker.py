@@ -15,12 +15,15 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightrft.strategy.config import StrategyConfig
-from lightrft.strategy.errors import LightRFTError, RankTimeoutError
+from lightrft.strategy.errors import ConfigError, LightRFTError, PluginError, RankTimeoutError
 
 from .launch import EXIT_FAILED, EXIT_INTERRUPTED, LAUNCH_DIR
+
+if TYPE_CHECKING:
+    from lightrft.trainer.run import RunResult
 
 PR_SET_PDEATHSIG = 1
 
@@ -54,11 +57,29 @@ def run_rank(config: StrategyConfig, *, multimodal: bool) -> int:
         return EXIT_FAILED
     launched = LAUNCH_DIR in os.environ
     if rank == 0:
+        if not result.interrupted:
+            show_result(result)
         _leave_word(
             {"output_dir": result.output_dir, "interrupted": result.interrupted, "step": result.step},
             multimodal=multimodal,
         )
     return EXIT_INTERRUPTED if result.interrupted and not launched else 0
+
+
+def show_result(result: RunResult) -> None:
+    """The report at the end of a run."""
+    from .report import show_report
+
+    accuracies = [result.evaluation[step] for step in sorted(result.evaluation, key=int)]
+    show_report(
+        before=accuracies[0] if len(accuracies) > 1 else None,
+        after=accuracies[-1] if accuracies else None,
+        held_out=result.held_out,
+        answers=result.answers,
+        output_dir=Path(result.output_dir),
+        seconds=result.seconds,
+        steps=result.step,
+    )
 
 
 def die_with_parent() -> None:
@@ -69,7 +90,7 @@ def die_with_parent() -> None:
 
 def _report_error(error: Exception, rank: int, output_dir: str | None, *, multimodal: bool) -> None:
     """One sentence for the launcher, the traceback into the run's folder."""
-    wrong_use = isinstance(error, LightRFTError) and isinstance(error, ValueError)
+    wrong_use = isinstance(error, (ConfigError, PluginError))
     text = str(error) if isinstance(error, LightRFTError) else f"{type(error).__name__}: {error}"
     trace = "".join(traceback.format_exception(error))
     if output_dir is not None:

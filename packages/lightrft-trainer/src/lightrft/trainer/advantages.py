@@ -1,8 +1,8 @@
 """How rewards become advantages.
 
-Rewards of a step come as ``[P, n]``: one row for each prompt, one column for each of its samples. An estimator turns them
-into one score a sample (:func:`group_scores`); :func:`discounted_returns` spreads a score and the token rewards over the
-tokens of the response. GAE works on token rewards and values instead (:func:`gae`).
+Rewards of a step come as ``[P, n]``: one row for each prompt, one column for each of its samples. An estimator turns
+them into one score a sample (:func:`group_scores`); :func:`discounted_returns` spreads a score and the token rewards
+over the tokens of the response. GAE works on token rewards and values instead (:func:`gae`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ def group_scores(rewards: Tensor, estimator: Estimator, sum_over_ranks: SumOverR
 
     With rewards r_1 ... r_n of one prompt:
 
-    - ``group_norm`` = ``grpo``: (r_i - mean) / (std + eps), std with n - 1 in the denominator (GRPO, arXiv:2402.03300, 4.1.2).
+    - ``group_norm`` = ``grpo``: (r_i - mean) / (std + eps), std with n - 1 in the denominator (GRPO, arXiv:2402.03300,
+      4.1.2).
     - ``dr_grpo``: r_i - mean (Dr. GRPO, arXiv:2503.20783, equation 3: no division by the standard deviation).
     - ``rloo``: r_i - mean of the others = n / (n - 1) · (r_i - mean) (RLOO, arXiv:2402.14740, section 3.3).
     - ``reinforce``: r_i (Williams, 1992).
@@ -37,8 +38,8 @@ def group_scores(rewards: Tensor, estimator: Estimator, sum_over_ranks: SumOverR
     A group whose rewards are all equal scores exactly 0, never NaN.
 
     :param rewards: ``[P, n]`` floats; computed in float64.
-    :param sum_over_ranks: needed by ``reinforce_baseline`` when the batch is spread over ranks. A collective: every data
-        rank must call.
+    :param sum_over_ranks: needed by ``reinforce_baseline`` when the batch is spread over ranks. A collective: every
+        data rank must call.
     :return: ``[P, n]``, dtype of ``rewards``.
     :raises ValueError: a group estimator with fewer than two samples a prompt.
     """
@@ -94,7 +95,8 @@ def discounted_returns(token_rewards: Tensor, mask: Tensor, gamma: float) -> Ten
 def gae(token_rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lambd: float) -> tuple[Tensor, Tensor]:
     """Generalized advantage estimation (arXiv:1506.02438, equation 16), and the returns to fit the critic to.
 
-    delta_t = r_t + gamma · V_{t+1} - V_t; A_t = delta_t + gamma · lambda · A_{t+1}; the value after the last token is 0.
+    delta_t = r_t + gamma · V_{t+1} - V_t; A_t = delta_t + gamma · lambda · A_{t+1}; the value after the last token is
+    0.
 
     :param token_rewards: ``[B, T]``.
     :param values: ``[B, T]``: ``values[:, t]`` is V of the state in which token t was drawn.

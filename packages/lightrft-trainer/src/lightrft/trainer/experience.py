@@ -1,6 +1,7 @@
 """A sample with all that training needs, and batches of them.
 
-A row is prompt + response, right-padded. ``mask[b, t]`` is True on response tokens; ``logprobs[b, t]`` belongs to token t.
+A row is prompt + response, right-padded. ``mask[b, t]`` is True on response tokens; ``logprobs[b, t]`` belongs to
+token t.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ class Experience:
 class ExperienceBatch:
     """Rows ``[B, T]`` on the training device.
 
-    :param tokens: int64. :param attention_mask: int64, 1 on prompt and response. :param mask: bool, True on the response.
+    :param tokens: int64. :param attention_mask: int64, 1 on prompt and response. :param mask: bool, True on the
+        response.
     :param per_token: float32 ``[B, T]`` by name, 0 outside ``mask``; only the fields that every sample has.
     :param images: the processor's tensors, concatenated over the rows.
     """
@@ -87,8 +89,8 @@ def make_batch(
 ) -> ExperienceBatch:
     """Right-pad samples into one batch.
 
-    No samples give one dummy row whose mask is empty, so that a rank with nothing left still takes part in a forward pass
-    that all ranks share.
+    No samples give one dummy row whose mask is empty, so that a rank with nothing left still takes part in a forward
+    pass that all ranks share.
 
     :param dummy_fields: per-token figures of the dummy row: those that the other ranks' samples have.
     """
@@ -133,7 +135,7 @@ def split_rows(values: Tensor, mask: Tensor) -> list[Tensor]:
     return list(flat.split(mask.sum(dim=1).tolist()))
 
 
-# ---- to and from a checkpoint -----------------------------------------------------------------------------------------
+# ---- to and from a checkpoint ---------------------------------------------------------------------------------------
 
 _NUMBERS = ("index", "prompt_index", "response_length", "reward", "shaped_reward", "finished", "weight_version")
 

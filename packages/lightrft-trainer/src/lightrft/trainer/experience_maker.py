@@ -36,7 +36,8 @@ class Rollout:
     """What :meth:`ExperienceMaker.make_experience_list` gives.
 
     :param samples: this rank's. :param records: of every rank's samples, by global index.
-    :param seconds: wall time on this rank by part of the work. :param generated_tokens: on this rank, dropped ones included.
+    :param seconds: wall time on this rank by part of the work. :param generated_tokens: on this rank, dropped ones
+        included.
     :param groups_dropped: groups over all ranks that dynamic sampling turned away.
     :param trajectories: texts of some of this rank's samples, for the log.
     """
@@ -61,8 +62,8 @@ class _Group:
 class ExperienceMaker:
     """Makes the experience of one rollout step on this rank; the ranks call it together.
 
-    :param needs_old_logprobs: compute the policy's logprobs before training. Not needed while there is a single optimizer step
-        a rollout: the training pass then sees the same weights.
+    :param needs_old_logprobs: compute the policy's logprobs before training. Not needed while there is a single
+        optimizer step a rollout: the training pass then sees the same weights.
     :param trajectories: texts to keep of each draw, for the log.
     """
 
@@ -132,11 +133,12 @@ class ExperienceMaker:
         kl_in_reward = self.initial_model is not None and not self.config.use_kl_loss
         return self.needs_old_logprobs or kl_in_reward or self.config.high_entropy_token_ratio > 0
 
-    # ---- text to ids --------------------------------------------------------------------------------------------------
+    # ---- text to ids ------------------------------------------------------------------------------------------------
     def tokenize_fn(
         self, texts: str | Sequence[str], max_length: int, padding: bool = True, device: Any = None
     ) -> dict[str, Any]:
-        """Token ids of prompts, cut at the front to ``max_length`` so that the end, where the question stands, survives.
+        """Token ids of prompts, cut at the front to ``max_length`` so that the end, where the question stands,
+        survives.
 
         :param padding: False: lists of ids. True: tensors ``[B, T]``, padded on the tokenizer's side, on ``device``.
         :return: ``input_ids`` and ``attention_mask``.
@@ -153,7 +155,7 @@ class ExperienceMaker:
             return {name: encoded[name] for name in names}
         return {name: encoded[name].to(device if device is not None else self.strategy.device) for name in names}
 
-    # ---- the step -----------------------------------------------------------------------------------------------------
+    # ---- the step ---------------------------------------------------------------------------------------------------
     def make_experience_list(self, stream: PromptStream, step: int) -> Rollout | None:
         """One step's samples, or None where the stream has ended. A collective."""
         rollout = Rollout([], {})
@@ -219,9 +221,7 @@ class ExperienceMaker:
 
     def generate(self, prompts: Sequence[Any], sampling: SamplingParams, step: int) -> list[GenerationOutput]:
         """``sampling.n`` responses to each of this rank's prompts, one after the other. A collective."""
-        token_ids = self.tokenize_fn([prompt.prompt for prompt in prompts], self.prompt_max_len, padding=False)[
-            "input_ids"
-        ]
+        token_ids = [prompt.prompt_token_ids for prompt in prompts]
         return self.strategy.gather_and_generate(
             sampling,
             all_prompt_token_ids=token_ids,
@@ -269,7 +269,7 @@ class ExperienceMaker:
                 rollout.samples.append(sample)
         rollout.samples.sort(key=lambda sample: sample.index)
 
-    # ---- the models' view -----------------------------------------------------------------------------------------------
+    # ---- the models' view -------------------------------------------------------------------------------------------
     def _microbatches(self, rollout: Rollout) -> Iterator[list[Experience]]:
         """This rank's samples in micro-batches of similar length; as many as the rank with the most has."""
         size = self.micro_batch_size
@@ -307,7 +307,7 @@ class ExperienceMaker:
             for sample, row in zip(samples, split_rows(values, batch.mask), strict=True):
                 setattr(sample, name, row)
 
-    # ---- rewards to advantages --------------------------------------------------------------------------------------------
+    # ---- rewards to advantages --------------------------------------------------------------------------------------
     def _sum_over_ranks(self, vector: Tensor) -> Tensor:
         return self.strategy.all_reduce(vector, "sum")
 

@@ -28,6 +28,7 @@ def token_statistics(
     output = model(
         batch.tokens,
         attention_mask=batch.attention_mask,
+        response_mask=batch.mask,
         temperature=temperature,
         return_entropy=entropy,
         **batch.images,
@@ -40,4 +41,4 @@ def token_statistics(
 
 def token_values(model: nn.Module, batch: ExperienceBatch) -> Tensor:
     """One forward pass of a critic: ``[B, T]``, the value of the state in which each token was drawn."""
-    return model(batch.tokens, attention_mask=batch.attention_mask, **batch.images)
+    return model(batch.tokens, attention_mask=batch.attention_mask, response_mask=batch.mask, **batch.images)

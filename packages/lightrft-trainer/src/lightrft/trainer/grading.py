@@ -32,7 +32,8 @@ class Grades:
 
 
 class Grader:
-    """Grades samples: the sum of all rewards. Rewards see the response without special tokens, and never the prompt in it.
+    """Grades samples: the sum of all rewards. Rewards see the response without special tokens, and never the prompt in
+    it.
 
     An answer counts as *right* where the first reward gives at least 1 before its weight, so that
     ``exact_match,format=0.1`` measures exact matches.
@@ -103,7 +104,7 @@ class Grader:
             [prompt.label for prompt in prompts],
             finish_reasons=["stop" if sample.finished else "length" for sample in samples],
             response_lengths=[sample.response_length for sample in samples],
-            metadata=[getattr(prompt, "metadata", None) for prompt in prompts],
+            images=[prompt.images for prompt in prompts],
         )
         return output if isinstance(output, RewardOutput) else RewardOutput(output)
 

@@ -36,7 +36,8 @@ class Interruption:
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         if self.asked:
-            # A terminal sends SIGINT to the whole group and the launcher forwards it too: the same wish, not a second one.
+            # A terminal sends SIGINT to the whole group and the launcher forwards it too: the same wish, not a second
+            # one.
             if number == signal.SIGTERM:
                 return
             os._exit(128 + number)

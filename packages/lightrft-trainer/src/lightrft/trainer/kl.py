@@ -6,9 +6,10 @@ With x drawn from p, and r = q(x) / p(x), KL(p || q) is estimated by
 - k2 = (log r)² / 2: biased, low variance;
 - k3 = r - 1 - log r: unbiased, low variance, never negative.
 
-Which one to use where: in the *reward* the value counts, so k1 (or k3) is right. In the *loss* the gradient counts, and there
-the roles change: the gradient of k2 is an unbiased estimate of the KL's gradient, that of k1 has expectation 0, and that of k3
-is the gradient of the reverse KL(q || p). GRPO (arXiv:2402.03300, equation 4) uses k3 in the loss all the same.
+Which one to use where: in the *reward* the value counts, so k1 (or k3) is right. In the *loss* the gradient counts,
+and there the roles change: the gradient of k2 is an unbiased estimate of the KL's gradient, that of k1 has expectation
+0, and that of k3 is the gradient of the reverse KL(q || p). GRPO (arXiv:2402.03300, equation 4) uses k3 in the loss
+all the same.
 """
 
 from __future__ import annotations

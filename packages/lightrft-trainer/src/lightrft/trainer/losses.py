@@ -38,7 +38,9 @@ def aggregate(token_losses: Tensor, mask: Tensor, mode: AggregationMode) -> Tens
 
 
 def loss_denominator(mode: AggregationMode, tokens: int, sequences: int) -> int:
-    """What an aggregated sum is divided by, given the counts over all ranks; never below 1 (no tokens: loss 0, not NaN)."""
+    """What an aggregated sum is divided by, given the counts over all ranks; never below 1 (no tokens: loss 0, not
+    NaN).
+    """
     return max(1, tokens if mode == "token-mean" else sequences)
 
 
@@ -46,8 +48,8 @@ def loss_denominator(mode: AggregationMode, tokens: int, sequences: int) -> int:
 class PolicyLoss:
     """A policy loss in parts.
 
-    :param token_losses: ``[B, T]`` with gradient. :param ratio: ``[B, T]`` detached. :param clipped: ``[B, T]`` bool, where the
-        clip cut the gradient off.
+    :param token_losses: ``[B, T]`` with gradient. :param ratio: ``[B, T]`` detached. :param clipped: ``[B, T]`` bool,
+        where the clip cut the gradient off.
     """
 
     token_losses: Tensor
@@ -69,12 +71,13 @@ def policy_loss(
 ) -> PolicyLoss:
     """Token losses of the policy.
 
-    - ``ppo``: -min(r A, clip(r, 1 - eps_low, 1 + eps_high) A), r = exp(logp - old) (PPO, arXiv:1707.06347, equation 7; two
-      clip ranges: DAPO, arXiv:2503.14476, section 3.1).
-    - ``gspo``: the same with the sequence's ratio s = exp(mean of logp - old over its tokens), whose gradient reaches each token
-      through its own logprob (GSPO-token, arXiv:2507.18071, equation 13).
-    - ``cpgd``: -min(l A, clip(l, log(1 - eps_low), log(1 + eps_high)) A), l = logp - old, plus ``drift_coef`` times the k3 estimate of
-      KL(old || policy), with its ratio cut at 1 + eps_high so that the drift's gradient cannot explode (CPGD, arXiv:2505.12504).
+    - ``ppo``: -min(r A, clip(r, 1 - eps_low, 1 + eps_high) A), r = exp(logp - old) (PPO, arXiv:1707.06347, equation 7;
+      two clip ranges: DAPO, arXiv:2503.14476, section 3.1).
+    - ``gspo``: the same with the sequence's ratio s = exp(mean of logp - old over its tokens), whose gradient reaches
+      each token through its own logprob (GSPO-token, arXiv:2507.18071, equation 13).
+    - ``cpgd``: -min(l A, clip(l, log(1 - eps_low), log(1 + eps_high)) A), l = logp - old, plus ``drift_coef`` times
+      the k3 estimate of KL(old || policy), with its ratio cut at 1 + eps_high so that the drift's gradient cannot
+      explode (CPGD, arXiv:2505.12504).
 
     :param weights: ``[B, T]`` importance weights that correct for the engine's distribution, without gradient.
     """

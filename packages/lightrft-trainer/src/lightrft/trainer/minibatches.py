@@ -1,7 +1,7 @@
 """Which samples an optimizer step takes, and how each rank cuts its share into micro-batches.
 
-Pure functions of (seed, step, epoch) and of the samples' global indices, so that the same samples meet in the same optimizer
-step on any number of ranks, and a resumed run finds its place again.
+Pure functions of (seed, step, epoch) and of the samples' global indices, so that the same samples meet in the same
+optimizer step on any number of ranks, and a resumed run finds its place again.
 
 Global sample indices count within a rollout step: prompt at position p, sample k of n is ``p * n + k``.
 """
@@ -19,10 +19,10 @@ def plan_minibatches(
 ) -> list[list[int]]:
     """Cut a step's samples into optimizer steps of ``batch_size``, shuffled.
 
-    Ranks own prompts in turn (position p belongs to rank p mod world size). A free shuffle would give one rank many samples
-    of an optimizer step and another few. So the samples are laid out with ``batch_size`` columns and shuffled within each
-    column: every optimizer step takes one sample a column, and the ranks' shares are equal wherever the world size divides
-    ``prompts`` and ``batch_size``.
+    Ranks own prompts in turn (position p belongs to rank p mod world size). A free shuffle would give one rank many
+    samples of an optimizer step and another few. So the samples are laid out with ``batch_size`` columns and shuffled
+    within each column: every optimizer step takes one sample a column, and the ranks' shares are equal wherever the
+    world size divides ``prompts`` and ``batch_size``.
 
     :return: global sample indices for each optimizer step, each list sorted. Together they are every index once.
     """

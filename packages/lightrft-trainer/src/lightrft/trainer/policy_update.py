@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 class PolicyUpdater:
     """Takes optimizer steps on batches of a replay buffer.
 
-    :param comparable: engine and trainer logprobs are those of the same distribution, so that their difference is drift.
+    :param comparable: engine and trainer logprobs are those of the same distribution, so that their difference is
+        drift.
     """
 
     def __init__(
@@ -163,7 +164,7 @@ class PolicyUpdater:
             figures["critic_grad_norm"] = result.grad_norm or 0.0
         return figures
 
-    # ---- high-entropy tokens ------------------------------------------------------------------------------------------
+    # ---- high-entropy tokens ----------------------------------------------------------------------------------------
     def _high_entropy(self, batch: OptimizerBatch, buffer: ReplayBuffer) -> tuple[float | None, int]:
         """The entropy from which tokens are trained on, one value for all ranks, and how many tokens reach it."""
         share = self.config.high_entropy_token_ratio

@@ -11,8 +11,8 @@ from typing import Any
 class PromptStream:
     """Draws batches from a loader for ``episodes`` passes, and knows how far it has come.
 
-    The position counts batches of this episode. With a strategy's own sampler it is reached at once; with any other one the
-    batches before it are drawn and dropped.
+    The position counts batches of this episode. With a strategy's own sampler it is reached at once; with any other
+    one the batches before it are drawn and dropped.
 
     :param loader: an iterable of lists of prompts, new on every ``iter``.
     :param batch_size: prompts of a batch over all ranks.

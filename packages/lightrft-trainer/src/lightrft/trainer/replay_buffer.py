@@ -1,7 +1,7 @@
 """The samples of one rollout step, keyed by global index, and the plan by which they are trained on.
 
-Every rank holds its own samples and, of all samples, who owns them and how long they are. From these and (seed, step, epoch)
-each rank derives the same plan without talking to the others, also after a resume on another number of ranks.
+Every rank holds its own samples and, of all samples, who owns them and how long they are. From these and (seed, step,
+epoch) each rank derives the same plan without talking to the others, also after a resume on another number of ranks.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class ReplayBuffer:
             )
         return batches
 
-    # ---- checkpoint ---------------------------------------------------------------------------------------------------
+    # ---- checkpoint -------------------------------------------------------------------------------------------------
     def state_tensors(self) -> dict[str, Tensor]:
         """This rank's samples as tensors by name."""
         return pack(self.items)

@@ -13,7 +13,8 @@ from .advantages import SumOverRanks
 
 
 def overlong_penalty(lengths: Tensor, max_length: int, buffer_length: int, factor: float) -> Tensor:
-    """0 up to ``max_length - buffer_length`` tokens, then falling linearly to ``-factor`` (DAPO, arXiv:2503.14476, equation 13).
+    """0 up to ``max_length - buffer_length`` tokens, then falling linearly to ``-factor`` (DAPO, arXiv:2503.14476,
+    equation 13).
 
     :param lengths: ``[B]`` response lengths in tokens.
     :return: ``[B]`` float32, between ``-factor`` and 0.
@@ -84,7 +85,9 @@ class RewardShaping:
     def apply(
         self, rewards: Tensor, lengths: Tensor, moments: RunningMoments, sum_over_ranks: SumOverRanks | None = None
     ) -> Tensor:
-        """Shaped rewards ``[B]``; ``moments`` takes these rewards in first. A collective where ``sum_over_ranks`` is one."""
+        """Shaped rewards ``[B]``; ``moments`` takes these rewards in first. A collective where ``sum_over_ranks`` is
+        one.
+        """
         shaped = rewards.float()
         if self.overlong:
             shaped = shaped + overlong_penalty(

@@ -13,21 +13,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightrft.data import prompt_dataset_from_config
+from lightrft.models import ActorLanguage, ActorVL, CriticLanguage, CriticVL, RewardModel
 from lightrft.strategy import get_strategy
 from lightrft.strategy.config import FIELDS, StrategyConfig
 from lightrft.strategy.errors import ConfigError
 
 from .interruption import Interruption
-from .spmd_ppo_trainer import CHECKPOINTS, SPMDPPOTrainer
+from .spmd_ppo_trainer import SPMDPPOTrainer
 from .spmd_ppo_trainer_vl import SPMDPPOTrainerVL
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from lightrft.strategy import StrategyBase
 
 logger = logging.getLogger("lightrft")
 
 CONFIG_FILE = "config.yaml"
 MODEL, EMA_MODEL, INITIAL_MODEL = "model", "model_ema", "initial_model"
+TASK = "task:reverse_digits"
 
 
 @dataclass(frozen=True)
@@ -82,13 +87,16 @@ def train(
 
 
 def claim_output_dir(strategy: StrategyBase, config: StrategyConfig) -> Path:
-    """The run's folder, decided on rank 0: the one asked for, or a new one under the default, with ``latest`` pointing to it.
+    """The run's folder, decided on rank 0: the one asked for, or a new one under the default, with ``latest`` pointing
+    to it.
 
     :raises ConfigError: it holds a run already, and this is no resume. Raised on every rank.
     """
     decided: tuple[str, str | None] = ("", None)
     if strategy.is_rank_0():
         folder = Path(config.output_dir)
+        if folder.is_symlink():  # `latest`: a later run will move it
+            folder = folder.parent / folder.readlink()
         default = config.output_dir == FIELDS["output_dir"].default
         if default and not config.resume:
             folder = _new_folder(folder.parent)
@@ -128,3 +136,138 @@ def _point(link: Path, target: str) -> None:
     scratch = link.with_name(f".{link.name}.{target}")
     scratch.symlink_to(target, target_is_directory=True)
     scratch.replace(link)
+
+
+# ---- building -------------------------------------------------------------------------------------------------------
+def build(
+    strategy: StrategyBase, config: StrategyConfig, output_dir: Path, *, multimodal: bool
+) -> tuple[SPMDPPOTrainer, Any, list[Any]]:
+    """Models, data, engine and trainer of a run.
+
+    :return: the trainer, the loader of prompts, the held-out prompts.
+    """
+    if config.pretrain is None:
+        config = built_in_task(strategy, config, output_dir)
+    assert config.pretrain is not None
+    tokenizer, processor = load_tokenizer(config, multimodal=multimodal)
+    prompts = prompt_dataset_from_config(config, processor or tokenizer)
+    held_out = prompt_dataset_from_config(config, processor or tokenizer, evaluation=True) if config.eval_data else []
+    steps = rollout_steps(config, len(prompts))
+    optimizer_steps = steps * config.max_epochs * optimizer_steps_per_epoch(config)
+    actor, critic, reward_models, reference, average = build_models(strategy, config, multimodal=multimodal)
+    (actor, actor_optim, actor_scheduler), (critic, critic_optim, critic_scheduler), reward_models, reference = (
+        strategy.prepare_models_and_optimizers(
+            actor, critic, reward_models, reference, config, max_steps=optimizer_steps
+        )
+    )
+    if average is not None:
+        average = strategy.prepare_model(average)
+    strategy.setup_inference_engine(config, engine_type=config.engine_type)
+    trainer_class = SPMDPPOTrainerVL if multimodal else SPMDPPOTrainer
+    trainer = trainer_class(
+        strategy,
+        actor,
+        critic,
+        reward_models,
+        reference,
+        average,
+        actor_optim,
+        critic_optim,
+        actor_scheduler,
+        critic_scheduler,
+        tokenizer=tokenizer,
+        processor=processor,
+        output_dir=output_dir,
+    )
+    loader = strategy.setup_dataloader(
+        prompts,
+        config.rollout_batch_size // strategy.data_parallel_size,
+        collate_fn=prompts.collate_fn,
+    )
+    return trainer, loader, [held_out[i] for i in range(len(held_out))]
+
+
+def built_in_task(strategy: StrategyBase, config: StrategyConfig, output_dir: Path) -> StrategyConfig:
+    """The settings with the built-in task and its model filled in; rank 0 builds the model into the run's folder."""
+    folder = output_dir / INITIAL_MODEL
+    if strategy.is_rank_0() and not folder.exists():
+        from lightrft.data.warm_start import build_warm_model
+
+        strategy.print("building a small model, with a short supervised warm start so that some answers are right")
+        scratch = folder.with_name(f".{folder.name}")
+        report = build_warm_model(scratch, seed=config.seed)
+        scratch.rename(folder)
+        strategy.print(str(report))
+    strategy.barrier()
+    return dataclasses.replace(
+        config, pretrain=str(folder), prompt_data=TASK, eval_data=TASK, prompt_split="train", eval_split="test"
+    )
+
+
+def load_tokenizer(config: StrategyConfig, *, multimodal: bool) -> tuple[Any, Any]:
+    """Tokenizer and, for a vision-language model, processor. A missing padding token is replaced by the end token."""
+    import transformers
+
+    processor = None
+    if multimodal:
+        processor = transformers.AutoProcessor.from_pretrained(
+            config.pretrain, trust_remote_code=config.trust_remote_code
+        )
+        tokenizer = processor.tokenizer
+    else:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            config.pretrain, trust_remote_code=config.trust_remote_code
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer, processor
+
+
+def rollout_steps(config: StrategyConfig, prompts: int) -> int:
+    """Rollout steps of the run.
+
+    :raises ConfigError: there are fewer prompts than a rollout takes.
+    """
+    per_episode = prompts // config.rollout_batch_size
+    if per_episode == 0:
+        raise ConfigError(
+            [f"--rollout_batch_size {config.rollout_batch_size}: there are only {prompts} prompts; at most {prompts}"]
+        )
+    steps = per_episode * config.num_episodes
+    return steps if config.max_steps is None else min(steps, config.max_steps)
+
+
+def optimizer_steps_per_epoch(config: StrategyConfig) -> int:
+    """Optimizer steps of one pass over a full rollout buffer."""
+    return max(1, math.ceil(config.rollout_batch_size * config.n_samples_per_prompt / config.train_batch_size))
+
+
+def build_models(
+    strategy: StrategyBase, config: StrategyConfig, *, multimodal: bool
+) -> tuple[nn.Module, nn.Module | None, list[nn.Module] | None, nn.Module | None, nn.Module | None]:
+    """Actor, critic, reward models, reference and moving average, on the CPU or without memory (``--meta_init``)."""
+    import torch
+
+    compute = getattr(torch, strategy.config.dtype_name)
+    options: dict[str, Any] = {
+        "dtype": compute,  # frozen models are held as they compute
+        "use_flash_attention_2": config.flash_attn,
+        "trust_remote_code": config.trust_remote_code,
+    }
+    trained = {
+        **options,
+        "dtype": compute if config.use_mp_opt else torch.float32,
+        "gradient_checkpointing": config.gradient_checkpointing,
+    }
+    actor_class, critic_class = (ActorVL, CriticVL) if multimodal else (ActorLanguage, CriticLanguage)
+    with strategy.init_model_context(meta_init=config.meta_init):
+        actor = actor_class(config.pretrain, **trained)
+        critic = None
+        if config.advantage_estimator == "gae":
+            critic = critic_class(config.critic_pretrain or config.pretrain, **trained)
+        reward_models = None
+        if config.reward_pretrain:
+            reward_models = [RewardModel(name.strip(), **options) for name in config.reward_pretrain.split(",")]
+        reference = actor_class(config.pretrain, **options) if config.init_kl_coef > 0 else None
+        average = actor_class(config.pretrain, **options) if config.enable_ema else None
+    return actor, critic, reward_models, reference, average

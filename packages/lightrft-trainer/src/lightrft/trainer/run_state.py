@@ -13,7 +13,8 @@ class RunState:
 
     :param step: rollout steps that are complete.
     :param training: the rollout of step ``step + 1`` is in the buffer and partly trained on.
-    :param epoch: passes over the buffer that are complete. :param batch: optimizer steps of the next pass that are complete.
+    :param epoch: passes over the buffer that are complete. :param batch: optimizer steps of the next pass that are
+        complete.
     :param optimizer_steps: of the whole run. :param skipped_steps: of them, those whose gradient was not finite.
     :param sums: what the optimizer steps of an unfinished rollout step have measured so far.
     :param figures: what its rollout measured.

@@ -1,7 +1,7 @@
 """The trainer: roll out, grade, train, sync, and again, on every rank the same program.
 
-``fit`` is the loop. ``ppo_train`` trains on what is in the replay buffer and may be overridden; the loop brings the weights to the
-engine after it, unless an override has done so.
+``fit`` is the loop. ``ppo_train`` trains on what is in the replay buffer and may be overridden; the loop brings the
+weights to the engine after it, unless an override has done so.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class DriftError(LightRFTError, RuntimeError):
 class SPMDPPOTrainer:
     """Trains an actor by reinforcement on any LightRFT strategy and engine.
 
-    All that is not given here comes from ``strategy.config``. Models are prepared by the strategy beforehand, for example with
-    ``strategy.prepare_models_and_optimizers``, and an engine is set up.
+    All that is not given here comes from ``strategy.config``. Models are prepared by the strategy beforehand, for
+    example with ``strategy.prepare_models_and_optimizers``, and an engine is set up.
 
     :param actor: the policy (:class:`lightrft.models.ActorLanguage` or anything that a strategy prepared from it).
     :param critic: needed with ``advantage_estimator="gae"``, else None.
@@ -60,8 +60,8 @@ class SPMDPPOTrainer:
     :param initial_model: the reference for the KL, or None where ``init_kl_coef`` is 0.
     :param ema_model: a copy of the actor that follows it slowly, or None.
     :param tokenizer: of the actor; ``processor`` for vision-language models.
-    :param reward_fn: grades responses: ``reward_fn(prompts, responses, labels, **extras)`` gives one number for each. None takes
-        ``--reward`` and ``--remote_rm_url``. Reward models add to it.
+    :param reward_fn: grades responses: ``reward_fn(prompts, responses, labels, **extras)`` gives one number for each.
+        None takes ``--reward`` and ``--remote_rm_url``. Reward models add to it.
     :param output_dir: where checkpoints, metrics and plots go; None takes ``--output_dir``.
     :param generate_kwargs: sampling settings by Hugging Face's or vLLM's names; they win over the configuration.
     :raises ValueError: settings that cannot work together.
@@ -216,7 +216,7 @@ class SPMDPPOTrainer:
             problems.append("no tokenizer was given; pass tokenizer=...")
         return problems
 
-    # ---- what the documents' examples read ------------------------------------------------------------------------------
+    # ---- what the documents' examples read --------------------------------------------------------------------------
     @property
     def vllm_mp_group(self) -> Any:
         """The ranks that share an engine; None where each rank has its own."""
@@ -239,7 +239,7 @@ class SPMDPPOTrainer:
         samples = self.config.rollout_batch_size * self.sampling.n
         return self.max_epochs * max(1, -(-samples // self.config.train_batch_size))
 
-    # ---- the loop ---------------------------------------------------------------------------------------------------------
+    # ---- the loop ---------------------------------------------------------------------------------------------------
     def fit(
         self,
         args: Any = None,
@@ -349,7 +349,7 @@ class SPMDPPOTrainer:
             self._stopping = bool(self.strategy.all_reduce(int(self._save_wanted()), "max"))
         return self._stopping
 
-    # ---- one step -----------------------------------------------------------------------------------------------------------
+    # ---- one step ---------------------------------------------------------------------------------------------------
     def _roll_out(self, stream: PromptStream) -> bool:
         """Fill the buffer; False where the prompts have ended."""
         rollout = self.experience_maker.make_experience_list(stream, self.state.step)
@@ -428,7 +428,9 @@ class SPMDPPOTrainer:
         return self._status()
 
     def training_step(self, batch: OptimizerBatch, global_steps: int) -> dict[str, float]:
-        """One optimizer step of the actor, and of the critic where there is one; returns its figures, alike on all ranks."""
+        """One optimizer step of the actor, and of the critic where there is one; returns its figures, alike on all
+        ranks.
+        """
         return self.updater.step(
             batch,
             self.replay_buffer,
@@ -445,7 +447,7 @@ class SPMDPPOTrainer:
             if name != "batches"
         }
 
-    # ---- after training -----------------------------------------------------------------------------------------------------
+    # ---- after training ---------------------------------------------------------------------------------------------
     def _sync(self) -> float:
         """Bring the actor's weights to the engine; seconds of the slowest rank."""
         return self.strategy.update_engine_weights(self.actor).seconds
@@ -462,7 +464,8 @@ class SPMDPPOTrainer:
     def _step_values(self, status: dict[str, float]) -> dict[str, Any]:
         """A line of metrics.jsonl: always with the keys of :data:`lightrft.trainer.metrics.STEP_KEYS`."""
         figures = self.state.figures
-        # Without a reference the KL is that of the update itself: how far training moved the policy that wrote the samples.
+        # Without a reference the KL is that of the update itself: how far training moved the policy that wrote the
+        # samples.
         kl = status.get("kl", status.get("policy_kl"))
         values = {
             "reward_mean": figures.get("reward_mean"),
@@ -494,7 +497,7 @@ class SPMDPPOTrainer:
                 "drift with --importance_sampling_cap 2"
             )
 
-    # ---- evaluation ---------------------------------------------------------------------------------------------------------
+    # ---- evaluation -------------------------------------------------------------------------------------------------
     def evaluate(self, prompts: Sequence[Any]) -> EvaluationResult:
         """Greedy answers to held-out prompts, graded; every rank calls, with the same prompts."""
         return evaluate(self.experience_maker, self.grader, prompts, step=self.state.step)
@@ -513,7 +516,7 @@ class SPMDPPOTrainer:
             path = self.output_dir / "evaluation.json"
             path.write_text(json.dumps(self.state.evaluation, indent=1), encoding="utf-8")
 
-    # ---- files --------------------------------------------------------------------------------------------------------------
+    # ---- files ------------------------------------------------------------------------------------------------------
     def _open_sinks(self) -> list[MetricSink]:
         if not self.strategy.is_rank_0():
             return []
@@ -537,7 +540,7 @@ class SPMDPPOTrainer:
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in chosen)
         (folder / f"step_{self.state.step + 1}.jsonl").write_text(text, encoding="utf-8")
 
-    # ---- checkpoints --------------------------------------------------------------------------------------------------------
+    # ---- checkpoints ------------------------------------------------------------------------------------------------
     def _models(self) -> dict[str, nn.Module]:
         models = {"actor": self.actor, "critic": self.critic, "ema": self.ema_model}
         return {name: model for name, model in models.items() if model is not None}
