@@ -193,6 +193,7 @@ def test_metadata_that_is_none_is_refused(tmp_path: Path, content: bytes) -> Non
         SafeReader(tmp_path).read_metadata()
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_objects_that_are_no_tensors_are_refused(tmp_path: Path) -> None:
     """DCP would unpickle them freely."""
     import torch.distributed.checkpoint as dcp

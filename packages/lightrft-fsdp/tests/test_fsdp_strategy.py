@@ -1,8 +1,10 @@
-"""FSDPV2Strategy keeps every claim of the standard suite, on two ranks and on one."""
+"""FSDPV2Strategy keeps every claim of the standard suite, on two ranks and (in full runs) on one."""
 
 from __future__ import annotations
 
 from typing import Any
+
+import pytest
 
 from lightrft.fsdp import FSDPV2Strategy
 from lightrft.testing import StrategySuite
@@ -18,6 +20,7 @@ class TestFSDPOnTwoRanks(StrategySuite):
         return FSDPV2Strategy(**settings)
 
 
+@pytest.mark.full
 class TestFSDPOnOneRank(TestFSDPOnTwoRanks):
     """Nothing to shard: the plain module, the same meaning."""
 
