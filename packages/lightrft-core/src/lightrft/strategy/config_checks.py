@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -170,11 +171,11 @@ def _world_rules(world_size: int) -> Iterator[tuple[tuple[str, ...], Rule]]:
 
 def convert(cls: type[StrategyConfig], values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     """Values converted to their fields' types, and a sentence for each that cannot be (it is left out)."""
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
     clean = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     problems: dict[str, str] = {}
-    adapter = TypeAdapter(cls)
+    adapter = _adapter(cls)
     try:
         adapter.validate_python(clean)
     except ValidationError as error:
@@ -184,6 +185,13 @@ def convert(cls: type[StrategyConfig], values: Mapping[str, Any]) -> tuple[dict[
     clean = {key: value for key, value in clean.items() if key not in problems}
     validated = adapter.validate_python(clean)
     return {name: getattr(validated, name) for name in clean}, problems
+
+
+@cache
+def _adapter(cls: type[StrategyConfig]) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(cls)
 
 
 def default_of(spec: dataclasses.Field[Any]) -> Any:

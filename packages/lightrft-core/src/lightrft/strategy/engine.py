@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import time
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -229,8 +230,11 @@ class RolloutEngine(ABC):
         """Open an update: the engine checks the manifest against what it expects and says what must travel together.
 
         :raises EngineStateError: an update is under way, or the weights' memory is released.
-        :raises WeightSyncError: names or shapes differ from the engine's model (all differences named).
+        :raises WeightSyncError: names or shapes differ from the engine's model (all differences named), or come twice.
         """
+        counts = Counter(spec.name for spec in specs)
+        if twice := [name for name, count in counts.items() if count > 1]:
+            raise WeightSyncError(f"announced twice: {', '.join(twice[:5])}")
         self.lifecycle.update_begun()
         try:
             plan = self._plan_update(version, tuple(specs), kind, bucket_bytes)
