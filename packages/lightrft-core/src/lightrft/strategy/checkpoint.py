@@ -327,7 +327,7 @@ def _check_receivers(record: ModelRecord, folder: Path, *, optimizer: bool, sche
     state = json.loads((folder / SCALARS).read_text())
     if optimizer and "param_groups" in state and record.optimizer is None:
         raise CheckpointError(
-            f"{folder}: holds an optimizer's state, and this model has no optimizer: call create_optimizer(model) first, "
+            f"{folder}: holds an optimizer's state, and this model has none: call create_optimizer(model) first, "
             "or pass load_optimizer_states=False, or load_module_only=True"
         )
     if scheduler and "scheduler" in state and record.scheduler is None:
