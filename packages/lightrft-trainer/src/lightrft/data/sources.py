@@ -75,7 +75,7 @@ def _jsonl(path: pathlib.Path, limit: int) -> Iterator[Record]:
             if not line.strip():
                 continue
             try:
-                values = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                values = json.loads(line.rstrip().decode("utf-8-sig" if number == 1 else "utf-8"))
             except UnicodeDecodeError as error:
                 faults.append(f"{path}:{number}: not UTF-8 at byte {error.start} of the line")
                 continue

@@ -27,7 +27,7 @@ def check_signature(function: Any, name: str) -> frozenset[str] | None:
     except (TypeError, ValueError):  # some compiled callables have no signature: then the call itself will tell
         return None
     try:
-        signature.bind((), (), ())
+        signature.bind_partial((), (), ())  # further ones may be extras
     except TypeError as error:
         raise RewardError(
             f"reward {name}{signature} cannot be called with (prompts, responses, labels): {error}; "

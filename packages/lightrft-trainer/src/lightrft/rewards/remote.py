@@ -150,7 +150,9 @@ class RemoteReward:
                 failures.append(f"{url}: {error}")
                 raise
 
-        wait = tenacity.wait_exponential_jitter(initial=self.retry_seconds, max=10.0, jitter=self.retry_seconds)
+        wait = tenacity.wait_exponential(multiplier=self.retry_seconds, max=10.0) + tenacity.wait_random(
+            0.0, self.retry_seconds
+        )
         retry = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(_TryAgainError),
             wait=wait,

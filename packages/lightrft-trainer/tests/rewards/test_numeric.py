@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightrft.rewards import numeric_answer
+from lightrft.rewards.math_worker import MathWorker
+from lightrft.rewards.numeric import answers_equal, extract_answer, plain_number, reference_answer
+
+GSM8K_LABEL = "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\nAltogether 48+24 = <<48+24=72>>72.\n#### 72"
+
+
+class NoWorker(MathWorker):
+    """Fails a test that asks for more than plain numbers."""
+
+    def equal(self, answer: str, reference: str) -> bool:
+        raise AssertionError(f"asked the helper about {answer!r} and {reference!r}")
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("The answer is 42.", "42"),
+        ("5 apples, 7 pears, so 12", "12"),
+        ("#### 1,234", "1,234"),
+        ("so \\boxed{\\frac{1}{2}} indeed, by 3", "\\frac{1}{2}"),
+        ("\\boxed{1} no, \\boxed{2}", "2"),
+        ("\\boxed{1} but finally #### 3", "3"),
+        ("<answer> 5 </answer> as 6 was wrong", "5"),
+        ("3-4", "4"),
+        ("it was -3 degrees", "-3"),
+        ("$18.50 each", "$18.50"),
+        ("1/2", "1/2"),
+        ("x2 and y3", None),
+        ("\\boxed{never closed", None),
+        ("<answer></answer>", None),
+        ("no number", None),
+        ("", None),
+    ],
+)
+def test_the_last_marked_answer_counts_or_else_the_last_number(text: str, answer: str | None):
+    assert extract_answer(text) == answer
+
+
+def test_a_gsm8k_label_is_read_after_its_mark():
+    assert reference_answer(GSM8K_LABEL) == "72"
+    assert reference_answer("\\boxed{7}") == "7"
+    assert reference_answer(" 42 ") == "42"
+
+
+@given(st.integers(-(10**12), 10**12))
+def test_an_integer_reads_back_with_and_without_thousands_commas(number: int):
+    assert plain_number(str(number)) == plain_number(f"{number:,}") == plain_number(f"${number}") == number
+
+
+@given(st.integers(-(10**6), 10**6), st.integers(1, 10**4))
+def test_a_fraction_reads_back_exactly(numerator: int, denominator: int):
+    assert plain_number(f"{numerator}/{denominator}") == Fraction(numerator, denominator)
+
+
+@given(st.text(max_size=40))
+def test_no_response_breaks_extraction(text: str):
+    answer = extract_answer(text)
+    assert answer is None or answer
+    plain_number(text)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "equal"),
+    [
+        ("72", "72", True),
+        ("72.0", "72", True),
+        ("72.", "72", True),
+        ("1,234", "1234", True),
+        ("0.5", "1/2", True),
+        ("0.3333", "1/3", False),
+        ("1/0", "1/0 ", True),  # the same text, whatever it means
+        ("18 dollars", "18", True),
+        ("18 clips in all.", "18", True),
+        ("2", "3", False),
+        ("7" * 2000, "7", False),
+    ],
+)
+def test_plain_numbers_are_compared_without_the_helper(answer: str, reference: str, equal: bool):
+    assert answers_equal(answer, reference, worker=NoWorker()) is equal
+
+
+def test_a_gsm8k_response_is_graded_by_its_number():
+    responses = ["48 / 2 = 24, and 48 + 24 = 72\n#### 72", "The answer is \\boxed{72}", "It is 71", "I do not know"]
+    assert numeric_answer(["q"] * 4, responses, [GSM8K_LABEL] * 4) == [1.0, 1.0, 0.0, 0.0]
