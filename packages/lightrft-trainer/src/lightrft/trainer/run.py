@@ -60,7 +60,7 @@ def train(
     :raises ConfigError: the folder holds another run.
     """
     begun = time.monotonic()
-    warnings.filterwarnings("ignore", message="'set_vital' is deprecated", category=UserWarning)
+    quiet_libraries()
     strategy = get_strategy(config)
     strategy.setup_distributed()
     output_dir = claim_output_dir(strategy, config)
@@ -84,6 +84,14 @@ def train(
         trainer.last_evaluation.answers if trainer.last_evaluation is not None else (),
         len(held_out),
     )
+
+
+def quiet_libraries() -> None:
+    """Keep bars of each model that is read, and a warning of torchdata's about itself, out of the run's output."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message="'set_vital' is deprecated", category=UserWarning)
 
 
 def claim_output_dir(strategy: StrategyBase, config: StrategyConfig) -> Path:

@@ -1,0 +1,338 @@
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightrft.rewards import RewardError
+from lightrft.trainer import DriftError, SPMDPPOTrainer
+from lightrft.trainer import policy_update as update_module
+from lightrft.trainer.losses import PolicyLoss
+from lightrft.trainer.metrics import STEP_KEYS, read_metrics
+
+Make = Callable[..., Any]
+
+
+def lines(setup: Any) -> list[dict[str, Any]]:
+    return read_metrics(setup.trainer.output_dir / "metrics.jsonl")
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_run_learns_and_writes_a_line_a_step_with_every_key(make: Make) -> None:
+    setup = make(max_steps=12, rollout_batch_size=8, train_batch_size=32, actor_learning_rate=3e-3)
+    state = setup.fit()
+    assert state.step == 12
+    written = lines(setup)
+    assert [line["step"] for line in written] == list(range(1, 13))
+    assert all(isinstance(line[key], (int, float)) for line in written for key in STEP_KEYS)
+    assert [line["weight_version"] for line in written] == [written[0]["weight_version"] + i for i in range(12)]
+    rewards = [line["reward_mean"] for line in written]
+    assert sum(rewards[-3:]) > sum(rewards[:3])
+
+
+def test_seconds_are_seconds_and_fit_into_the_step(make: Make) -> None:
+    setup = make()
+    setup.fit()
+    for line in lines(setup):
+        parts = [line[key] for key in ("seconds_generate", "seconds_reward", "seconds_experience", "seconds_train")]
+        assert all(0 < part < 60 for part in parts)
+        assert sum(parts) + line["seconds_sync"] <= line["seconds_total"] + 0.01
+        assert line["tokens_per_second"] == pytest.approx(
+            line["response_length_mean"] * 16 / line["seconds_generate"], rel=1e-6
+        )
+
+
+def test_the_documents_override_of_ppo_train_works_and_syncs_once(make: Make) -> None:
+    class Offloading(SPMDPPOTrainer):
+        def ppo_train(self, global_steps: int = 0) -> dict[str, float]:
+            self.strategy.maybe_load_optimizer(self.actor_optim)
+            train_ret = super().ppo_train(global_steps)
+            self.strategy.maybe_offload_optimizer(self.actor_optim)
+            self.strategy.print("PPO Train TIMECOST")
+            self.strategy.update_engine_weights(self.actor)
+            return train_ret
+
+    setup, plain = make(Offloading), make()
+    setup.fit()
+    versions = [line["weight_version"] for line in lines(setup)]
+    assert versions == [versions[0], versions[0] + 1, versions[0] + 2]
+    plain.fit()
+    assert same(setup.weights(), plain.weights())
+
+
+def test_names_that_the_documents_read_are_there(make: Make) -> None:
+    trainer = make().trainer
+    ids = trainer.tokenize_fn(["12=", "3456="], trainer.prompt_max_len, padding=False)["input_ids"]
+    assert [len(row) for row in ids] == [3, 5]
+    padded = trainer.tokenize_fn(["12=", "3456="], 4)
+    assert padded["input_ids"].shape == (2, 4)
+    assert trainer.vllm_mp_group is None
+    assert trainer.experience_maker.tokenize_fn("1=", 8, padding=False)["input_ids"] == [
+        trainer.tokenizer("1=")["input_ids"]
+    ]
+    for name in ("strategy", "actor", "actor_optim", "critic", "initial_model", "ema_model", "replay_buffer", "args"):
+        assert hasattr(trainer, name)
+
+
+def test_a_learning_rate_of_zero_leaves_no_drift(make: Make) -> None:
+    setup = make(actor_learning_rate=0.0, max_epochs=2)
+    before = setup.weights()
+    setup.fit()
+    assert same(before, setup.weights())
+    for line in lines(setup):
+        assert line["logprob_drift_max"] < 1e-5
+        assert abs(line["policy_kl"]) < 1e-10
+
+
+def test_drift_is_not_measured_between_different_distributions(make: Make) -> None:
+    setup = make(top_k=3)
+    setup.fit()
+    assert all(line["logprob_drift"] is None for line in lines(setup))
+
+
+def test_too_much_drift_stops_the_run(make: Make) -> None:
+    setup = make(max_logprob_drift=1e-12)
+    with pytest.raises(DriftError, match="step 1: engine and trainer logprobs differ"):
+        setup.fit()
+
+
+def test_a_loss_that_is_not_a_number_moves_nothing(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The existing trainer announces that it skips a NaN loss, and then backpropagates it."""
+    plain = update_module.policy_loss
+
+    def broken(*args: Any, **options: Any) -> PolicyLoss:
+        loss = plain(*args, **options)
+        return PolicyLoss(loss.token_losses * math.nan, loss.ratio, loss.clipped)
+
+    monkeypatch.setattr(update_module, "policy_loss", broken)
+    setup = make(max_steps=1)
+    before = setup.weights()
+    state = setup.fit()
+    assert same(before, setup.weights())
+    assert state.skipped_steps == state.optimizer_steps == 2
+    (line,) = lines(setup)
+    assert (line["skipped"], line["loss"], line["grad_norm"]) == (2, None, None)
+
+
+@pytest.mark.parametrize("micro", [1, 2, 8])
+@pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"])
+def test_the_micro_batch_size_does_not_matter(make: Make, mode: str, micro: int) -> None:
+    weights = []
+    for size in (4, micro):
+        setup = make(loss_agg_mode=mode, micro_train_batch_size=size, max_steps=1, actor_learning_rate=1e-3)
+        setup.fit()
+        weights.append(setup.weights())
+    # Adam amplifies rounding where a gradient is nearly zero; a different weighting of tokens would show at 1e-3.
+    assert max((weights[0][name] - weights[1][name]).abs().max() for name in weights[0]) < 5e-5
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "gspo": {"use_gspo": True, "loss_agg_mode": "seq-mean-token-mean", "max_epochs": 2},
+    "cpgd": {"use_cpg_loss": True, "policy_drift_coef": 0.1, "max_epochs": 2},
+    "gae": {"advantage_estimator": "gae", "gamma": 0.9},
+    "kl in the reward": {"init_kl_coef": 0.1, "kl_estimator": "k1"},
+    "kl in the loss": {"init_kl_coef": 0.1, "use_kl_loss": True, "kl_target": 0.01},
+    "entropy": {"entropy_coef": 0.01},
+    "high-entropy tokens": {"high_entropy_token_ratio": 0.3},
+    "whitened": {"advantages_norm": True, "advantage_clip": 1.0, "advantage_estimator": "reinforce"},
+    "baseline": {"advantage_estimator": "reinforce_baseline"},
+    "rloo": {"advantage_estimator": "rloo", "eps_clip_high": 0.28},
+    "dr_grpo": {"advantage_estimator": "dr_grpo", "loss_agg_mode": "seq-mean-token-sum"},
+    "corrected": {"importance_sampling_cap": 2.0},
+    "shaped": {"reward_running_norm": True, "reward_running_norm_minus_mean": True, "reward_clip": 2.0},
+    "overlong": {"overlong_buffer": True, "overlong_buffer_len": 2},
+    "averaged": {"enable_ema": True},
+    "dynamic": {"dynamic_sampling": True},
+    "sleeping": {"enable_engine_sleep": True, "engine_sleep_level": 2},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_algorithm_trains(make: Make, name: str) -> None:
+    setup = make(**VARIANTS[name], max_steps=2)
+    before = setup.weights()
+    setup.fit()
+    assert not same(before, setup.weights())
+    assert all(torch.isfinite(value).all() for value in setup.weights().values())
+    for line in lines(setup):
+        assert line["loss"] is not None
+        assert line["skipped"] == 0
+
+
+def test_kl_to_the_reference_grows_from_zero_and_steers_its_weight(make: Make) -> None:
+    setup = make(init_kl_coef=0.1, use_kl_loss=True, kl_target=1e-6, kl_horizon=100, max_steps=3)
+    setup.fit()
+    written = lines(setup)
+    assert written[0]["kl"] < written[-1]["kl"]
+    assert written[-1]["kl_coef"] > 0.1
+
+
+def test_the_average_follows_the_actor_slowly(make: Make) -> None:
+    setup = make(enable_ema=True, ema_beta=0.5, max_steps=1, train_batch_size=16)
+    before = setup.weights()
+    setup.fit()
+    average = setup.trainer.ema_model.state_dict()
+    after = setup.weights()
+    for name, value in average.items():
+        assert torch.allclose(value, (before[name] + after[name]) / 2, atol=1e-6)
+
+
+def test_a_frozen_actor_waits_while_the_critic_learns(make: Make) -> None:
+    setup = make(advantage_estimator="gae", freezing_actor_steps=2, max_steps=2)
+    before = setup.weights()
+    critic = {name: value.clone() for name, value in setup.trainer.critic.state_dict().items()}
+    setup.fit()
+    assert same(before, setup.weights())
+    assert not same(critic, setup.trainer.critic.state_dict())
+
+
+def test_dynamic_sampling_that_finds_nothing_trains_nothing(make: Make) -> None:
+    """The existing trainer computes 0/0 there: NaN weights."""
+    setup = make(
+        dynamic_sampling=True, dynamic_sampling_max_rounds=2, max_steps=1, reward_fn=lambda p, r, labels: [1.0] * len(r)
+    )
+    before = setup.weights()
+    setup.fit()
+    assert same(before, setup.weights())
+    (line,) = lines(setup)
+    assert line["groups_dropped"] == 8
+    assert line["reward_mean"] is None
+
+
+def test_dynamic_sampling_keeps_drawing_until_the_batch_is_full(make: Make) -> None:
+    seen: list[int] = []
+
+    def first_draw_is_useless(prompts: list[str], responses: list[str], labels: list[Any]) -> list[float]:
+        seen.append(len(responses))
+        return [0.0] * len(responses) if len(seen) == 1 else [float(i % 2) for i in range(len(responses))]
+
+    setup = make(dynamic_sampling=True, max_steps=1, reward_fn=first_draw_is_useless)
+    setup.fit()
+    assert seen == [16, 16]
+    (line,) = lines(setup)
+    assert (line["groups_dropped"], line["reward_mean"]) == (4, 0.5)
+
+
+def test_a_reward_that_raises_ends_the_run_and_names_the_sample(make: Make) -> None:
+    def moody(prompts: list[str], responses: list[str], labels: list[Any]) -> list[float]:
+        raise KeyError("mood")
+
+    with pytest.raises(RewardError, match=r"moody raised KeyError: 'mood' for sample 0 of 16"):
+        make(reward_fn=moody).fit()
+
+
+def test_evaluation_is_greedy_and_comes_before_and_after(make: Make) -> None:
+    setup = make(eval_steps=2, max_steps=3)
+    held_out = [setup.prompts[i] for i in range(10)]
+    state = setup.fit(eval_prompts=held_out)
+    assert list(state.evaluation) == ["0", "2", "3"]
+    assert setup.trainer.evaluate(held_out).accuracy == setup.trainer.evaluate(held_out).accuracy
+    saved = json.loads((setup.trainer.output_dir / "evaluation.json").read_text())
+    assert saved == state.evaluation
+    assert lines(setup)[1]["eval_accuracy"] == state.evaluation["2"]
+    assert (setup.trainer.output_dir / "plots" / "accuracy.png").exists()
+
+
+def test_trajectories_show_prompt_response_and_reward(make: Make) -> None:
+    setup = make(save_trajectories=True, num_trajectories_to_save=3, max_steps=1)
+    setup.fit()
+    text = (setup.trainer.log_dir / "trajectories" / "step_1.jsonl").read_text()
+    shown = [json.loads(line) for line in text.splitlines()]
+    assert len(shown) == 3
+    assert shown[0].keys() >= {"prompt", "response", "label", "reward"}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"max_length": 5}, "use max_new_tokens"),
+        ({"do_sample": True}, "has no meaning here"),
+        ({"tempreature": 1.0}, "unknown tempreature"),
+    ],
+)
+def test_generation_settings_that_mean_nothing_are_refused(make: Make, options: dict[str, Any], said: str) -> None:
+    t = make().trainer
+    with pytest.raises(ValueError, match=said):
+        SPMDPPOTrainer(
+            t.strategy,
+            t.actor,
+            None,
+            None,
+            None,
+            None,
+            t.actor_optim,
+            None,
+            None,
+            None,
+            tokenizer=t.tokenizer,
+            **options,
+        )
+
+
+def test_what_is_missing_is_named(make: Make) -> None:
+    t = make().trainer
+    with pytest.raises(ValueError, match="no initial_model") as caught:
+        SPMDPPOTrainer(
+            t.strategy, t.actor, t.actor, None, None, None, t.actor_optim, None, None, None, init_kl_coef=0.1
+        )
+    assert "without critic_optim" in str(caught.value)
+    assert "no tokenizer" in str(caught.value)
+
+
+def test_the_constructors_values_win_over_the_configuration(make: Make) -> None:
+    t = make().trainer
+    other = SPMDPPOTrainer(
+        t.strategy,
+        t.actor,
+        None,
+        None,
+        None,
+        None,
+        t.actor_optim,
+        None,
+        None,
+        None,
+        tokenizer=t.tokenizer,
+        reward_fn=t.grader.rewards[0],
+        eps_clip=0.3,
+        max_epochs=4,
+        temperature=0.7,
+        max_new_tokens=3,
+    )
+    assert (other.eps_clip, other.max_epochs) == (0.3, 4)
+    assert (other.sampling.temperature, other.sampling.max_tokens) == (0.7, 3)
+
+
+def test_consumed_samples_skip_what_earlier_runs_have_used(make: Make) -> None:
+    seen: list[str] = []
+
+    def watching(prompts: list[str], responses: list[str], labels: list[Any]) -> list[float]:
+        seen.extend(prompts[::4])
+        return [float(i % 2) for i in range(len(responses))]
+
+    make(max_steps=3, reward_fn=watching).fit()
+    whole, seen = list(seen), []
+    seen.clear()
+    setup = make(max_steps=1, reward_fn=lambda p, r, labels: (seen.extend(p[::4]), [0.0] * len(r))[1])
+    setup.fit(consumed_samples=8)
+    assert seen == whole[8:12]
+
+
+def test_a_supervised_mixture_is_refused(make: Make) -> None:
+    with pytest.raises(ValueError, match="pretrain_dataloader"):
+        make().fit(pretrain_dataloader=[1])
+
+
+def test_checkpoints_are_pruned_and_the_last_is_always_there(make: Make, tmp_path: Path) -> None:
+    setup = make(save_steps=1, max_ckpt_num=2, max_steps=4)
+    setup.fit()
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir() if path.is_dir())
+    assert names == ["step_000003", "step_000004"]
