@@ -48,8 +48,10 @@ class MinimalEngine(RolloutEngine):
         reason: Literal["stop", "length"] = "length"
         while len(tokens) < room:
             key = f"{prompt}{seed}{version}{len(tokens)}".encode()
-            tokens.append(prompt[int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "little") % len(prompt)])
-            if tokens[-1] in sampling.stop_token_ids and len(tokens) >= sampling.min_tokens:
+            early = len(tokens) < sampling.min_tokens
+            choice = [t for t in prompt if not early or t not in sampling.stop_token_ids] or prompt
+            tokens.append(choice[int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "little") % len(choice)])
+            if tokens[-1] in sampling.stop_token_ids and not early:
                 reason = "stop"
                 break
         return GenerationOutput(

@@ -216,14 +216,18 @@ class RankJob:
         """Send a signal: SIGKILL a rank, SIGSTOP it as a stalled machine would, SIGCONT it."""
         os.kill(self._ranks[rank].pid, number)
 
-    def outcomes(self, timeout: float | None = None, *, grace: float | None = None) -> list[Outcome]:
+    def outcomes(
+        self, timeout: float | None = None, *, grace: float | None = None, of: Sequence[int] | None = None
+    ) -> list[Outcome]:
         """Wait until every rank has returned, raised or died; those that have not in time are late. Raises nothing.
 
         :param timeout: seconds; default: the pool's.
         :param grace: seconds that the others get once a rank has failed; None: all the time that is left.
+        :param of: wait for these ranks only; None: for all.
         """
+        awaited = set(range(len(self._ranks)) if of is None else of)
         deadline = time.monotonic() + (self._pool.timeout if timeout is None else timeout)
-        while len(self._outcomes) < len(self._ranks):
+        while awaited - self._outcomes.keys():
             if grace is not None and any(not outcome.ok for outcome in self._outcomes.values()):
                 deadline, grace = min(deadline, time.monotonic() + grace), None
             if not self._pump(deadline):

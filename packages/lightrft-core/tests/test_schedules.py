@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightrft.strategy.schedules import make_scheduler
+
+
+def rates(name: str, steps: int, warmup: float) -> list[float]:
+    """Learning rate of each step, as a share of the peak."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    scheduler: Any = make_scheduler(name, optimizer, steps, warmup)
+    result = []
+    for _ in range(steps):
+        result.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return result
+
+
+OURS = ["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_min_lr"]
+
+
+@pytest.mark.parametrize("name", OURS)
+@given(steps=st.integers(1, 60), warmup=st.floats(0, 1))
+def test_rates_rise_to_the_peak_and_never_pass_it(name: str, steps: int, warmup: float) -> None:
+    values = rates(name, steps, warmup)
+    assert all(0 <= value <= 1 for value in values)
+    assert values[0] > 0, "no step is wasted"
+    peak = values.index(max(values))
+    assert values[: peak + 1] == sorted(values[: peak + 1])
+    assert values[peak:] == sorted(values[peak:], reverse=True)
+
+
+def test_known_shapes() -> None:
+    assert rates("constant", 4, 0.5) == [1.0] * 4
+    assert rates("constant_with_warmup", 4, 0.5) == pytest.approx([1 / 3, 2 / 3, 1, 1])
+    assert rates("linear", 4, 0.0) == pytest.approx([1, 0.75, 0.5, 0.25])
+    assert rates("cosine", 4, 0.0) == pytest.approx([1, 0.853553, 0.5, 0.146447], rel=1e-5)
+    assert min(rates("cosine_with_min_lr", 200, 0.03)) > 0.1, "down to a tenth of the peak"
+
+
+def test_a_schedule_of_transformers_works_by_its_name() -> None:
+    values = rates("polynomial", 10, 0.2)
+    assert values[0] == 0.0
+    assert max(values) == 1.0
+
+
+def test_an_unknown_schedule_is_answered_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"--lr_scheduler cosin: must be one of .*cosine"):
+        rates("cosin", 3, 0.0)

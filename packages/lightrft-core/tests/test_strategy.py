@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import argparse
+import inspect
+from typing import Any
+
+import pytest
+import torch
+
+from lightrft.strategy import FakeStrategy, StrategyBase, StrategyConfig, get_fake_strategy, get_strategy
+from lightrft.strategy.errors import ConfigError, PluginError
+
+ABSTRACT = {
+    "setup_distributed",
+    "create_optimizer",
+    "prepare",
+    "backward",
+    "optimizer_step",
+    "save_ckpt",
+    "load_ckpt",
+}
+
+
+def test_abstract_are_the_documents_seven() -> None:
+    assert set(StrategyBase.__abstractmethods__) == ABSTRACT
+    with pytest.raises(TypeError, match="abstract"):
+        StrategyBase()  # type: ignore[abstract]
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        argparse.Namespace(strategy="fake", seed=3),
+        {"strategy": "fake", "seed": 3},
+        StrategyConfig(strategy="fake", seed=3),
+    ],
+)
+def test_the_factory_takes_any_settings_and_keeps_them(args: Any) -> None:
+    strategy = get_strategy(args)
+    assert isinstance(strategy, FakeStrategy)
+    assert strategy.args is args
+    assert strategy.config.seed == 3
+
+
+def test_wrong_settings_are_refused_before_a_backend_is_looked_for() -> None:
+    with pytest.raises(ConfigError) as error:
+        get_strategy({"strategy": "no_such", "seed": -1, "zero_stage": 7})
+    assert len(error.value.problems) == 2
+
+
+def test_an_unknown_backend_is_answered_with_the_installed_ones() -> None:
+    with pytest.raises(PluginError, match=r"no_such: no such strategy is installed \(installed: .*fake"):
+        get_strategy({"strategy": "no_such"})
+
+
+def test_older_scripts_constructor_keywords_are_taken() -> None:
+    strategy = FakeStrategy(seed=5, max_norm=0.5, micro_train_batch_size=2, train_batch_size=8, args=None)
+    assert strategy.config.seed == 5
+    assert strategy.config.max_norm == 0.5
+    assert strategy.accumulated_gradient == 4
+    assert isinstance(get_fake_strategy(), FakeStrategy)
+
+
+def test_a_fake_strategy_constructs_anywhere_and_steps_at_every_backward() -> None:
+    strategy = FakeStrategy()
+    model = torch.nn.Linear(2, 1)
+    optimizer = strategy.create_optimizer(model)
+    strategy.backward(model(torch.ones(1, 2)).sum(), model, optimizer)
+    assert strategy.optimizer_step(optimizer, model).stepped
+
+
+@pytest.mark.parametrize(("method", "added"), [("backward", {"scale", "boundary"}), ("prepare", {"trainable"})])
+def test_what_we_add_to_the_documents_is_by_keyword_only(method: str, added: set[str]) -> None:
+    parameters = inspect.signature(getattr(StrategyBase, method)).parameters
+    assert {name for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY} >= added
