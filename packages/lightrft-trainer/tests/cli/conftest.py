@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+START_SECONDS = 240.0
+
+
+class Command:
+    """A ``lightrft train`` on two CPU ranks, in its own temporary folder, that a test can watch and kill."""
+
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        self.scratch = folder / "tmp"
+        self.scratch.mkdir(parents=True, exist_ok=True)
+        self.log = (folder / "log.txt").open("a+")
+        environment = {**os.environ, "TMPDIR": str(self.scratch), "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "lightrft.cli.main", "train", *arguments],
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+
+    def rank_pids(self) -> list[int]:
+        """Process ids of the ranks that have started and still run."""
+        found = [int(path.name.removeprefix("pid.")) for path in self.scratch.glob("lightrft-*/pid.*")]
+        return [pid for pid in found if _alive(pid)]
+
+    def wait_until(self, reached: Callable[[], bool], *, poll: float = 0.005) -> bool:
+        """Wait for something to happen; False where the command ended first."""
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            if reached():
+                return True
+            if self.process.poll() is not None:
+                return False
+            time.sleep(poll)
+        raise TimeoutError(f"nothing happened within {START_SECONDS} s:\n{self.output()}")
+
+    def finish(self) -> int:
+        return self.process.wait(timeout=START_SECONDS)
+
+    def output(self) -> str:
+        self.log.flush()
+        return Path(self.log.name).read_text()
+
+    def end(self) -> None:
+        """Leave nothing behind, whatever the test did."""
+        for pid in self.rank_pids():
+            _kill(pid)
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait(timeout=30)
+        self.log.close()
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    try:  # a zombie has ended
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return True
+
+
+def _kill(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+@pytest.fixture
+def train(tmp_path: Path) -> Iterator[Callable[..., Command]]:
+    """Starts commands; all of them and their ranks are gone when the test ends."""
+    started: list[Command] = []
+
+    def start(folder: Path, *arguments: str) -> Command:
+        started.append(Command(folder, *arguments))
+        return started[-1]
+
+    yield start
+    for command in started:
+        command.end()
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A configuration file of a very short run: two passes over each buffer, a checkpoint a step."""
+    from lightrft.data.tasks import build_model, build_tokenizer
+
+    folder = tmp_path_factory.mktemp("tiny")
+    build_model(layers=1, width=64).save_pretrained(folder / "model")
+    build_tokenizer().save_pretrained(folder / "model")
+    (folder / "tiny_reward.py").write_text(
+        "def even(prompts, responses, labels, **extras):\n"
+        "    return [sum(c in '02468' for c in r) / max(1, len(r)) for r in responses]\n"
+    )
+    settings = {
+        "fsdp": True,
+        "engine_type": "hf",
+        "enable_engine_sleep": False,
+        "pretrain": str(folder / "model"),
+        "prompt_data": "task:reverse_digits",
+        "eval_data": "task:reverse_digits",
+        "max_samples": 64,
+        "max_eval_samples": 8,
+        "reward": "exact_match=2,tiny_reward:even",
+        "rollout_batch_size": 4,
+        "n_samples_per_prompt": 4,
+        "train_batch_size": 8,
+        "micro_train_batch_size": 2,
+        "max_epochs": 2,
+        "generate_max_len": 5,
+        "prompt_max_len": 8,
+        "actor_learning_rate": 0.01,
+        "init_kl_coef": 0.0,
+        "max_steps": 8,
+        "save_steps": 1,
+        "plot_every": -1,
+        "use_tensorboard": False,
+    }
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of the tiny run when nobody disturbs it."""
+    folder = tmp_path_factory.mktemp("whole")
+    command = start_tiny(lambda *a: Command(*a), tiny_run, folder)
+    try:
+        assert command.finish() == 0, command.output()
+    finally:
+        command.end()
+    return folder / "run"
+
+
+def start_tiny(start: Callable[..., Command], config: Path, folder: Path, *arguments: str) -> Command:
+    os.environ["PYTHONPATH"] = str(config.parent)
+    return start(folder, "--config", str(config), "--output_dir", str(folder / "run"), *arguments)
+
+
+@pytest.fixture
+def tiny(train: Callable[..., Command], tiny_run: Path) -> Callable[..., Command]:
+    """Starts the tiny run in a folder, with further arguments."""
+    return lambda folder, *arguments: start_tiny(train, tiny_run, folder, *arguments)
+
+
+@pytest.fixture
+def same_weights() -> Callable[[Path, Path], None]:
+    """Asserts that two runs ended with the same weights, bit for bit."""
+
+    def compare(one: Path, other: Path) -> None:
+        mine, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (one, other))
+        assert mine.keys() == theirs.keys()
+        assert [name for name in mine if mine[name].numpy().tobytes() != theirs[name].numpy().tobytes()] == []
+
+    return compare

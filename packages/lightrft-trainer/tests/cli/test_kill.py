@@ -1,0 +1,66 @@
+"""``kill -9`` of a rank at any moment, then ``--resume``: the final weights are those of a run that nobody disturbed."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightrft.trainer.metrics import read_metrics
+
+Tiny = Callable[..., Any]
+
+
+def kill_one(command: Any, victim: int) -> None:
+    pids = sorted(command.rank_pids())
+    os.kill(pids[victim % len(pids)], signal.SIGKILL)
+
+
+def check_the_aftermath(command: Any) -> None:
+    assert command.finish() == 1
+    shown = command.output()
+    assert "was killed by SIGKILL" in shown
+    assert "Go on from the last checkpoint with:" in shown
+    assert "Traceback" not in shown
+    assert command.rank_pids() == []
+
+
+@pytest.mark.parametrize(
+    "seed", [pytest.param(seed, marks=() if seed == 0 else pytest.mark.full) for seed in range(10)]
+)
+def test_a_rank_killed_in_the_middle_of_training(
+    tiny: Tiny, tmp_path: Path, uninterrupted: Path, same_weights: Callable[[Path, Path], None], seed: int
+) -> None:
+    """Each step passes twice over its buffer, so most moments lie in the middle of a reused one."""
+    rng = random.Random(seed)
+    step, delay, victim = rng.randrange(1, 7), rng.uniform(0, 0.3), rng.randrange(2)
+    command = tiny(tmp_path)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    assert command.wait_until(lambda: len(read_metrics(metrics)) >= step)
+    time.sleep(delay)
+    kill_one(command, victim)
+    check_the_aftermath(command)
+    again = tiny(tmp_path, "--resume")
+    assert again.finish() == 0, again.output()
+    same_weights(tmp_path / "run", uninterrupted)
+    assert [line["step"] for line in read_metrics(metrics)] == list(range(1, 9))
+
+
+@pytest.mark.parametrize("step", [pytest.param(n, marks=() if n == 3 else pytest.mark.full) for n in (1, 3, 5)])
+def test_a_rank_killed_in_the_middle_of_a_save(
+    tiny: Tiny, tmp_path: Path, uninterrupted: Path, same_weights: Callable[[Path, Path], None], step: int
+) -> None:
+    command = tiny(tmp_path)
+    staging = tmp_path / "run" / "checkpoints" / f".step_{step:06d}.partial"
+    assert command.wait_until(staging.exists, poll=0.0005)
+    kill_one(command, step)
+    check_the_aftermath(command)
+    again = tiny(tmp_path, "--resume")
+    assert again.finish() == 0, again.output()
+    same_weights(tmp_path / "run", uninterrupted)

@@ -1,0 +1,98 @@
+"""``lightrft train`` as a user runs it: processes, files, exit codes."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lightrft.trainer.metrics import STEP_KEYS, read_metrics
+
+Tiny = Callable[..., Any]
+
+
+def test_a_run_leaves_what_it_promises(uninterrupted: Path) -> None:
+    names = {path.name for path in uninterrupted.iterdir()}
+    assert names >= {"config.yaml", "metrics.jsonl", "plots", "checkpoints", "model"}
+    saved = yaml.safe_load((uninterrupted / "config.yaml").read_text())
+    assert (saved["max_steps"], saved["fsdp"], saved["resume"]) == (8, True, False)
+    lines = read_metrics(uninterrupted / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    assert all(key in line for line in lines for key in STEP_KEYS)
+    assert (uninterrupted / "plots" / "reward.png").stat().st_size > 1000
+
+
+def test_transformers_loads_the_model(uninterrupted: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(uninterrupted / "model")
+    tokenizer = AutoTokenizer.from_pretrained(uninterrupted / "model")
+    ids = model.generate(**tokenizer("1234=", return_tensors="pt"), max_new_tokens=3, do_sample=False)
+    assert tokenizer.decode(ids[0]).startswith("1234=")
+
+
+def test_the_report_says_what_was_learned_and_where_it_is(uninterrupted: Path) -> None:
+    shown = (uninterrupted.parent / "log.txt").read_text()
+    assert "Held-out accuracy (8 prompts, greedy)" in shown
+    assert "Some held-out answers" in shown
+    assert f"Everything is in {uninterrupted}" in shown.replace("\n", " ").replace("  ", " ") or "Everything is in" in shown
+    assert "Traceback" not in shown
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(
+    tiny: Tiny, tmp_path: Path, uninterrupted: Path, same_weights: Callable[[Path, Path], None]
+) -> None:
+    command = tiny(tmp_path)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    assert command.wait_until(lambda: len(read_metrics(metrics)) >= 2)
+    ranks = command.rank_pids()
+    assert len(ranks) == 2
+    command.process.send_signal(signal.SIGINT)
+    assert command.finish() == 130
+    shown = command.output()
+    assert "a checkpoint was written. Go on with:" in shown
+    assert f"lightrft train --resume --output_dir {tmp_path / 'run'}" in shown
+    assert "Traceback" not in shown
+    assert command.rank_pids() == []
+    again = tiny(tmp_path, "--resume")
+    assert again.finish() == 0, again.output()
+    same_weights(tmp_path / "run", uninterrupted)
+
+
+def test_a_failing_reward_is_one_readable_error(tiny: Tiny, tmp_path: Path) -> None:
+    command = tiny(tmp_path, "--reward", "json:loads")
+    assert command.finish() != 0
+    shown = command.output()
+    assert "json:loads" in shown
+    assert "Traceback" not in shown
+    assert command.rank_pids() == []
+
+
+def test_a_line_without_its_key_names_file_and_line(tiny: Tiny, tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    rows = [{"input": f"{i}=", "label": "1"} for i in range(8)]
+    del rows[5]["label"]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = tiny(tmp_path, "--prompt_data", str(data))
+    assert command.finish() == 1
+    shown = command.output()
+    assert f"{data}:6: no 'label'" in shown
+    assert "Traceback" not in shown
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a rank asks Linux to end with its launcher")
+def test_no_rank_outlives_a_killed_launcher(tiny: Tiny, tmp_path: Path) -> None:
+    command = tiny(tmp_path)
+    assert command.wait_until(lambda: len(read_metrics(tmp_path / "run" / "metrics.jsonl")) >= 1)
+    command.process.kill()
+    command.process.wait(timeout=30)
+    deadline_checks = iter(range(6000))
+    while command.rank_pids() and next(deadline_checks) < 5999:
+        signal.sigtimedwait([], 0.01)
+    assert command.rank_pids() == []
