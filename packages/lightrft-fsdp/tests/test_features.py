@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from lightrft.fsdp import FSDPV2Strategy, ShardedAdamW
+from lightrft.fsdp import FSDPV2Strategy, ShardedAdamW, sharding
 from lightrft.fsdp.shards import local
 from lightrft.strategy import FakeStrategy, StrategyConfig, get_strategy
 from lightrft.testing import tiny_model
@@ -343,6 +343,24 @@ def checkpointed() -> None:
 
 def test_gradient_checkpointing_changes_nothing(ranks: Any) -> None:
     ranks.run(checkpointed)
+
+
+def embedding_of_its_own() -> None:
+    sharding.LARGE_EMBEDDING, usual = 1, sharding.LARGE_EMBEDDING
+    try:
+        strategy = FSDPV2Strategy(**{**SETTINGS, "micro_train_batch_size": 1})
+        model = strategy.prepare(tiny_model("qwen2"))
+    finally:
+        sharding.LARGE_EMBEDDING = usual
+    assert type(model.get_input_embeddings()).__name__ == "FSDPEmbedding"  # type: ignore[operator]
+    norms = train(strategy, model, strategy.create_optimizer(model, lr=1e-3), range(3))
+    expected, expected_norms = reference("qwen2")
+    assert norms == pytest.approx(expected_norms, rel=1e-5)
+    assert_close(weights(strategy, model), expected, 1e-6)
+
+
+def test_an_embedding_that_is_gathered_for_the_forward_pass_alone_trains(ranks: Any) -> None:
+    ranks.run(embedding_of_its_own)
 
 
 # ---- mixed batches ---------------------------------------------------------------------------------------------------

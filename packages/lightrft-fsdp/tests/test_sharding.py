@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from lightrft.fsdp import sharding
 from lightrft.fsdp.sharding import plan_units
 from lightrft.testing import tiny_model
 
@@ -52,14 +53,20 @@ class Experts(nn.Module):
         self.experts = nn.ModuleList([nn.Linear(4, 4) for _ in range(4)])
 
 
-def test_a_transformers_model_is_cut_at_its_own_blocks_and_its_untied_embedding() -> None:
-    layers = ["model.layers.0", "model.layers.1"]
-    assert names(tiny_model("qwen2")) == [*layers, "model.embed_tokens", ""]
-    assert names(tiny_model("llama")) == [*layers, "model.embed_tokens", ""]
-    assert names(tiny_model("qwen3_moe")) == [*layers, "model.embed_tokens", ""]
+@pytest.mark.parametrize("kind", ["qwen2", "llama", "qwen3_moe"])
+def test_a_transformers_model_is_cut_at_its_own_blocks(kind: str) -> None:
+    assert names(tiny_model(kind)) == ["model.layers.0", "model.layers.1", ""]
 
 
-def test_a_tied_embedding_stays_with_what_holds_both_its_users() -> None:
+def test_a_large_untied_embedding_is_gathered_for_the_forward_pass_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharding, "LARGE_EMBEDDING", 1)
+    units = plan_units(tiny_model("qwen2"))
+    assert [unit.name for unit in units] == ["model.layers.0", "model.layers.1", "model.embed_tokens", ""]
+    assert [unit.name for unit in units if unit.forward_only] == ["model.embed_tokens"]
+
+
+def test_a_tied_embedding_stays_with_what_holds_both_its_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharding, "LARGE_EMBEDDING", 1)
     assert names(tiny_model("qwen2_tied")) == ["model.layers.0", "model.layers.1", ""]
 
 
@@ -83,7 +90,6 @@ def test_the_model_inside_an_actor_is_a_unit_so_that_it_can_run_by_itself() -> N
     assert [unit.name for unit in units] == [
         "model.model.layers.0",
         "model.model.layers.1",
-        "model.model.embed_tokens",
         "model",
         "",
     ]

@@ -41,7 +41,7 @@ def widen(parameters: Iterable[torch.nn.Parameter]) -> None:
     for parameter in parameters:
         gradient = parameter.grad
         if gradient is not None and gradient.dtype.is_floating_point and gradient.dtype.itemsize < 4:
-            parameter.grad_dtype = None  # type: ignore[attr-defined]  # else only the parameter's own is allowed
+            parameter.grad_dtype = None  # else only the parameter's own is allowed
             parameter.grad = like(parameter, local(gradient).float())
 
 

@@ -18,6 +18,9 @@ from torch.distributed.tensor import DTensor
 
 from lightrft.strategy.hub_layout import hub_models, is_pretrained_model
 
+# Elements from which a token embedding is worth collectives of its own: 64 MiB in fp32.
+LARGE_EMBEDDING = 2**24
+
 
 @dataclass(frozen=True, kw_only=True)
 class Unit:
@@ -27,12 +30,14 @@ class Unit:
     :param stays: keep it gathered between forward and backward, because backward begins with it.
     :param may_idle: some of its parameters may see no data on some ranks (routed experts, a vision tower): their
         gradients are reduced as zeros there, or the ranks would reduce different sizes.
+    :param forward_only: its backward pass does not need its parameters.
     """
 
     name: str
     module: nn.Module
     stays: bool = False
     may_idle: bool = False
+    forward_only: bool = False
 
 
 def plan_units(model: nn.Module, *, mixed_mm_data: bool = False) -> list[Unit]:
@@ -47,18 +52,18 @@ def plan_units(model: nn.Module, *, mixed_mm_data: bool = False) -> list[Unit]:
     while isinstance(inner_module := getattr(inside, "module", None), nn.Module):
         outer, inside = f"{outer}module.", inner_module
 
-    def add(name: str, module: nn.Module) -> bool:
+    def add(name: str, module: nn.Module) -> None:
         if _owns_its_parameters(name, module, holders):
             units.append(Unit(name=name, module=module, may_idle=_routes(module)))
-            return True
-        return False
 
     inner = {outer + prefix: module for prefix, module in hub_models(model)}
     for prefix, module in inner.items():
         towers = _towers(module)
         for name, block in _blocks(module, skip=towers if mixed_mm_data else []):
             add(prefix + name, block)
-        _add_embedding(prefix, module, units, add)
+        name, embedding = _lone_embedding(module, [unit.module for unit in units])
+        if embedding is not None and _owns_its_parameters(prefix + name, embedding, holders):
+            units.append(Unit(name=prefix + name, module=embedding, forward_only=True))
         if module is not model:
             may_idle = mixed_mm_data and bool(towers)
             units.append(Unit(name=prefix.rstrip("."), module=module, stays=True, may_idle=may_idle))
@@ -95,9 +100,11 @@ def shard(
         cast_trainable(unit.module, master_dtype)
         options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "offload_policy": host}
         fully_shard(unit.module, **options, reshard_after_forward=not (alone or (unit.stays and trains)))
+        assert isinstance(unit.module, FSDPModule)
         if unit.may_idle:
-            assert isinstance(unit.module, FSDPModule)
             unit.module.set_reduce_scatter_unused_params(True, recurse=False)
+        if unit.forward_only:
+            unit.module.set_unshard_in_backward(False)
 
 
 @torch.no_grad()
@@ -206,14 +213,14 @@ def _token_embedding(model: nn.Module) -> nn.Module | None:
         return None
 
 
-def _add_embedding(prefix: str, model: nn.Module, units: list[Unit], add: Any) -> None:
-    """A token embedding that no output layer shares is a unit: backward does not need it gathered."""
+def _lone_embedding(model: nn.Module, blocks: list[nn.Module]) -> tuple[str, nn.Module | None]:
+    """A large token embedding that lies in no block, and its name: backward does not need it gathered."""
     embedding = _token_embedding(model)
-    if embedding is None or any(part is embedding for unit in units for part in unit.module.modules()):
-        return
-    name = next(name for name, module in model.named_modules() if module is embedding)
-    if name and _has_parameters(embedding):
-        add(prefix + name, embedding)
+    if type(embedding) is not nn.Embedding or embedding.weight.numel() < LARGE_EMBEDDING:
+        return "", None
+    if any(part is embedding for block in blocks for part in block.modules()):
+        return "", None
+    return next(name for name, module in model.named_modules() if module is embedding), embedding
 
 
 def _holders(model: nn.Module) -> dict[int, set[str]]:

@@ -1,0 +1,133 @@
+"""A step through FSDPV2Strategy against the same loop in raw FSDP2, on two ranks.
+
+    python tools/bench/strategy_step.py --model tiny smollm2
+
+The raw loop is what one writes without a strategy: ``fully_shard`` on every layer and on the root, fused AdamW,
+``clip_grad_norm_``. Both train the same weights on the same rows, in fp32, one thread a rank. Steps alternate between
+the two, so that whatever else the machine does meets both alike, and the medians are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from hf_engine import MODELS
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM
+
+from lightrft.fsdp import FSDPV2Strategy
+
+log = logging.getLogger("bench.strategy_step")
+ROWS, LENGTH, MAX_NORM = 2, 64, 1.0
+Step = Callable[[torch.Tensor], float]
+
+
+def build(name: str) -> Any:
+    """A model of the named shape, the same on every rank."""
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(MODELS[name](), dtype=torch.float32)
+
+
+def loss_of(model: Any, rows: torch.Tensor) -> torch.Tensor:
+    """Next-token loss, as both loops compute it."""
+    return model(input_ids=rows, labels=rows, use_cache=False).loss
+
+
+def strategy_loop(name: str, accumulation: int) -> Step:
+    """One optimizer step through the strategy; returns the gradient norm."""
+    batch = ROWS * dist.get_world_size() * accumulation
+    strategy = FSDPV2Strategy(max_norm=MAX_NORM, micro_train_batch_size=ROWS, train_batch_size=batch)
+    model = strategy.prepare(build(name))
+    optimizer = strategy.create_optimizer(model, lr=1e-4)
+
+    def step(rows: torch.Tensor) -> float:
+        norm = None
+        for part in rows.chunk(accumulation):
+            strategy.backward(loss_of(model, part), model, optimizer)
+            norm = strategy.optimizer_step(optimizer, model, None).grad_norm
+        assert norm is not None
+        return norm
+
+    return step
+
+
+def raw_loop(name: str, accumulation: int) -> Step:
+    """The same without a strategy."""
+    model = build(name)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+
+    def step(rows: torch.Tensor) -> float:
+        for part in rows.chunk(accumulation):
+            (loss_of(model, part) / accumulation).backward()
+        norm: Any = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return norm.full_tensor().item()
+
+    return step
+
+
+def measure(name: str, rounds: int, accumulation: int) -> None:
+    """Time both loops in turn and log what came of it, on rank 0."""
+    loops = {"strategy": strategy_loop(name, accumulation), "raw": raw_loop(name, accumulation)}
+    seconds: dict[str, list[float]] = {kind: [] for kind in loops}
+    vocabulary = MODELS[name]().vocab_size
+    for counted in range(-2, rounds):
+        generator = torch.Generator().manual_seed(100 * counted + dist.get_rank() + 1000)
+        rows = torch.randint(3, vocabulary, (ROWS * accumulation, LENGTH), generator=generator)
+        norms = {}
+        order = list(loops) if counted % 2 else list(reversed(loops))
+        for kind in order:
+            dist.barrier()
+            begun = time.perf_counter()
+            norms[kind] = loops[kind](rows)
+            if counted >= 0:
+                seconds[kind].append(time.perf_counter() - begun)
+        if abs(norms["strategy"] - norms["raw"]) > 1e-3 * norms["raw"]:
+            raise SystemExit(f"{name}: the loops part: gradient norms {norms}")
+    if dist.get_rank() == 0:
+        mine, raw = (statistics.median(seconds[kind]) for kind in ("strategy", "raw"))
+        pairs = statistics.median(a / b for a, b in zip(seconds["strategy"], seconds["raw"], strict=True))
+        log.info(
+            "%s, accumulation %d: strategy %.2f ms, raw %.2f ms: %.3f ×, %+.2f ms (median of ratios %.3f, %d rounds)",
+            *(name, accumulation, mine * 1e3, raw * 1e3, mine / raw, (mine - raw) * 1e3, pairs, rounds),
+        )
+
+
+def main() -> None:
+    """Start the ranks, or be one."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", nargs="+", choices=MODELS, default=["tiny", "smollm2"])
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--accumulation", type=int, default=1)
+    parser.add_argument("--ranks", type=int, default=2)
+    args = parser.parse_args()
+    if "RANK" not in os.environ:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.ranks)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+        os.execve(sys.executable, [sys.executable, *launcher, *sys.argv], environment)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    for name in args.model:
+        measure(name, args.rounds * (5 if name == "tiny" else 1), args.accumulation)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
