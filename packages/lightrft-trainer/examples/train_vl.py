@@ -1,6 +1,6 @@
 """Train a vision-language model. The same as ``lightrft train-vl``: starts its own ranks, or is one of torchrun's.
 
-    python train_vl.py --fsdp --engine_type hf --pretrain MODEL --prompt_data DATA.jsonl --reward exact_match
+python train_vl.py --fsdp --engine_type hf --pretrain MODEL --prompt_data DATA.jsonl --reward exact_match
 """
 
 from __future__ import annotations

@@ -45,8 +45,8 @@ def test_presets_are_listed_with_what_they_do(capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     "flags",
     [
-        "--zero_stage 2 --engine_tp_size 4 --engine_mem_util 0.9 --enable_engine_sleep --micro_train_batch_size 1 --train_batch_size 128",
-        "--fsdp --fsdp_cpu_offload --use_mp_opt --engine_tp_size 2 --engine_mem_util 0.85 --enable_engine_sleep --train_batch_size 64",
+        "--zero_stage 2 --engine_tp_size 4 --engine_mem_util 0.9 --enable_engine_sleep --train_batch_size 128",
+        "--fsdp --fsdp_cpu_offload --use_mp_opt --engine_tp_size 2 --engine_mem_util 0.85 --train_batch_size 64",
         "--fsdp --engine_tp_size 4 --mixed_mm_data --packing_samples --enable_engine_sleep --plot_every 20",
         "--engine_type vllm --disable_engine_sleep --adam_offload --sp_size 2 --fused_linear_logprob --chunk_size 4096",
         "--log_dir ./logs --plot_every 10 --bf16",

@@ -66,8 +66,13 @@ def test_resume_takes_the_saved_settings_and_what_is_typed_now(tmp_path: Path) -
     assert (config.resume, config.seed, config.max_steps, config.output_dir) == (True, 9, 8, str(tmp_path))
 
 
+def test_a_run_that_was_killed_before_it_saved_anything_starts_again_as_it_is_called(tmp_path: Path) -> None:
+    config = load("--resume", "--output_dir", str(tmp_path), "--max_steps", "8")
+    assert (config.resume, config.max_steps, config.backend) == (True, 8, "fsdp")
+
+
 def test_nothing_to_resume_says_so(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"holds no run \(no config.yaml\)"):
+    with pytest.raises(ConfigError, match=r"does not exist; name a run's folder"):
         load("--resume", "--output_dir", str(tmp_path / "nowhere"))
 
 
@@ -114,6 +119,9 @@ def test_all_faults_come_at_once(tmp_path: Path) -> None:
         (("--overlong_buffer",), "at most --generate_max_len"),
         (("--eval_data", "org/data"), "works only with --prompt_data"),
         (("--pretrain", "./nowhere"), "no such folder"),
+        (("--reward", "exact"), "Did you mean exact_match?"),
+        (("--reward", "exact_match=much"), "is no weight"),
+        (("--reward", "nowhere:reward"), "no module 'nowhere'"),
     ],
 )
 def test_a_run_that_cannot_work_is_refused_with_what_would(arguments: tuple[str, ...], said: str) -> None:

@@ -41,7 +41,7 @@ def test_the_report_says_what_was_learned_and_where_it_is(uninterrupted: Path) -
     shown = (uninterrupted.parent / "log.txt").read_text()
     assert "Held-out accuracy (8 prompts, greedy)" in shown
     assert "Some held-out answers" in shown
-    assert f"Everything is in {uninterrupted}" in shown.replace("\n", " ").replace("  ", " ") or "Everything is in" in shown
+    assert str(uninterrupted) in shown.replace("\n", "")
     assert "Traceback" not in shown
 
 
@@ -63,15 +63,6 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     again = tiny(tmp_path, "--resume")
     assert again.finish() == 0, again.output()
     same_weights(tmp_path / "run", uninterrupted)
-
-
-def test_a_failing_reward_is_one_readable_error(tiny: Tiny, tmp_path: Path) -> None:
-    command = tiny(tmp_path, "--reward", "json:loads")
-    assert command.finish() != 0
-    shown = command.output()
-    assert "json:loads" in shown
-    assert "Traceback" not in shown
-    assert command.rank_pids() == []
 
 
 def test_a_line_without_its_key_names_file_and_line(tiny: Tiny, tmp_path: Path) -> None:

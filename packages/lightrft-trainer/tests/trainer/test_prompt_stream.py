@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -24,7 +25,7 @@ def test_every_episode_draws_all_batches_in_another_order() -> None:
     """The existing trainer checks for another sampler class than the loader uses, so that set_epoch never runs."""
     batches = drain(stream())
     assert len(batches) == 6
-    first, second = (sorted(sum(batches[i : i + 3], [])) for i in (0, 3))
+    first, second = (sorted(itertools.chain(*batches[i : i + 3])) for i in (0, 3))
     assert len(set(first)) == len(set(second)) == 9
     assert batches[:3] != batches[3:]
 

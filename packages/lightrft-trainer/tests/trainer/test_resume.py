@@ -41,7 +41,7 @@ class Asked:
         return self.left < 0
 
 
-class Crash(Exception):
+class CrashError(Exception):
     """Stands for kill -9: nothing after it runs."""
 
 
@@ -111,11 +111,11 @@ def test_a_run_that_crashes_anywhere_goes_on_from_its_last_checkpoint(make: Make
 
     def crashing(*args: Any) -> dict[str, float]:
         if next(count) == moment:
-            raise Crash
+            raise CrashError
         return step(*args)
 
     first.trainer.training_step = crashing
-    with pytest.raises(Crash):
+    with pytest.raises(CrashError):
         first.fit()
     second = make(**REUSED, output_dir=str(tmp_path / "cut"))
     second.fit(resume=True)

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from lightrft.strategy.config import StrategyConfig
+from lightrft.strategy.config import FIELDS, StrategyConfig
 from lightrft.strategy.errors import ConfigError
 
 from .settings import CONFIG_FILE, check_settings
@@ -47,6 +47,8 @@ def launch(config: StrategyConfig, options: argparse.Namespace, *, multimodal: b
         return run_rank(config, multimodal=multimodal)
     ranks = ranks_on_this_node(options.nproc_per_node)
     config = check_settings(config, multimodal=multimodal, world_size=ranks * options.nnodes)
+    if config.output_dir != FIELDS["output_dir"].default:
+        Path(config.output_dir).mkdir(parents=True, exist_ok=True)  # from now on --resume knows it
     with tempfile.TemporaryDirectory(prefix="lightrft-") as name:
         folder = Path(name)
         config.to_yaml(folder / CONFIG_FILE)

@@ -67,7 +67,10 @@ def _model_and_data_together(c: StrategyConfig) -> str | None:
 def _something_that_grades(c: StrategyConfig) -> str | None:
     if c.prompt_data is None or c.reward or c.remote_rm_url or c.reward_pretrain:
         return None
-    return "--reward: needed with --prompt_data: a rule such as exact_match or numeric_answer, or module:function; or give --remote_rm_url"
+    return (
+        "--reward: needed with --prompt_data: a rule such as exact_match or numeric_answer, or module:function; "
+        "or give --remote_rm_url"
+    )
 
 
 @between("eval_data", "prompt_data")
@@ -81,7 +84,10 @@ def _held_out_of_something(c: StrategyConfig) -> str | None:
 def _gspo_averages_sequences(c: StrategyConfig) -> str | None:
     if not c.use_gspo or c.loss_agg_mode == "seq-mean-token-mean":
         return None
-    return f"--loss_agg_mode {c.loss_agg_mode}: GSPO's objective averages over sequences; add --loss_agg_mode seq-mean-token-mean"
+    return (
+        f"--loss_agg_mode {c.loss_agg_mode}: GSPO's objective averages over sequences; "
+        "add --loss_agg_mode seq-mean-token-mean"
+    )
 
 
 @between("kl_target", "init_kl_coef")

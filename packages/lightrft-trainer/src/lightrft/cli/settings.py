@@ -1,4 +1,5 @@
-"""From command line, preset, file and earlier run to one checked configuration. Loads neither torch nor transformers."""
+"""From command line, preset, file and earlier run to one checked configuration. Loads neither torch nor transformers.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from .run_checks import run_faults
 
 DEFAULT_PRESET = "default"
 CONFIG_FILE = "config.yaml"
+TAKEN = "holds a run already; add --resume to go on with it, or name another folder"
 
 
 def preset_names() -> list[str]:
@@ -76,27 +78,25 @@ def load_settings(namespace: argparse.Namespace) -> StrategyConfig:
     """
     typed = {name: value for name, value in vars(namespace).items() if name in FIELDS}
     file = read_yaml(namespace.config) if namespace.config else {}
-    if typed.get("resume") or file.get("resume"):
-        return StrategyConfig.from_args(_resumed(typed, file))
     name = chosen_preset(namespace.preset, typed=typed, file=file)
     preset = read_preset(name) if name is not None else {}
-    return StrategyConfig.from_args(merge_settings(typed=typed, file=file, preset=preset))
+    merged = merge_settings(typed=typed, file=file, preset=preset)
+    if merged.get("resume"):
+        merged = _resumed(merged, typed=typed, file=file)
+    return StrategyConfig.from_args(merged)
 
 
-def _resumed(typed: Mapping[str, Any], file: Mapping[str, Any]) -> dict[str, Any]:
-    folder = Path(typed.get("output_dir", file.get("output_dir", FIELDS["output_dir"].default)))
-    saved = folder / CONFIG_FILE
-    if not saved.is_file():
+def _resumed(merged: Mapping[str, Any], *, typed: Mapping[str, Any], file: Mapping[str, Any]) -> dict[str, Any]:
+    """The saved run's settings under what is given now. A run that ended before it saved any takes what is given now.
+    """
+    folder = Path(merged.get("output_dir", FIELDS["output_dir"].default))
+    if not folder.is_dir():
         raise ConfigError(
-            [
-                f"--resume: {folder} holds no run (no {CONFIG_FILE}); name the run's folder with --output_dir, or leave --resume away"
-            ]
+            [f"--resume: {folder} does not exist; name a run's folder with --output_dir, or leave --resume away"]
         )
-    return {
-        **merge_settings(typed=typed, file=file, preset={}, saved=read_yaml(saved)),
-        "output_dir": str(folder),
-        "resume": True,
-    }
+    if (folder / CONFIG_FILE).is_file():
+        merged = merge_settings(typed=typed, file=file, preset={}, saved=read_yaml(folder / CONFIG_FILE))
+    return {**merged, "output_dir": str(folder), "resume": True}
 
 
 def check_settings(config: StrategyConfig, *, multimodal: bool, world_size: int | None = None) -> StrategyConfig:
@@ -111,7 +111,7 @@ def check_settings(config: StrategyConfig, *, multimodal: bool, world_size: int 
     except ConfigError as error:
         problems += error.problems
     problems += run_faults(config, multimodal=multimodal, world_size=world_size)
-    problems += _installation_faults(config) + _file_faults(config) + _output_faults(config)
+    problems += _installation_faults(config) + _file_faults(config) + _reward_faults(config) + _output_faults(config)
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
     return checked
@@ -152,6 +152,20 @@ def _file_faults(config: StrategyConfig) -> list[str]:
     return problems
 
 
+def _reward_faults(config: StrategyConfig) -> list[str]:
+    """A misspelt rule, a module that is not there, a function of the wrong shape."""
+    if not config.reward and not config.remote_rm_url:
+        return []
+    from lightrft.rewards import RewardError, build_reward
+
+    try:
+        build_reward(config.reward, remote_urls=config.remote_rm_url, timeout=max(config.reward_timeout, 1e-3))
+    except RewardError as error:
+        text = str(error)
+        return [text if text.startswith("--") else f"--reward: {text}"]
+    return []
+
+
 def _output_faults(config: StrategyConfig) -> list[str]:
     folder = Path(config.output_dir)
     if config.output_dir == FIELDS["output_dir"].default or config.resume:
@@ -159,7 +173,5 @@ def _output_faults(config: StrategyConfig) -> list[str]:
     if folder.is_file():
         return [f"--output_dir {config.output_dir!r}: is a file; name a folder"]
     if (folder / CONFIG_FILE).exists():
-        return [
-            f"--output_dir {config.output_dir!r}: holds a run already; add --resume to go on with it, or name another folder"
-        ]
+        return [f"--output_dir {config.output_dir!r}: {TAKEN}"]
     return []

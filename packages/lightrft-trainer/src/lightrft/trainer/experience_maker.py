@@ -1,4 +1,5 @@
-"""From prompts to samples ready for training: generate, grade, look at them with the frozen models, compute advantages."""
+"""From prompts to samples ready for training: generate, grade, look at them with the frozen models, compute advantages.
+"""
 
 from __future__ import annotations
 
@@ -195,8 +196,8 @@ class ExperienceMaker:
         places = sorted(place for part in self.strategy.all_gather_object([g.place for g in kept]) for place in part)
         if len(places) < wanted:
             self.strategy.print(
-                f"step {step}: dynamic sampling found {len(places)} of {wanted} prompts with mixed rewards in {rounds} rounds; "
-                "training on those"
+                f"step {step}: dynamic sampling found {len(places)} of {wanted} prompts with mixed rewards in "
+                f"{rounds} rounds; training on those"
             )
         chosen = set(places[:wanted])
         return [group for group in kept if group.place in chosen]

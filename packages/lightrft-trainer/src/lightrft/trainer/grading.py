@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -79,7 +80,7 @@ class Grader:
         for number, model in enumerate(self.models):
             columns.append(self._score(model, samples))
             metrics["model" if len(self.models) == 1 else f"model_{number}"] = sum(columns[-1])
-        totals = [sum(values) for values in zip(*columns, strict=True)]
+        totals = [math.fsum(values) for values in zip(*columns, strict=True)]
         right = [float(value >= 1.0) for value in (totals if first is None else first)]
         rows = list(zip(repeated, texts, totals, right, strict=True))[:trajectories]
         kept = [

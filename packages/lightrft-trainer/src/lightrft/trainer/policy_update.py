@@ -61,7 +61,8 @@ class PolicyUpdater:
         self.critic, self.critic_optim, self.critic_scheduler = critic, critic_optim, critic_scheduler
         self.ema_model, self.ema_beta = ema_model, ema_beta
         self.pad_token_id = pad_token_id
-        self.objective, self.loss_agg_mode = objective, loss_agg_mode
+        self.objective: PolicyObjective = objective
+        self.loss_agg_mode: AggregationMode = loss_agg_mode
         self.eps_clip, self.value_clip = eps_clip, value_clip
         self.kl_ctl = kl_controller
         self.comparable = comparable

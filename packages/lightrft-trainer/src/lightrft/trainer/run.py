@@ -95,8 +95,7 @@ def quiet_libraries() -> None:
 
 
 def claim_output_dir(strategy: StrategyBase, config: StrategyConfig) -> Path:
-    """The run's folder, decided on rank 0: the one asked for, or a new one under the default, with ``latest`` pointing
-    to it.
+    """The run's folder, decided on rank 0: the one asked for, or a new one that ``latest`` points to.
 
     :raises ConfigError: it holds a run already, and this is no resume. Raised on every rank.
     """
@@ -111,7 +110,7 @@ def claim_output_dir(strategy: StrategyBase, config: StrategyConfig) -> Path:
             _point(folder.parent / Path(config.output_dir).name, folder.name)
         problem = None
         if not config.resume and (folder / CONFIG_FILE).exists():
-            problem = f"--output_dir {str(folder)!r}: holds a run already; add --resume to go on with it, or name another folder"
+            problem = f"--output_dir {str(folder)!r}: holds a run already; add --resume to go on with it"
         else:
             folder.mkdir(parents=True, exist_ok=True)
             saved = dataclasses.replace(config, output_dir=str(folder), resume=False)
@@ -252,7 +251,7 @@ def optimizer_steps_per_epoch(config: StrategyConfig) -> int:
 
 def build_models(
     strategy: StrategyBase, config: StrategyConfig, *, multimodal: bool
-) -> tuple[nn.Module, nn.Module | None, list[nn.Module] | None, nn.Module | None, nn.Module | None]:
+) -> tuple[nn.Module, nn.Module | None, Sequence[nn.Module] | None, nn.Module | None, nn.Module | None]:
     """Actor, critic, reward models, reference and moving average, on the CPU or without memory (``--meta_init``)."""
     import torch
 

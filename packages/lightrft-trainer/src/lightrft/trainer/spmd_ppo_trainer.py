@@ -493,8 +493,8 @@ class SPMDPPOTrainer:
         if limit is not None and drift is not None and drift > limit:
             raise DriftError(
                 f"step {self.state.step}: engine and trainer logprobs differ by {drift:.4g} on average, "
-                f"--max_logprob_drift is {limit:g}; check that the engine has the trainer's dtype and weights, or correct the "
-                "drift with --importance_sampling_cap 2"
+                f"--max_logprob_drift is {limit:g}; check that the engine has the trainer's dtype and weights, "
+                "or correct the drift with --importance_sampling_cap 2"
             )
 
     # ---- evaluation -------------------------------------------------------------------------------------------------
