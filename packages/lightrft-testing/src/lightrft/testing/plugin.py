@@ -13,6 +13,11 @@ if TYPE_CHECKING:
 pytest.register_assert_rewrite("lightrft.testing.engine_suite", "lightrft.testing.strategy_suite")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """The suites' own mark: whoever is in a hurry runs ``-m "not full"``."""
+    config.addinivalue_line("markers", "full: a long campaign")
+
+
 @pytest.fixture(scope="session")
 def rank_pools() -> Iterator[Callable[[int], RankPool]]:
     """``rank_pools(n)``: the pool of ``n`` ranks, started on first use and shared by the whole session."""

@@ -1,0 +1,1 @@
+"""Plain data parallelism and a parrot."""
