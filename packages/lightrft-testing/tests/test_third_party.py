@@ -76,7 +76,7 @@ def load_error(target: Path, name: str) -> str:
 
 
 def test_an_installed_plug_in_passes_the_suites(ringworld: Path, tmp_path: Path) -> None:
-    checks = shutil.copytree(SOURCE / "checks", tmp_path / "checks")
+    checks = shutil.copy(SOURCE / "checks" / "ringworld_checks.py", tmp_path)
     done = python(
         ringworld, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(checks), "-k", SUBSET, "-m", "not full"
     )
@@ -88,7 +88,7 @@ def test_an_installed_plug_in_passes_the_suites(ringworld: Path, tmp_path: Path)
 
 @pytest.mark.full
 def test_an_installed_plug_in_passes_the_suites_whole(ringworld: Path, tmp_path: Path) -> None:
-    checks = shutil.copytree(SOURCE / "checks", tmp_path / "checks")
+    checks = shutil.copy(SOURCE / "checks" / "ringworld_checks.py", tmp_path)
     done = python(ringworld, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(checks), timeout=1800)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr
 

@@ -10,11 +10,14 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
+from torch import nn
 
 from .errors import RankTimeoutError
 
@@ -76,6 +79,25 @@ class RankJournal:
             f"{name} (number {self.sequence}) at {site} on rank {self.rank} failed after {waited:.1f} s "
             f"(deadline {self.timeout:g} s, --dist_timeout). Late: {late}"
         )
+
+
+def watch_calls(model: nn.Module, operation: Callable[[str], contextlib.AbstractContextManager[None]]) -> None:
+    """Make each call of ``model`` an operation: a sharded model waits for other ranks while it computes.
+
+    As in ``fully_shard`` the class is replaced by a subclass; a hook could not see what other hooks raise.
+
+    :param operation: a bound method, which is not kept alive.
+    """
+    kind, reference = type(model), weakref.WeakMethod(operation)
+
+    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
+        alive = reference()
+        with alive("forward") if alive is not None else contextlib.nullcontext():
+            return kind.__call__(self, *args, **kwargs)
+
+    named = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    watched = type(kind.__name__, (kind,), {**named, "__call__": __call__})
+    model.__class__ = watched
 
 
 def _is_lost_peer(error: BaseException) -> bool:

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from . import checkpoint
 from .hub_layout import unwrap
+from .journal import watch_calls
 from .optimizers import decay_groups, rebind
 from .strategy_base import ModelRecord, StepResult, StrategyBase, logger
 
@@ -78,6 +79,8 @@ class NativeStrategy(StrategyBase):
         record.shard_size = shard_size
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         prepared = self._place(model, shard_size)
+        if self._waits_in_forward(prepared):
+            watch_calls(prepared, self.waits_for_ranks)
         if record.optimizer is not None:
             rebind(record.optimizer, names, dict(model.named_parameters()))
         return prepared
@@ -154,6 +157,10 @@ class NativeStrategy(StrategyBase):
     def _place(self, model: nn.Module, shard_size: int) -> nn.Module:
         """Put the model where it computes; a sharded backend shards it over ``shard_size`` ranks, in place."""
         return model.to(self.device)
+
+    def _waits_in_forward(self, model: nn.Module) -> bool:
+        """Does a forward pass wait for other ranks? Then the one that does not come is named."""
+        return False
 
     def _make_optimizer(self, groups: list[dict[str, Any]], options: dict[str, Any]) -> Optimizer:
         """``options`` are AdamW's keywords."""

@@ -70,6 +70,9 @@ class FSDPV2Strategy(NativeStrategy):
             self._read_pretrained(model, fill)
         return model
 
+    def _waits_in_forward(self, model: nn.Module) -> bool:
+        return model in self._sharded and self.layout.world_size > 1
+
     def _has_nothing_to_shard(self, shard_size: int, trains: bool) -> bool:
         alone = shard_size == 1 and (self.layout.world_size == 1 or not trains)
         stays_here = not self.config.fsdp_cpu_offload or self.device.type == "cpu"

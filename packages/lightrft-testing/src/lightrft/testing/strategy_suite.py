@@ -16,6 +16,7 @@ from .strategy_claims.checkpoints import CheckpointClaims
 from .strategy_claims.claims import on_ranks
 from .strategy_claims.collectives import CollectiveClaims
 from .strategy_claims.data import DataClaims
+from .strategy_claims.deadlines import DeadlineClaims
 from .strategy_claims.interface import InterfaceClaims
 from .strategy_claims.memory import MemoryClaims
 from .strategy_claims.preparing import PreparingClaims
@@ -38,6 +39,7 @@ class StrategySuite(
     CheckpointClaims,
     WeightClaims,
     RolloutClaims,
+    DeadlineClaims,
 ):
     """All claims about a strategy. Subclass it, set ``world_size`` and define ``make_strategy``.
 
