@@ -9,7 +9,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from lightrft.fsdp.shards import Cut, cut_of, gather_into, gather_packed, like, local, take_rows, whole
+from lightrft.fsdp.shards import Cut, Pack, cut_of, like, local, start_gather, take_rows, wait, whole
 from lightrft.strategy import StrategyConfig, get_strategy
 
 
@@ -59,17 +59,44 @@ def gather_every_shape() -> None:
         assert torch.equal(local(parameter), value[cut.mine])
         assert torch.equal(whole(parameter), value)
         assert torch.equal(whole(parameter, local(parameter) * 2), value * 2)
-        half = gather_into(torch.empty(cut.padded_numel, dtype=torch.bfloat16), local(parameter), cut)
-        assert torch.equal(half, value.bfloat16()), "cast on the way"
+        half = torch.empty(cut.padded_numel, dtype=torch.bfloat16)
+        wait(start_gather(half, local(parameter), cut))
+        assert torch.equal(half[: value.numel()].view_as(value), value.bfloat16()), "cast on the way"
         wrapped: Any = like(parameter, local(parameter).clone())
         assert wrapped.shape == value.shape
         assert torch.equal(wrapped.full_tensor(), value)
     cuts = [cut for parameter in parameters if (cut := cut_of(parameter)) is not None]
     slots = [torch.full((cut.padded_numel,), torch.nan) for cut in cuts]
     staging = torch.empty(sum(cut.padded_numel for cut in cuts))
-    gather_packed(slots, [local(parameter) for parameter in parameters], cuts, staging)
+    pack = Pack(staging, cuts)
+    wait(pack.start([local(parameter) for parameter in parameters]))
+    pack.sort(slots)
     for slot, value in zip(slots, expected, strict=True):
         assert torch.equal(slot[: value.numel()].view_as(value), value)
+
+
+def under_way_together() -> None:
+    strategy = get_strategy(StrategyConfig(fsdp=True, dist_timeout=60))
+    strategy.setup_distributed()
+    mesh = init_device_mesh("cpu", (2,))
+    cuts = [
+        Cut(shape=torch.Size((rows, 3)), ranks=2, index=strategy.rank, group=mesh.get_group())
+        for rows in range(2, 30, 2)
+    ]
+    wholes = [torch.arange(cut.padded_numel, dtype=torch.float32).view(cut.shape) + 100 * cut.rows for cut in cuts]
+    slots = [torch.empty(cut.padded_numel) for cut in cuts]
+    work = [
+        start_gather(slot, value[cut.mine], cut, tag)
+        for tag, (slot, value, cut) in enumerate(zip(slots, wholes, cuts, strict=True))
+    ]
+    for item in reversed(work):  # in any order
+        wait(item)
+    for slot, value in zip(slots, wholes, strict=True):
+        assert torch.equal(slot.view_as(value), value)
+
+
+def test_collectives_that_are_under_way_together_are_told_apart(ranks: Any) -> None:
+    ranks.run(under_way_together)
 
 
 def test_gathering_makes_every_shape_whole(ranks: Any) -> None:

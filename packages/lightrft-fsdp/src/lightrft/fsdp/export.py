@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,7 @@ from torch import nn
 from lightrft.strategy.hub_layout import HubLayout, hub_sources
 from lightrft.strategy.weights import TensorSpec, UpdatePlan, WeightBucket, plan_buckets
 
-from .shards import Cut, cut_of, gather_into, gather_packed, local
+from .shards import Cut, Pack, cut_of, local, start_gather, wait
 
 # Below this a collective costs more in latency than in bytes.
 SMALL_BYTES = 2**18
@@ -78,7 +79,7 @@ def plan_places(specs: Sequence[TensorSpec], layout: HubLayout, cuts: dict[str, 
         if cut is None:
             plan.whole[source] = spec.dtype
             continue
-        offset = -(-end // ALIGNMENT) * ALIGNMENT
+        offset = aligned(end)
         end = offset + cut.padded_numel * spec.dtype.itemsize
         plan.places.append(Place(source=source, dtype=spec.dtype, cut=cut, offset=offset, size=end - offset))
     return plan
@@ -105,31 +106,44 @@ def export_buckets(
 
 @torch.no_grad()
 def _gather(bucket: BucketPlan, tensors: dict[str, torch.Tensor], buffer: torch.Tensor) -> dict[str, torch.Tensor]:
-    wholes: dict[str, torch.Tensor] = {}
-    free = (-(-bucket.size // ALIGNMENT) * ALIGNMENT, buffer.numel())
-    for places in _collectives(bucket.places, free[1] - free[0]):
-        slots = [buffer[place.offset : place.offset + place.size].view(place.dtype) for place in places]
+    """Begin every collective of a bucket, wait for them all, and view each module tensor in the buffer."""
+    slots = {
+        place.source: buffer[place.offset : place.offset + place.size].view(place.dtype) for place in bucket.places
+    }
+    free = aligned(bucket.size)
+    work: list[Any] = []
+    packs: list[tuple[Pack, list[Place]]] = []
+    for tag, places in enumerate(plan_collectives(bucket.places, buffer.numel() - free)):
         rows = [local(tensors[place.source]) for place in places]
         if len(places) == 1:
-            wholes[places[0].source] = gather_into(slots[0], rows[0], places[0].cut)
+            work += start_gather(slots[places[0].source], rows[0], places[0].cut, tag)
             continue
-        staging = buffer[free[0] : free[0] + sum(place.size for place in places)].view(places[0].dtype)
-        gather_packed(slots, rows, [place.cut for place in places], staging)
-        for place, slot in zip(places, slots, strict=True):
-            wholes[place.source] = slot[: place.cut.shape.numel()].view(place.cut.shape)
-    return wholes
+        size = sum(place.size for place in places)
+        pack = Pack(buffer[free : free + size].view(places[0].dtype), [place.cut for place in places])
+        free = aligned(free + size)
+        packs.append((pack, places))
+        work += pack.start(rows, tag)
+    wait(work)
+    for pack, places in packs:
+        pack.sort([slots[place.source] for place in places])
+    return {p.source: slots[p.source][: p.cut.shape.numel()].view(p.cut.shape) for p in bucket.places}
 
 
-def _collectives(places: Sequence[Place], room: int) -> Iterator[list[Place]]:
-    """Which parameters share a collective: small ones of one dtype and group, as many as fit into ``room`` bytes."""
+def plan_collectives(places: Sequence[Place], room: int) -> list[list[Place]]:
+    """Which module tensors share a collective: small ones of one dtype and group, as many as ``room`` bytes can sort."""
+    alone: list[list[Place]] = []
     packs: dict[tuple[torch.dtype, dist.ProcessGroup | None], list[Place]] = {}
     for place in places:
-        if place.size >= SMALL_BYTES or place.size > room:
-            yield [place]
+        key = (place.dtype, place.cut.group)
+        need = place.size + (0 if key in packs else ALIGNMENT)
+        if place.size >= SMALL_BYTES or need > room:
+            alone.append([place])
             continue
-        pack = packs.setdefault((place.dtype, place.cut.group), [])
-        if sum(other.size for other in pack) + place.size > room:
-            yield list(pack)
-            pack.clear()
-        pack.append(place)
-    yield from (pack for pack in packs.values() if pack)
+        room -= need
+        packs.setdefault(key, []).append(place)
+    return [*packs.values(), *alone]
+
+
+def aligned(offset: int) -> int:
+    """The next offset at which a tensor may begin."""
+    return -(-offset // ALIGNMENT) * ALIGNMENT
