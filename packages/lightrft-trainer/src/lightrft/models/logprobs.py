@@ -1,8 +1,8 @@
 """Token logprobs and entropies from logits, without a second copy of the logits.
 
 For N tokens and a vocabulary of V, PyTorch's ``log_softmax`` keeps N × V numbers for the backward pass beside the
-logits, and another N × V in fp32 where the logits are bf16. Here only one number a token is kept, and the backward
-pass writes its N × V gradient in chunks of rows.
+logits, and another N × V in fp32 where the logits are bf16. Here nothing is kept but the logits, and both passes go
+through chunks of rows; the backward pass makes one N × V tensor, its result.
 """
 
 from __future__ import annotations
@@ -12,13 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = 4 * 2**20
+CHUNK_BYTES = 8 * 2**20
 """Size of one chunk in the computing dtype: small enough to stay in a CPU's cache, large enough to fill a GPU."""
 
 
 def _rows_in_chunk(vocabulary: int, dtype: torch.dtype, device: torch.device) -> int:
     budget = CHUNK_BYTES if device.type == "cpu" else 64 * CHUNK_BYTES
     return max(1, budget // (vocabulary * dtype.itemsize))
+
+
+def _scaled(rows: Tensor, dtype: torch.dtype, temperature: float) -> Tensor:
+    """The rows themselves where nothing is to be done."""
+    rows = rows.to(dtype)
+    return rows if temperature == 1.0 else rows / temperature
 
 
 class _TokenStatistics(torch.autograd.Function):
@@ -30,47 +36,51 @@ class _TokenStatistics(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         dtype = torch.promote_types(logits.dtype, torch.float32)
         count, vocabulary = logits.shape
-        normalizers = torch.empty(count, dtype=dtype, device=logits.device)
-        logprobs = torch.empty_like(normalizers)
-        entropies = torch.empty_like(normalizers) if with_entropy else None
+        logprobs = torch.empty(count, dtype=dtype, device=logits.device)
+        entropies = torch.empty_like(logprobs) if with_entropy else None
         step = _rows_in_chunk(vocabulary, dtype, logits.device)
         for start in range(0, count, step):
             rows = slice(start, start + step)
-            scaled = logits[rows].to(dtype) / temperature if temperature != 1.0 else logits[rows].to(dtype)
-            normalizer = torch.logsumexp(scaled, dim=-1)
-            normalizers[rows] = normalizer
-            logprobs[rows] = scaled.gather(-1, labels[rows, None])[:, 0] - normalizer
+            normalized = torch.log_softmax(_scaled(logits[rows], dtype, temperature), dim=-1)
+            logprobs[rows] = normalized.gather(-1, labels[rows, None])[:, 0]
             if entropies is not None:
-                shifted = scaled - normalizer[:, None]
-                # A masked token has the logit -inf: its term is 0, not 0 × inf.
-                entropies[rows] = -(shifted.exp() * shifted.clamp_min(torch.finfo(dtype).min)).sum(-1)
-        ctx.save_for_backward(logits, labels, normalizers, entropies)
+                # A masked token has the logprob -inf: its term is 0, not 0 × inf.
+                entropies[rows] = -normalized.exp().mul_(normalized.clamp_min_(torch.finfo(dtype).min)).sum(-1)
+        ctx.save_for_backward(logits, labels, entropies)
         ctx.temperature = temperature
         return logprobs, entropies
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor, None, None, None]:
-        logits, labels, normalizers, entropies = ctx.saved_tensors
+        logits, labels, entropies = ctx.saved_tensors
         by_logprob, by_entropy = gradients
-        dtype = normalizers.dtype
+        dtype = torch.promote_types(logits.dtype, torch.float32)
         result = torch.empty_like(logits)
         step = _rows_in_chunk(logits.shape[1], dtype, logits.device)
         for start in range(0, logits.shape[0], step):
             rows = slice(start, start + step)
-            scaled = logits[rows].to(dtype) / ctx.temperature
-            shifted = scaled.sub_(normalizers[rows, None])
-            probabilities = shifted.exp()
-            gradient = torch.zeros_like(shifted)
-            if by_entropy is not None and entropies is not None:
+            scaled = _scaled(logits[rows], dtype, ctx.temperature)
+            if by_entropy is None or entropies is None:
+                # Straight into its place, where the dtypes allow it.
+                gradient = torch.softmax(scaled, dim=-1, out=result[rows] if logits.dtype == dtype else None)
+                # d log p_y / dx_i = [i = y] - p_i
+                gradient.mul_(0.0 if by_logprob is None else -by_logprob[rows, None])
+            else:
+                normalized = torch.log_softmax(scaled, dim=-1)
+                probabilities = normalized.exp()
                 # dH/dx_i = -p_i (log p_i + H)
-                shifted.clamp_min_(torch.finfo(dtype).min).add_(entropies[rows, None])
-                gradient.addcmul_(probabilities, shifted.mul_(by_entropy[rows, None]), value=-1.0)
+                gradient = normalized.clamp_min_(torch.finfo(dtype).min).add_(entropies[rows, None])
+                gradient.mul_(by_entropy[rows, None])
+                if by_logprob is not None:
+                    gradient.add_(by_logprob[rows, None])
+                gradient.mul_(probabilities).neg_()
             if by_logprob is not None:
-                weight = by_logprob[rows, None]
-                gradient.addcmul_(probabilities, weight, value=-1.0)
-                gradient.scatter_add_(-1, labels[rows, None], weight)
-            result[rows] = gradient.div_(ctx.temperature)
+                gradient.scatter_add_(-1, labels[rows, None], by_logprob[rows, None])
+            if ctx.temperature != 1.0:
+                gradient.div_(ctx.temperature)
+            if gradient.data_ptr() != result[rows].data_ptr():
+                result[rows] = gradient
         return result, None, None, None
 
 
