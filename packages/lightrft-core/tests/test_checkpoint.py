@@ -1,0 +1,128 @@
+"""What no strategy changes about checkpoints; what a strategy keeps is in the suite."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightrft.strategy.checkpoint import MANIFEST, whole_checkpoints
+from lightrft.strategy.errors import CheckpointError
+from lightrft.strategy.fake_strategy import FakeStrategy
+from lightrft.testing.faults import calling_first
+
+
+def saved(folder: Path, steps: int = 1, **options: Any) -> tuple[FakeStrategy, nn.Module]:
+    strategy = FakeStrategy()
+    model = nn.Linear(64, 64)
+    optimizer = strategy.create_optimizer(model)
+    for step in range(1, steps + 1):
+        strategy.backward(model(torch.ones(1, 64)).sum(), model, optimizer)
+        strategy.optimizer_step(optimizer, model)
+        strategy.save_ckpt(model, folder, client_state={"step": step}, **options)
+    return strategy, model
+
+
+def size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_checkpoint_is_read_without_pickle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    strategy, model = saved(tmp_path)
+    expected = model.weight.detach().clone()
+    nn.init.zeros_(model.weight)
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("something was unpickled")
+
+    for name in ("load", "loads", "Unpickler"):
+        monkeypatch.setattr(pickle, name, refuse)
+    monkeypatch.setattr(torch, "load", refuse)
+    strategy.load_ckpt(model, tmp_path)
+    assert torch.equal(model.weight, expected)
+    assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} <= {".json", ".safetensors", ""}
+
+
+def test_max_mem_counts_in_gigabytes_of_ten_to_the_nine(tmp_path: Path) -> None:
+    saved(tmp_path / "probe")
+    one = size(tmp_path / "probe")
+    saved(tmp_path / "runs", steps=4, max_mem=2.5 * one / 1e9)
+    assert whole_checkpoints(tmp_path / "runs") == ["step_4", "step_3"]
+
+
+def test_pruning_comes_after_success(tmp_path: Path) -> None:
+    """With max_num=1, a save that fails must leave the checkpoint that there was."""
+    strategy, model = saved(tmp_path)
+
+    def full() -> None:
+        raise OSError("no space left on device")
+
+    with calling_first(Path, "rename", full), pytest.raises(OSError, match="no space"):
+        strategy.save_ckpt(model, tmp_path, client_state={"step": 2}, max_num=1)
+    assert whole_checkpoints(tmp_path) == ["step_1"]
+    assert strategy.load_ckpt(model, tmp_path).client_state == {"step": 1}
+
+
+def test_latest_names_the_newest_and_may_be_missing(tmp_path: Path) -> None:
+    strategy, model = saved(tmp_path, steps=2)
+    assert (tmp_path / "latest").read_text().strip() == "step_2"
+    strategy.save_ckpt(model, tmp_path, client_state={"step": 3}, save_latest=False)
+    assert strategy.load_ckpt(model, tmp_path).client_state == {"step": 2}
+    (tmp_path / "latest").unlink()
+    assert strategy.load_ckpt(model, tmp_path).client_state == {"step": 3}
+    (tmp_path / "latest").write_text("step_99")
+    assert strategy.load_ckpt(model, tmp_path).client_state == {"step": 3}
+
+
+def test_untitled_saves_are_numbered(tmp_path: Path) -> None:
+    strategy, model = saved(tmp_path / "other")
+    for _ in range(2):
+        strategy.save_ckpt(model, tmp_path)
+    assert set(whole_checkpoints(tmp_path)) == {"save_0", "save_1"}
+
+
+def test_a_manifest_of_another_program_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "web").mkdir()
+    (tmp_path / "web" / MANIFEST).write_text(json.dumps({"name": "a web page"}))
+    assert whole_checkpoints(tmp_path) == []
+    strategy, model = saved(tmp_path, steps=2, max_num=1)
+    assert (tmp_path / "web" / MANIFEST).exists()
+    (tmp_path / "latest").write_text("web")
+    assert strategy.load_ckpt(model, tmp_path).path.name == "step_2"
+
+
+def test_the_callers_tensors_may_not_take_our_names(tmp_path: Path) -> None:
+    strategy, model = saved(tmp_path)
+    with pytest.raises(ValueError, match=r"rng\.torch"):
+        strategy.save_ckpt(model, tmp_path, rank_state={"rng.torch": torch.zeros(1)})
+
+
+def test_every_file_is_flushed_before_the_folder_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: set[str] = set()
+    original = os.fsync
+
+    def note(handle: int) -> None:
+        flushed.add(os.readlink(f"/proc/self/fd/{handle}"))
+        original(handle)
+
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("needs /proc to see which file a handle is: run on Linux")
+    monkeypatch.setattr(os, "fsync", note)
+    saved(tmp_path)
+    written = {path.relative_to(tmp_path / "step_1") for path in (tmp_path / "step_1").rglob("*")}
+    partial = tmp_path / ".step_1.partial"
+    assert {str(partial / path) for path in written} <= flushed
+    assert {str(partial), str(tmp_path)} <= flushed
+
+
+def test_a_checkpoint_that_is_a_file_is_named(tmp_path: Path) -> None:
+    strategy, model = saved(tmp_path / "runs")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(CheckpointError, match="file"):
+        strategy.load_ckpt(model, tmp_path / "file")

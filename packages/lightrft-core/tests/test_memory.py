@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+import psutil
+import pytest
+import torch
+
+from lightrft.strategy.memory import MoveReport, memory_figures
+
+
+def test_on_a_cpu_the_figures_are_the_process_own() -> None:
+    figures = memory_figures(torch.device("cpu"))
+    assert set(figures) == {"rss", "available"}
+    assert figures["rss"] == pytest.approx(psutil.Process().memory_info().rss / 2**30, rel=0.2)
+    assert 0 < figures["available"] * 2**30 <= psutil.virtual_memory().total
+
+
+def test_figures_follow_an_allocation() -> None:
+    before = memory_figures(torch.device("cpu"))["rss"]
+    block = torch.ones(2**26)  # 256 MiB
+    assert memory_figures(torch.device("cpu"))["rss"] - before > 0.2
+    assert block.sum() == 2**26
+
+
+def test_a_move_is_reported_in_words() -> None:
+    assert str(MoveReport(nbytes=3 * 2**20, seconds=0.25)) == "3.0 MiB in 0.250 s"
