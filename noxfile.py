@@ -86,7 +86,20 @@ def lint(session: nox.Session) -> None:
 @nox.session(tags=["default"])
 def types(session: nox.Session) -> None:
     """Check types with pyright, all packages together."""
-    _sync(session, "--all-packages", "--extra", "fsdp", "--extra", "hf", "--extra", "tensorboard", "--group", "types")
+    _sync(
+        session,
+        "--all-packages",
+        "--extra",
+        "fsdp",
+        "--extra",
+        "hf",
+        "--extra",
+        "tensorboard",
+        "--extra",
+        "reasoning-gym",
+        "--group",
+        "types",
+    )
     session.run("pyright", "--pythonpath", _python(session), *session.posargs)
 
 

@@ -14,9 +14,9 @@ from lightrft.strategy.config import FIELDS, StrategyConfig, field_groups
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 HEAD = """# Settings
 
-Each is a field of `StrategyConfig`, a flag (`--name`) of `lightrft train` and of `lightrft.utils.add_arguments`, and a key
-of a `--config run.yaml`. Flags win over the file, the file over the preset. A boolean flag is switched off by `--no_NAME`
-(`--disable_engine_sleep` for the engine's sleep). Written by `tools/configuration_page.py`.
+Each is a field of `StrategyConfig`, a flag (`--name`) of `lightrft train` and of `lightrft.utils.add_arguments`, and a
+key of a `--config run.yaml`. Flags win over the file, the file over the preset. A boolean flag is switched off by
+`--no_NAME` (`--disable_engine_sleep` for the engine's sleep). Written by `tools/configuration_page.py`.
 """
 
 

@@ -113,7 +113,9 @@ def test_a_package_carries_its_own_papers(member: Path) -> None:
 
 
 def test_no_test_folder_is_a_package() -> None:
-    assert [str(path) for path in our_files() if "tests" in path.parts and path.name == "__init__.py"] == []
+    """A source tree that tests install (``tests/NAME/src``) is one, of course."""
+    packages = [path for path in our_files() if "tests" in path.parts and path.name == "__init__.py"]
+    assert [str(path) for path in packages if "src" not in path.parts[path.parts.index("tests") :]] == []
 
 
 def test_only_the_lock_names_package_registries() -> None:

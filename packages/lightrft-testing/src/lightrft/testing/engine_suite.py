@@ -185,7 +185,7 @@ def _model(kind: str, seed: int = 0) -> Any:
 
 # ---- the contract ----------------------------------------------------------------------------------------------------
 class EngineContractSuite:
-    """What holds for every engine. Override the class-scoped fixture ``make_engine``.
+    """What holds for every engine. Override the fixture ``make_engine``.
 
     :cvar spec_options: fields of :class:`EngineSpec` that this engine's tests need.
     :cvar frees_kv_cache: False, with the reason in a comment, where an engine cannot free its cache on this device.
