@@ -157,8 +157,10 @@ def build(
         config = built_in_task(strategy, config, output_dir)
     assert config.pretrain is not None
     tokenizer, processor = load_tokenizer(config, multimodal=multimodal)
-    prompts = prompt_dataset_from_config(config, processor or tokenizer)
-    held_out = prompt_dataset_from_config(config, processor or tokenizer, evaluation=True) if config.eval_data else []
+    reader = processor or tokenizer
+    options: dict[str, Any] = {} if multimodal else {"images_key": None}
+    prompts = prompt_dataset_from_config(config, reader, **options)
+    held_out = prompt_dataset_from_config(config, reader, evaluation=True, **options) if config.eval_data else []
     steps = rollout_steps(config, len(prompts))
     optimizer_steps = steps * config.max_epochs * optimizer_steps_per_epoch(config)
     actor, critic, reward_models, reference, average = build_models(strategy, config, multimodal=multimodal)

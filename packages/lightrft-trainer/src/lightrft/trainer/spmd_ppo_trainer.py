@@ -278,6 +278,7 @@ class SPMDPPOTrainer:
             )
         if config.resume if resume is None else resume:
             self.load_state(stream)
+        self._stopping = False
         self._save_wanted = (lambda: interruption.asked) if interruption is not None else (lambda: False)
         sinks = self._open_sinks()
         progress = make_progress(total, done=self.state.step, show=self.strategy.is_rank_0())
