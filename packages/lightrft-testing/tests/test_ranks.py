@@ -180,7 +180,7 @@ def hangs():
     time.sleep(600)
 
 if __name__ == "__main__":
-    pool = RankPool(2, preload=[])
+    pool = RankPool(2, preload=["lightrft.testing.ranks"])
     job = pool.submit(hangs)
     job.wait_for(0, "hanging"); job.wait_for(1, "hanging")
     print(*pool.pids(), flush=True)

@@ -39,10 +39,8 @@ def python(target: Path, *words: str, timeout: float = 300) -> subprocess.Comple
 
 @pytest.fixture(scope="module")
 def ringworld(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    source = tmp_path_factory.mktemp("source") / "ringworld"
-    shutil.copytree(SOURCE, source)
     target = tmp_path_factory.mktemp("installed")
-    install(target, source)
+    install(target, copy_of_source(tmp_path_factory.mktemp("source")))
     return target
 
 
@@ -132,5 +130,7 @@ def test_a_plug_in_for_another_core_is_refused_with_both_versions(tmp_path: Path
 
 
 def copy_of_source(folder: Path) -> Path:
-    """Building writes beside the sources, which must stay clean."""
-    return Path(shutil.copytree(SOURCE, folder / "ringworld"))
+    """Building writes beside the sources, which must stay clean; and no folder of ours below tests is a package."""
+    copy = Path(shutil.copytree(SOURCE, folder / "ringworld"))
+    (copy / "src" / "ringworld" / "__init__.py").touch()
+    return copy

@@ -1,1 +1,0 @@
-"""Plain data parallelism and a parrot."""
