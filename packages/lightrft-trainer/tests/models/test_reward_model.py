@@ -52,6 +52,15 @@ def test_rows_without_tokens_and_left_padding_are_refused():
         model(ROWS.sequences, ROWS.attention_mask.flip(1))
 
 
+def test_a_model_without_a_padding_token_takes_batches():
+    torch.manual_seed(0)
+    model = RewardModel(tiny_config("qwen2", pad_token_id=None)).eval()
+    with torch.no_grad():
+        assert torch.allclose(
+            model(ROWS.sequences, ROWS.attention_mask)[1:], model(torch.tensor([[8, 30, END]])), atol=1e-6
+        )
+
+
 def test_an_encoder_classifier_is_refused_by_name():
     small = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=50)
     with pytest.raises(ValueError, match=r"BertForSequenceClassification has no `score` layer"):

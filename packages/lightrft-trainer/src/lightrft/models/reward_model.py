@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -43,6 +45,10 @@ class RewardModel(nn.Module):
                 f"reward model: {type(self.model).__name__} has no `score` layer; use a decoder with a sequence "
                 "classification head, such as Qwen2ForSequenceClassification, or a reward server (--remote_rm_url)"
             )
+        if (
+            self.model.config.pad_token_id is None
+        ):  # transformers then refuses batches, though nothing here depends on it
+            text.pad_token_id = 0
 
     @property
     def config(self) -> Any:
@@ -61,9 +67,29 @@ class RewardModel(nn.Module):
         last = mask.long().sum(dim=1) - 1
         if bool((last < 0).any()):
             raise ValueError("reward model: a row has no token")
-        hidden = self.model.base_model(input_ids=sequences, attention_mask=mask, use_cache=False).last_hidden_state
-        pooled = hidden[torch.arange(len(sequences), device=sequences.device), last]
-        return self.model.score(pooled)[:, 0].float()
+        with _scored_at(self.model.score, last):
+            output = self.model(input_ids=sequences, attention_mask=mask, use_cache=False)
+        return output.logits[:, 0].float()
+
+
+@contextmanager
+def _scored_at(score: nn.Module, last: Tensor) -> Iterator[None]:
+    """While open, the score layer is given each row's hidden state at ``last`` in all its columns.
+
+    So the column that transformers reads afterwards does not matter, and the model is still called through its own
+    forward, where a sharded one gathers its weights.
+    """
+
+    def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden = args[0]
+        chosen = hidden[torch.arange(len(hidden), device=hidden.device), last]
+        return (chosen[:, None].expand_as(hidden), *args[1:])
+
+    handle = score.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def get_llm_for_sequence_regression(
