@@ -13,6 +13,7 @@ What is in ``MODEL/`` is the backend's affair (:meth:`StrategyBase.write_state`)
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -32,6 +33,8 @@ from .weights import TensorSpec
 
 if TYPE_CHECKING:
     from .strategy_base import ModelRecord, StrategyBase
+
+logger = logging.getLogger("lightrft")
 
 FORMAT = "lightrft-checkpoint-1"
 MANIFEST, CLIENT, LATEST, RANKS = "manifest.json", "client_state.json", "latest", "ranks"
@@ -111,6 +114,13 @@ def save(
     strategy.setup_distributed()
     finish(strategy)
     records = _records(strategy, model, optimizer, scheduler)
+    for name, record in records.items():
+        if record.micro_steps:
+            logger.warning(
+                "save_ckpt: %s: gradients of %d micro-batches wait for a step and are not saved; save after optimizer_step",
+                name,
+                record.micro_steps,
+            )
     name = str(strategy.all_gather_object(tag or _default_tag(save_dir, client_state))[0])
     final, staging = save_dir / name, save_dir / f".{name}.partial"
     if strategy.is_rank_0():
