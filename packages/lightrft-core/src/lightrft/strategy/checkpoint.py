@@ -114,11 +114,11 @@ def save(
     strategy.setup_distributed()
     finish(strategy)
     records = _records(strategy, model, optimizer, scheduler)
-    for name, record in records.items():
+    for key, record in records.items():
         if record.micro_steps:
             logger.warning(
-                "save_ckpt: %s: gradients of %d micro-batches wait for a step and are not saved; save after optimizer_step",
-                name,
+                "save_ckpt: %s: gradients of %d micro-batches are not saved: save after optimizer_step",
+                key,
                 record.micro_steps,
             )
     name = str(strategy.all_gather_object(tag or _default_tag(save_dir, client_state))[0])
