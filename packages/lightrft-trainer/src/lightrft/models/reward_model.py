@@ -45,9 +45,8 @@ class RewardModel(nn.Module):
                 f"reward model: {type(self.model).__name__} has no `score` layer; use a decoder with a sequence "
                 "classification head, such as Qwen2ForSequenceClassification, or a reward server (--remote_rm_url)"
             )
-        if (
-            self.model.config.pad_token_id is None
-        ):  # transformers then refuses batches, though nothing here depends on it
+        text = self.model.config.get_text_config()
+        if text.pad_token_id is None:  # transformers then refuses batches, though nothing here depends on it
             text.pad_token_id = 0
 
     @property
