@@ -89,6 +89,52 @@ def test_a_checkpoint_moves_to_another_number_of_ranks(
             torch.testing.assert_close(found[name].float(), value.float(), atol=2e-5, rtol=1e-4, msg=name)
 
 
+def with_the_users_own_optimizer(folder: str, name: str) -> None:
+    kinds: dict[str, Any] = {
+        "AdamW": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-3),
+        "SGD": lambda model: torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9),
+    }
+    strategy = FSDPV2Strategy(**SETTINGS)
+    found = []
+    for seed in (0, 9):
+        model = strategy.prepare(tiny_model("qwen2_tied", seed=seed))
+        optimizer = kinds[name](model)
+        if seed == 0:
+            train(strategy, model, optimizer, range(2))
+            strategy.save_ckpt(model, folder, tag="two", optimizer=optimizer)
+        else:
+            strategy.load_ckpt(model, folder, tag="two", optimizer=optimizer)
+        train(strategy, model, optimizer, range(2, 4))
+        found.append(state_of(strategy, model, optimizer))
+        other = strategy.prepare(tiny_model("qwen2_tied", seed=5))
+        other_optimizer = kinds[name](other)
+        strategy.load_state(other, other_optimizer, list(strategy.iter_state(model, optimizer)))
+        copied = state_of(strategy, other, other_optimizer)
+        assert all(torch.equal(copied[key], value) for key, value in found[-1].items())
+    for key, value in found[0].items():
+        assert torch.equal(found[1][key], value), key
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SGD"])
+def test_an_optimizer_that_the_user_brought_is_saved_and_resumed(ranks: Any, tmp_path: Path, name: str) -> None:
+    ranks.run(with_the_users_own_optimizer, str(tmp_path), name)
+
+
+def into_another_optimizer(folder: str) -> str:
+    strategy = FSDPV2Strategy(**SETTINGS)
+    model = strategy.prepare(tiny_model("qwen2_tied"))
+    train(strategy, model, momentum := torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9), range(1))
+    strategy.save_ckpt(model, folder, tag="two", optimizer=momentum)
+    other = strategy.prepare(tiny_model("qwen2_tied"))
+    with pytest.raises(CheckpointError, match="does not keep") as caught:
+        strategy.load_ckpt(other, folder, tag="two", optimizer=strategy.create_optimizer(other))
+    return str(caught.value)
+
+
+def test_another_optimizers_state_is_refused(ranks: Any, tmp_path: Path) -> None:
+    assert "momentum_buffer" in ranks.run(into_another_optimizer, str(tmp_path))[0]
+
+
 def in_the_background(folder: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     strategy, model, optimizer = prepared()
     train(strategy, model, optimizer, range(2))

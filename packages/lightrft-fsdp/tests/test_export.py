@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from lightrft.fsdp import FSDPV2Strategy, export
-from lightrft.fsdp.export import ALIGNMENT, SMALL_BYTES, plan_places
+from lightrft.fsdp.export import ALIGNMENT, SMALL_BYTES, plan_collectives, plan_places
 from lightrft.fsdp.shards import Cut
 from lightrft.strategy import FakeStrategy
 from lightrft.strategy.hub_layout import HubLayout, hub_sources
-from lightrft.strategy.weights import UpdatePlan
+from lightrft.strategy.weights import UpdatePlan, plan_buckets
 from lightrft.testing import tiny_model, tiny_tokenizer
 
 ONE_TENSOR, WHOLE = 1, 2**30
@@ -231,3 +231,55 @@ def test_places_follow_each_other_aligned_and_whole_tensors_take_none() -> None:
         assert place.size == place.cut.padded_numel * 4
         end = place.offset + place.size
     assert plan.size == end
+
+
+def large_model(kind: str) -> torch.nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    with torch.device("meta"):
+        if kind == "dense 70B":
+            return LlamaForCausalLM(
+                LlamaConfig(
+                    hidden_size=8192,
+                    intermediate_size=28672,
+                    num_hidden_layers=80,
+                    num_attention_heads=64,
+                    num_key_value_heads=8,
+                    vocab_size=128256,
+                )
+            )
+        return Qwen3MoeForCausalLM(
+            Qwen3MoeConfig(
+                hidden_size=4096,
+                moe_intermediate_size=1536,
+                num_hidden_layers=94,
+                num_attention_heads=64,
+                num_key_value_heads=4,
+                head_dim=128,
+                num_experts=128,
+                num_experts_per_tok=8,
+                vocab_size=151936,
+                decoder_sparse_step=1,
+            )
+        )
+
+
+@pytest.mark.parametrize("kind", ["dense 70B", pytest.param("mixture of experts 235B", marks=pytest.mark.full)])
+def test_plans_for_large_models_need_no_tensors_and_stay_within_their_bounds(kind: str) -> None:
+    model = large_model(kind)
+    layout = HubLayout(model)
+    cuts: dict[str, Cut | None] = {
+        name: Cut(shape=tensor.shape, ranks=64, index=3) for name, tensor in hub_sources(model)
+    }
+    specs = tuple(spec.cast(torch.bfloat16) for spec in layout.specs)
+    plan = UpdatePlan(version=1, specs=specs, dtype=torch.bfloat16)
+    places = [plan_places(bucket, layout, cuts) for bucket in plan_buckets(plan)]
+    exported = {place.source for bucket in places for place in bucket.places}
+    assert exported == set(cuts)
+    largest = max(place.size for bucket in places for place in bucket.places)
+    for bucket in places:
+        padding = len(bucket.places) * (ALIGNMENT + 64 * 8192 * 2)
+        assert bucket.size <= max(plan.bucket_bytes, largest) + padding
+        together = plan_collectives(bucket.places, room=2**22)
+        assert sorted(p.source for group in together for p in group) == sorted(p.source for p in bucket.places)
+        assert sum(p.size for group in together if len(group) > 1 for p in group) <= 2**22

@@ -24,7 +24,7 @@ from lightrft.strategy.errors import CheckpointError
 from lightrft.strategy.hub_layout import hub_sources
 
 from .shards import like, local
-from .state import MASTER, STEP, fresh_state
+from .state import MASTER, STEP, state_for
 
 METADATA = ".metadata"
 _RECORDS = {
@@ -82,6 +82,10 @@ def read(
     """
     reader = SafeReader(folder)
     saved = reader.read_metadata().state_dict_metadata
+    by_name: dict[str, set[str]] = {}
+    for key in saved:
+        kind, _, name = key.partition("/")
+        by_name.setdefault(name, set()).add(kind)
     targets: dict[str, torch.Tensor] = {}
     filled: list[torch.Tensor] = []
     for name, tensor in hub_sources(model):
@@ -92,15 +96,21 @@ def read(
         targets[f"weight/{name}"] = like(tensor, local(tensor).detach())
         if optimizer is None:
             continue
-        if f"{STEP}/{name}" not in saved:
+        kinds = by_name.get(name, set()) - {"weight"}
+        if not kinds:
             optimizer.state.pop(tensor, None)
             continue
-        state = fresh_state(optimizer, tensor)
+        state = state_for(optimizer, tensor, sorted(kinds))
+        if strange := kinds - set(state):
+            lacking = ", ".join(sorted(strange))
+            raise CheckpointError(
+                f"{folder}: {name}: the checkpoint holds {lacking}, which this optimizer does not keep"
+            )
         for kind, value in state.items():
             if kind == MASTER:
                 targets[f"weight/{name}"] = like(tensor, value)
                 filled.append(tensor)
-            elif f"{kind}/{name}" in saved:
+            elif kind in kinds:
                 targets[f"{kind}/{name}"] = value if kind == STEP else like(tensor, local(value))
     try:
         dcp.load(targets, storage_reader=reader, process_group=group)

@@ -130,7 +130,7 @@ def _gather(bucket: BucketPlan, tensors: dict[str, torch.Tensor], buffer: torch.
 
 
 def plan_collectives(places: Sequence[Place], room: int) -> list[list[Place]]:
-    """Which module tensors share a collective: small ones of one dtype and group, as many as ``room`` bytes can sort."""
+    """Which module tensors share a collective: small ones of one dtype and group, as many as ``room`` bytes sort."""
     alone: list[list[Place]] = []
     packs: dict[tuple[torch.dtype, dist.ProcessGroup | None], list[Place]] = {}
     for place in places:

@@ -52,26 +52,29 @@ def load_state(model: nn.Module, optimizer: Optimizer | None, items: Iterable[St
         if not item.moments:
             optimizer.state.pop(tensor, None)
             continue
-        state = fresh_state(optimizer, tensor)
+        state = state_for(optimizer, tensor, [*item.moments, *([STEP] if item.step else [])])
         if MASTER in state:
             state[MASTER].copy_(take_rows(tensor, item.weight))
         for kind, value in item.moments.items():
+            if kind not in state:
+                raise CheckpointError(f"{item.name}: the checkpoint holds {kind}, which this optimizer does not keep")
             local(state[kind]).copy_(take_rows(tensor, value))
-        state[STEP].fill_(float(item.step))
+        if STEP in state:
+            state[STEP].fill_(float(item.step))
     if wanted:
         raise CheckpointError(f"the checkpoint lacks {len(wanted)} parameters, the first is {next(iter(wanted))}")
 
 
-def fresh_state(optimizer: Optimizer, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-    """A parameter's optimizer states, made where it has none yet: AdamW's, whoever wrote the optimizer."""
+def state_for(optimizer: Optimizer, parameter: torch.Tensor, kinds: Iterable[str]) -> dict[str, torch.Tensor]:
+    """A parameter's optimizer states with ``kinds`` among them, made of zeros where it has none yet."""
     if isinstance(optimizer, ShardedAdamW):
         return optimizer.state_of(parameter)
     state = optimizer.state[parameter]
-    if not state:
-        rows = local(parameter).detach()
-        for kind in ("exp_avg", "exp_avg_sq"):
-            state[kind] = like(parameter, torch.zeros_like(rows))
-        state[STEP] = torch.zeros((), dtype=torch.float32)
+    for kind in kinds:
+        if kind == STEP:
+            state.setdefault(kind, torch.zeros((), dtype=torch.float32))
+        elif kind not in state:
+            state[kind] = like(parameter, torch.zeros_like(local(parameter).detach()))
     return state
 
 
