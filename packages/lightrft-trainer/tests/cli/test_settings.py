@@ -154,3 +154,11 @@ def test_a_saved_configuration_reads_back_as_it_was(tmp_path: Path) -> None:
     config.to_yaml(tmp_path / "c.yaml")
     assert StrategyConfig.from_yaml(tmp_path / "c.yaml") == config
     assert yaml.safe_load((tmp_path / "c.yaml").read_text())["adam_betas"] == [0.8, 0.9]
+
+
+def test_the_default_preset_has_the_settings_measured_for_its_task() -> None:
+    from lightrft.data.tasks import TASK_SETTINGS
+
+    preset = settings.read_preset("default")
+    preset["adam_betas"] = tuple(preset["adam_betas"])
+    assert {name: preset[name] for name in TASK_SETTINGS} == TASK_SETTINGS

@@ -46,7 +46,8 @@ def setup(tmp_path: Path, request: pytest.FixtureRequest) -> tuple[SPMDPPOTraine
     strategy = FakeStrategy(args=config)
     processor = tiny_processor("qwen2_vl")
     records = [
-        Record({"input": f"what is {i} ?", "image": [tiny_image(i + k) for k in range(i % 3)]}, str(i)) for i in range(9)
+        Record({"input": f"what is {i} ?", "image": [tiny_image(i + k) for k in range(i % 3)]}, str(i))
+        for i in range(9)
     ]
     prompts = PromptDataset(
         records, processor, label_key=None, images_key="image", prompt_format=PromptFormat(apply_chat_template=True)

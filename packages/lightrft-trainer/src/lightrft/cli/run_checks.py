@@ -115,7 +115,7 @@ def _a_critic_for_gae(c: StrategyConfig) -> str | None:
 def _a_critic_to_train_first(c: StrategyConfig) -> str | None:
     if c.freezing_actor_steps <= 0 or c.advantage_estimator == "gae":
         return None
-    return f"--freezing_actor_steps {c.freezing_actor_steps}: only --advantage_estimator gae has a critic to train first"
+    return f"--freezing_actor_steps {c.freezing_actor_steps}: only --advantage_estimator gae has a critic to train"
 
 
 @between("importance_sampling_cap", "max_logprob_drift", "top_p", "top_k", "min_p")
