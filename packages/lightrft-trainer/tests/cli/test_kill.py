@@ -1,4 +1,4 @@
-"""``kill -9`` of a rank at any moment, then ``--resume``: the final weights are those of a run that nobody disturbed."""
+"""``kill -9`` of a rank at any moment, then ``--resume``: the final weights are those of an undisturbed run."""
 
 from __future__ import annotations
 

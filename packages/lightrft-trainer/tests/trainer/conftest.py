@@ -22,7 +22,7 @@ PROMPTS = 24
 
 @dataclass
 class Setup:
-    """A trainer on FakeStrategy and the embedded engine, small enough for a step to take some hundredths of a second."""
+    """A trainer on FakeStrategy and the embedded engine; a step takes some hundredths of a second."""
 
     strategy: FakeStrategy
     trainer: SPMDPPOTrainer

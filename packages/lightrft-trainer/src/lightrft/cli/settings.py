@@ -1,4 +1,4 @@
-"""From command line, preset, file and earlier run to one checked configuration. Loads neither torch nor transformers."""
+"""From command line, preset, file and earlier run to one checked configuration, without loading torch."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def load_settings(namespace: argparse.Namespace) -> StrategyConfig:
 
 
 def _resumed(merged: Mapping[str, Any], *, typed: Mapping[str, Any], file: Mapping[str, Any]) -> dict[str, Any]:
-    """The saved run's settings under what is given now. A run that ended before it saved any takes what is given now."""
+    """The saved run's settings under what is given now; a run that ended before it saved any has only the latter."""
     folder = Path(merged.get("output_dir", FIELDS["output_dir"].default))
     if not folder.is_dir():
         raise ConfigError(

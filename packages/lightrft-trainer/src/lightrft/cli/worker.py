@@ -83,7 +83,7 @@ def show_result(result: RunResult) -> None:
 
 
 def die_with_parent() -> None:
-    """Ask Linux to end this rank when the launcher dies, however it dies; elsewhere the collectives' deadline does it."""
+    """Ask Linux to end this rank when the launcher dies; elsewhere the collectives' deadline ends it."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 

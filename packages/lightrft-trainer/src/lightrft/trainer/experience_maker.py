@@ -1,4 +1,4 @@
-"""From prompts to samples ready for training: generate, grade, look at them with the frozen models, compute advantages."""
+"""From prompts to samples ready for training: generate, grade, ask the other models, compute advantages."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from .minibatches import MicroBatch, cut_microbatches, plan_minibatches
 
 @dataclass(frozen=True)
 class SampleRecord:
-    """What every rank knows of a sample: its owner (data rank), tokens in all, tokens of the response, and its reward."""
+    """What every rank knows of a sample: its owner (a data rank), its tokens and the response's, its reward."""
 
     owner: int
     length: int

@@ -21,7 +21,7 @@ IMAGE_INPUTS = ("pixel_values", "image_grid_thw", "image_sizes")
 
 
 class ExperienceMakerVL(ExperienceMaker):
-    """Sends text and images to the engine, and keeps what the processor makes of the images for the trainer's models."""
+    """Sends text and images to the engine, and keeps what the processor makes of the images for training."""
 
     def generate(self, prompts: Sequence[Any], sampling: SamplingParams, step: int) -> list[GenerationOutput]:
         """See the base class. The engine expands image placeholders; its prompt ids are those that training sees."""
