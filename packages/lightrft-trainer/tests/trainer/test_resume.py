@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from lightrft.strategy import CheckpointError
 from lightrft.trainer.metrics import read_metrics
 
 Make = Callable[..., Any]
@@ -135,6 +136,16 @@ def test_a_damaged_checkpoint_is_passed_over(make: Make, tmp_path: Path, capsys:
     second.fit(resume=True)
     assert "step_000003 is damaged" in capsys.readouterr().out
     assert_same(everything_of(whole), everything_of(second))
+
+
+def test_checkpoints_that_are_all_damaged_are_an_error_not_a_fresh_start(make: Make, tmp_path: Path) -> None:
+    make(output_dir=str(tmp_path / "run"), max_steps=2, save_steps=1).fit()
+    for manifest in (tmp_path / "run" / "checkpoints").glob("*/client_state.json"):
+        manifest.write_text("{}", encoding="utf-8")
+    before = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    with pytest.raises(CheckpointError, match="no whole checkpoint"):
+        make(output_dir=str(tmp_path / "run"), max_steps=4, resume=True).fit()
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == before
 
 
 def test_resuming_before_the_first_checkpoint_starts_from_the_beginning(

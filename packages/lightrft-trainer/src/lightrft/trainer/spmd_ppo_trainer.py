@@ -18,7 +18,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightrft.rewards import CheckedReward, CombinedReward, build_reward
-from lightrft.strategy.errors import CheckpointError, LightRFTError
+from lightrft.strategy.checkpoint import whole_checkpoints
+from lightrft.strategy.errors import LightRFTError
 from lightrft.strategy.sampling import SamplingParams
 
 from .evaluation import EvaluationResult, evaluate
@@ -570,17 +571,15 @@ class SPMDPPOTrainer:
         )
 
     def load_state(self, stream: PromptStream) -> bool:
-        """Go back to the last whole checkpoint; False where there is none yet and the run starts from the beginning."""
+        """Go back to the last whole checkpoint; False where none was finished yet: the run starts from the beginning.
+
+        :raises CheckpointError: there are checkpoints, and every one is damaged or another model's.
+        """
         folder = self.output_dir / CHECKPOINTS
-        there = self.strategy.all_gather_object(folder.is_dir() and any(folder.iterdir()))[0]
-        if not there:
+        if not self.strategy.all_gather_object(whole_checkpoints(folder))[0]:
             self.strategy.print(f"{folder}: no checkpoint yet; starting from the beginning")
             return False
-        try:
-            loaded = self.strategy.load_ckpt(self._models(), folder)
-        except CheckpointError as error:
-            self.strategy.print(f"{error}; starting from the beginning")
-            return False
+        loaded = self.strategy.load_ckpt(self._models(), folder)
         saved = loaded.client_state
         self.state = RunState.from_json(saved["run"])
         self.kl_ctl.load_state_dict(saved["kl"])
