@@ -130,7 +130,7 @@ def test_a_run_that_cannot_work_is_refused_with_what_would(arguments: tuple[str,
 
 
 def test_rollouts_must_divide_over_the_data_ranks() -> None:
-    with pytest.raises(ConfigError, match="--rollout_batch_size 32: must be a multiple of the 3 data ranks"):
+    with pytest.raises(ConfigError, match="--rollout_batch_size 64: must be a multiple of the 3 data ranks"):
         settings.check_settings(load(), multimodal=False, world_size=3)
 
 

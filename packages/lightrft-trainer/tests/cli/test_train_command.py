@@ -45,6 +45,33 @@ def test_the_report_says_what_was_learned_and_where_it_is(uninterrupted: Path) -
     assert "Traceback" not in shown
 
 
+def test_the_number_of_ranks_does_not_change_the_run(tiny: Tiny, tmp_path: Path, uninterrupted: Path) -> None:
+    command = tiny(tmp_path, "--nproc_per_node", "1")
+    assert command.finish() == 0, command.output()
+    alone, together = (read_metrics(folder / "metrics.jsonl") for folder in (tmp_path / "run", uninterrupted))
+    # The same prompts, the same samples, the same optimizer steps; sums over ranks differ in rounding only, which eight
+    # optimizer steps at this rate multiply by some thousands.
+    for one, two in zip(alone[:2], together[:2], strict=True):
+        assert one["reward_mean"] == pytest.approx(two["reward_mean"], abs=1e-9)
+        assert one["response_length_mean"] == two["response_length_mean"]
+        for name in ("loss", "grad_norm", "policy_kl"):
+            assert one[name] == pytest.approx(two[name], rel=1e-3, abs=1e-5)
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(tiny: Tiny, tmp_path: Path, uninterrupted: Path) -> None:
+    first = tiny(tmp_path)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    assert first.wait_until(lambda: len(read_metrics(metrics)) >= 2)
+    first.process.send_signal(signal.SIGTERM)
+    assert first.finish() == 130
+    second = tiny(tmp_path, "--resume", "--nproc_per_node", "1")
+    assert second.finish() == 0, second.output()
+    alone, together = read_metrics(metrics), read_metrics(uninterrupted / "metrics.jsonl")
+    assert [line["step"] for line in alone] == list(range(1, 9))
+    for one, two in zip(alone, together, strict=True):
+        assert one["reward_mean"] == pytest.approx(two["reward_mean"], abs=0.05)
+
+
 def test_ctrl_c_saves_and_says_how_to_go_on(
     tiny: Tiny, tmp_path: Path, uninterrupted: Path, same_weights: Callable[[Path, Path], None]
 ) -> None:
