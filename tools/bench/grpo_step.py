@@ -183,7 +183,7 @@ class Theirs:
         self.blocks = self._train()
 
     def _train(self) -> Iterator[list[float]]:
-        """Trains in a thread of control of its own, stopping after each block: TRL's loop cannot be left and entered."""
+        """Trains in a thread of its own, stopping after each block: TRL's loop cannot be left and entered."""
         import queue
         import threading
 
