@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lightrft.rewards import RewardError
+from lightrft.strategy.lifecycle import EngineStatus
 from lightrft.trainer import DriftError, SPMDPPOTrainer
 from lightrft.trainer import policy_update as update_module
 from lightrft.trainer.losses import PolicyLoss
@@ -227,6 +228,29 @@ def test_a_reward_that_raises_ends_the_run_and_names_the_sample(make: Make) -> N
 
     with pytest.raises(RewardError, match=r"moody raised KeyError: 'mood' for sample 0 of 16"):
         make(reward_fn=moody).fit()
+
+
+def test_an_engine_that_drops_its_weights_serves_every_draw_and_evaluation(make: Make) -> None:
+    setup = make(
+        enable_engine_sleep=True,
+        engine_sleep_level=2,
+        dynamic_sampling=True,
+        eval_steps=1,
+        reward_fn=lambda p, r, x: [0.0] * len(r),
+    )
+    state = setup.fit(eval_prompts=[setup.prompts[0]])
+    assert list(state.evaluation) == ["0", "1", "2", "3"]
+    asleep_while_training: list[bool] = []
+    setup = make(enable_engine_sleep=True, engine_sleep_level=1)
+    step = setup.trainer.training_step
+
+    def watching(*args: Any) -> dict[str, float]:
+        asleep_while_training.append(setup.strategy.inference_engine_status is EngineStatus.SLEEPED)
+        return step(*args)
+
+    setup.trainer.training_step = watching
+    setup.fit()
+    assert all(asleep_while_training)
 
 
 def test_evaluation_is_greedy_and_comes_before_and_after(make: Make) -> None:

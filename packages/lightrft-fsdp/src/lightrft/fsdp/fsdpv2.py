@@ -48,7 +48,7 @@ class FSDPV2Strategy(NativeStrategy):
         self._meshes: dict[int, DeviceMesh] = {}
         self._sharded: weakref.WeakKeyDictionary[nn.Module, list[FSDPModule]] = weakref.WeakKeyDictionary()
         self._unfilled: weakref.WeakKeyDictionary[nn.Module, tuple[FillPlan, Any]] = weakref.WeakKeyDictionary()
-        self._background: dist.ProcessGroup | None = None
+        self._background: weakref.WeakKeyDictionary[nn.Module, dist.ProcessGroup] = weakref.WeakKeyDictionary()
 
     # ---- preparing ---------------------------------------------------------------------------------------------------
     def create_optimizer(self, model: nn.Module, **kwargs: Any) -> Optimizer:
@@ -261,12 +261,13 @@ class FSDPV2Strategy(NativeStrategy):
     def write_state(self, record: ModelRecord, folder: Path, *, asynchronous: bool) -> checkpoints.PendingWrite | None:
         self._require_filled(record.model)
         self._settle(record.model)
-        if asynchronous and self._background is None:
-            # The writer's thread talks to its like on other ranks while training goes on: over a group of its own.
+        if asynchronous and record.model not in self._background:
+            # A writer's thread talks to its like on other ranks while training goes on, and while the writers of this
+            # checkpoint's other models do the same: over a group of its own.
             group = dist.new_group(backend="gloo")
             assert isinstance(group, dist.ProcessGroup), "a group of all ranks holds this one"
-            self._background = group
-        group = self._background if asynchronous else None
+            self._background[record.model] = group
+        group = self._background[record.model] if asynchronous else None
         return checkpoints.write(record.model, record.optimizer, folder, asynchronous=asynchronous, group=group)
 
     def read_state(self, record: ModelRecord, folder: Path, *, optimizer: bool) -> None:

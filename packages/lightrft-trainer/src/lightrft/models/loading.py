@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 from typing import Any, Literal
@@ -73,10 +74,15 @@ def load_model(
         if is_vision_language(config)
         else transformers.AutoModelForCausalLM,
     }[kind]
-    if from_path:
-        model = loader.from_pretrained(source, config=config, **options)
-    else:
+    if not from_path:
         model = loader.from_config(config, **options)
+    elif torch.get_default_device().type == "meta":
+        # Only the shapes: the configuration names the source, from which the strategy fills each rank's shard.
+        model = loader.from_config(config, **options)
+        with contextlib.suppress(OSError):  # not every folder has one
+            model.generation_config = transformers.GenerationConfig.from_pretrained(source)
+    else:
+        model = loader.from_pretrained(source, config=config, **options)
     return model.train()
 
 

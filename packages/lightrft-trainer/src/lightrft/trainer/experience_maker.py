@@ -160,6 +160,8 @@ class ExperienceMaker:
         """One step's samples, or None where the stream has ended. A collective."""
         rollout = Rollout([], {})
         groups = self._collect(stream, step, rollout)
+        # Only now: at sleep level 2 the weights go, and another draw or an evaluation would need them.
+        self.strategy.maybe_sleep_inference_engine()
         if groups is None:
             return None
         begun = time.monotonic()
@@ -195,7 +197,7 @@ class ExperienceMaker:
         places = sorted(place for part in self.strategy.all_gather_object([g.place for g in kept]) for place in part)
         if len(places) < wanted:
             self.strategy.print(
-                f"step {step}: dynamic sampling found {len(places)} of {wanted} prompts with mixed rewards in "
+                f"step {step + 1}: dynamic sampling found {len(places)} of {wanted} prompts with mixed rewards in "
                 f"{rounds} rounds; training on those"
             )
         chosen = set(places[:wanted])
@@ -220,12 +222,15 @@ class ExperienceMaker:
         return [_Group((round_, i * ranks + rank), samples[i * n : (i + 1) * n]) for i in range(len(prompts))]
 
     def generate(self, prompts: Sequence[Any], sampling: SamplingParams, step: int) -> list[GenerationOutput]:
-        """``sampling.n`` responses to each of this rank's prompts, one after the other. A collective."""
+        """``sampling.n`` responses to each of this rank's prompts, one after the other. A collective.
+
+        The engine stays awake.
+        """
         token_ids = [prompt.prompt_token_ids for prompt in prompts]
         return self.strategy.gather_and_generate(
             sampling,
             all_prompt_token_ids=token_ids,
-            sleep_engine=True,
+            sleep_engine=False,
             prompt_indices=[prompt.index for prompt in prompts],
             step=step,
         )

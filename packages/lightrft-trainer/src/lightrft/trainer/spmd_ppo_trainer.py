@@ -285,6 +285,8 @@ class SPMDPPOTrainer:
         progress = make_progress(total, done=self.state.step, show=self.strategy.is_rank_0())
         try:
             self._sync()
+            if self.state.training:
+                self.strategy.maybe_sleep_inference_engine()
             if self.state.step == 0 and not self.state.training:
                 self._evaluate(eval_prompts)
             with progress:

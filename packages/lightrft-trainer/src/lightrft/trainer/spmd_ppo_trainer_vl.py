@@ -31,7 +31,7 @@ class ExperienceMakerVL(ExperienceMaker):
             all_prompts=[prompt.prompt for prompt in prompts],
             all_images=[picture for pictures in images for picture in pictures],
             images_num=[len(pictures) for pictures in images],
-            sleep_engine=True,
+            sleep_engine=False,
             prompt_indices=[prompt.index for prompt in prompts],
             step=step,
         )
