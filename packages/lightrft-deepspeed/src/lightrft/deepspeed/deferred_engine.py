@@ -1,0 +1,49 @@
+"""A module that becomes a DeepSpeed engine when its optimizer comes.
+
+DeepSpeed wants model and optimizer at once; the documents prepare first and create the optimizer later. This wrapper is
+what ``prepare`` hands out. It keeps the engine out of the module tree (an engine that is its own grandchild recurses) and
+sends every forward pass through it: under ZeRO-3 a call of the raw module silently loses gradients.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+
+class DeferredEngine(nn.Module):
+    """``module`` is the user's own; attributes that the wrapper lacks are the module's."""
+
+    module: nn.Module
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.bind(None)
+
+    @property
+    def engine(self) -> Any:
+        """The DeepSpeed engine, or None while the module is called directly."""
+        return self.__dict__["_engine"]
+
+    def bind(self, engine: Any) -> None:
+        """Send forward passes through ``engine`` from now on (None: through the module)."""
+        self.__dict__["_engine"] = engine
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's forward pass, through the engine where there is one."""
+        return (self.engine or self.module)(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> DeferredEngine:
+        """Set the mode of the module and of its engine."""
+        super().train(mode)
+        if self.engine is not None:
+            self.engine.train(mode)
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("module"), name)

@@ -1,0 +1,62 @@
+"""From our settings to DeepSpeed's dictionary. Pure functions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightrft.strategy.config import StrategyConfig
+from lightrft.strategy.errors import ConfigError
+
+DTYPE_NAMES = {"fp32": "fp32", "bf16": "bf16", "fp16": "fp16"}
+
+
+def get_ds_train_config(config: StrategyConfig, *, data_parallel_size: int = 1) -> dict[str, Any]:
+    """DeepSpeed's configuration of a trained model.
+
+    Gradient accumulation is ours (``managed_gradient_accumulation`` is off): each backward pass adds its share of a
+    global mean, and ``step`` is called at the boundary only.
+
+    :raises ConfigError: an option that this ZeRO stage cannot take.
+    """
+    if config.overlap_comm and config.zero_stage != 2:
+        raise ConfigError([f"--overlap_comm with --zero_stage {config.zero_stage}: possible with --zero_stage 2 only"])
+    zero: dict[str, Any] = {
+        "stage": config.zero_stage,
+        "overlap_comm": config.overlap_comm,
+        "offload_optimizer": {"device": "cpu" if config.adam_offload else "none", "pin_memory": config.adam_offload},
+    }
+    if config.zero_stage == 3:
+        zero |= {"zero_hpz_partition_size": config.zpg, "stage3_gather_16bit_weights_on_model_save": False}
+    accumulate = config.grad_accum_dtype or "fp32"
+    return {
+        **_common(config, data_parallel_size),
+        "managed_gradient_accumulation": False,
+        "zero_optimization": zero,
+        "gradient_clipping": config.max_norm,
+        "data_types": {"grad_accum_dtype": accumulate},
+        "communication_data_type": accumulate,
+        # Any torch optimizer will do, and none of DeepSpeed's compiled ones is needed.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
+def get_ds_eval_config(config: StrategyConfig) -> dict[str, Any]:
+    """DeepSpeed's configuration of a model that is not trained (yet): sharded under stage 3, whole otherwise."""
+    zero: dict[str, Any] = {"stage": 3 if config.zero_stage == 3 else 0}
+    if config.zero_stage == 3:
+        zero["zero_hpz_partition_size"] = config.zpg
+    return {**_common(config, 1), "zero_optimization": zero}
+
+
+def _common(config: StrategyConfig, data_parallel_size: int) -> dict[str, Any]:
+    micro = config.micro_train_batch_size
+    return {
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": 1,
+        "train_batch_size": micro * data_parallel_size,
+        "bf16": {"enabled": config.dtype_name == "bfloat16"},
+        "fp16": {"enabled": config.dtype_name == "float16"},
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+    }

@@ -1,0 +1,36 @@
+"""Import DeepSpeed so that it runs where we run: on a CPU too, without a compiler, and without its banner."""
+
+from __future__ import annotations
+
+import logging
+import os
+from functools import cache
+from types import ModuleType
+
+import torch
+
+
+@cache
+def load_deepspeed() -> ModuleType:
+    """DeepSpeed's module, set up once.
+
+    On a CPU it would build a shared-memory collective with a C++ compiler as soon as it joins the process group, and die
+    where there is none; gloo does without.
+    """
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+    from deepspeed import ops
+
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    return deepspeed
+
+
+def join_process_group() -> None:
+    """Let DeepSpeed use the process group that torch has."""
+    load_deepspeed().init_distributed(auto_mpi_discovery=False, dist_init_required=False, verbose=False)

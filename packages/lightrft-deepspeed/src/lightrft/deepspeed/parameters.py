@@ -1,0 +1,161 @@
+"""Whole parameters, master weights and moments of a ZeRO model, whatever its stage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from lightrft.strategy.errors import CheckpointError
+from lightrft.strategy.hub_layout import HubLayout, hub_sources, unwrap
+from lightrft.strategy.training_state import StateItem
+from lightrft.strategy.weights import TensorSpec, UpdatePlan, WeightBucket, plan_buckets
+
+from .environment import load_deepspeed
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Is it a ZeRO-3 parameter, of which each rank holds a flat part?"""
+    return hasattr(tensor, "ds_tensor")
+
+
+def whole_shape(tensor: torch.Tensor) -> torch.Size:
+    """The shape that the parameter has when it is whole."""
+    return getattr(tensor, "ds_shape", tensor.shape)
+
+
+# ---- weights ---------------------------------------------------------------------------------------------------------
+def export_buckets(model: nn.Module, layout: HubLayout, plan: UpdatePlan) -> Iterator[WeightBucket]:
+    """Stream whole tensors; under ZeRO-3 only one bucket's parameters are gathered at a time, cast before."""
+    tensors = dict(hub_sources(model))
+    for index, specs in enumerate(plan_buckets(plan)):
+        yield WeightBucket(index, _bucket(specs, layout, tensors, plan.dtype))
+
+
+def _bucket(
+    specs: Sequence[TensorSpec], layout: HubLayout, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None
+) -> dict[str, torch.Tensor]:
+    sources = list(dict.fromkeys(layout.by_name[spec.name].source for spec in specs))
+    whole = _gather({source: tensors[source] for source in sources}, dtype)
+    bucket = {}
+    for spec in specs:
+        hub = layout.by_name[spec.name]
+        bucket[spec.name] = hub.view(whole[hub.source]).to(spec.dtype)
+    return bucket
+
+
+def _gather(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+    """Whole tensors by name. One collective for all shards of the same group and dtype."""
+    whole = {name: tensor.detach() for name, tensor in tensors.items() if not is_sharded(tensor)}
+    batches: dict[Any, list[str]] = {}
+    for name, tensor in tensors.items():
+        if is_sharded(tensor):
+            kind = dtype if dtype is not None and tensor.dtype.is_floating_point else tensor.dtype
+            batches.setdefault((tensor.ds_process_group, kind), []).append(name)  # type: ignore[attr-defined]
+    for (group, kind), names in batches.items():
+        whole |= _gather_shards({name: tensors[name] for name in names}, group, kind)
+    return whole
+
+
+def _gather_shards(tensors: Mapping[str, Any], group: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    shards = [tensor.ds_tensor.detach().reshape(-1).to(dtype) for tensor in tensors.values()]
+    mine, ranks = torch.cat(shards), dist.get_world_size(group)
+    everyone = mine.new_empty(ranks, mine.numel())
+    dist.all_gather_into_tensor(everyone.view(-1), mine, group=group)
+    result, start = {}, 0
+    for (name, tensor), shard in zip(tensors.items(), shards, strict=True):
+        parts = everyone[:, start : start + shard.numel()]  # the last part is padded
+        result[name] = parts.reshape(-1)[: tensor.ds_numel].view(tensor.ds_shape)
+        start += shard.numel()
+    return result
+
+
+def assign(tensor: torch.Tensor, value: torch.Tensor) -> None:
+    """Set a whole parameter from ``value``, the same on every rank. Collective under ZeRO-3."""
+    if not is_sharded(tensor):
+        tensor.data.copy_(value)
+        return
+    with load_deepspeed().zero.GatheredParameters([tensor], modifier_rank=0):
+        tensor.data.copy_(value)
+
+
+# ---- optimizer state -------------------------------------------------------------------------------------------------
+def iter_state(model: nn.Module, zero: Any) -> Iterator[StateItem]:
+    """Master weight, moments and step of each parameter, whole, on every rank. Collective.
+
+    :param zero: the engine's ZeRO optimizer, or None for a frozen model.
+    """
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    step = adam_step(zero)
+    for name, tensor in hub_sources(model):
+        if zero is None or not tensor.requires_grad:
+            yield StateItem(name=name, weight=_gather({name: tensor}, None)[name].to("cpu", copy=True))
+            continue
+        weight = safe_get_full_fp32_param(tensor).to("cpu", copy=True)
+        moments = {}
+        if step:
+            moments = {key: safe_get_full_optimizer_state(tensor, key).to("cpu", copy=True) for key in MOMENTS}
+        yield StateItem(name=name, weight=weight, moments=moments, step=step)
+
+
+@torch.no_grad()
+def load_state(model: nn.Module, zero: Any, items: Iterable[StateItem]) -> None:
+    """Take a stream of state, the same on every rank. Collective under ZeRO-3.
+
+    :raises CheckpointError: names or shapes differ from the model's.
+    """
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+    wanted = dict(hub_sources(model))
+    for item in items:
+        tensor = wanted.pop(item.name, None)
+        if tensor is None or whole_shape(tensor) != item.weight.shape:
+            have = "no such parameter" if tensor is None else f"{tuple(whole_shape(tensor))} here"
+            raise CheckpointError(f"{item.name}: {tuple(item.weight.shape)} in the checkpoint, {have}")
+        assign(tensor, item.weight.to(tensor.dtype))
+        if zero is None or not tensor.requires_grad:
+            continue
+        safe_set_full_fp32_param(tensor, item.weight.float())
+        if item.moments:
+            _make_states(zero, item.step)
+            for key, moment in item.moments.items():
+                safe_set_full_optimizer_state(tensor, moment.float(), key)
+    if wanted:
+        raise CheckpointError(f"the checkpoint lacks {len(wanted)} parameters, the first is {next(iter(wanted))}")
+
+
+def adam_step(zero: Any) -> int:
+    """Optimizer steps so far; every parameter has seen as many."""
+    states = list(zero.optimizer.state.values()) if zero is not None else []
+    return int(states[0]["step"]) if states and "step" in states[0] else 0
+
+
+def _flat_partitions(zero: Any) -> list[torch.Tensor]:
+    """This rank's master weights, flat: the tensors that the inner optimizer steps on."""
+    for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat_partition"):
+        if hasattr(zero, name):
+            return list(getattr(zero, name))
+    raise AssertionError(f"{type(zero).__name__}: no flat partition found")
+
+
+def _make_states(zero: Any, step: int) -> None:
+    """Give the inner optimizer its moments, as its first step would, so that values can be set."""
+    inner = zero.optimizer
+    for flat in _flat_partitions(zero):
+        state = inner.state[flat]
+        if "exp_avg" not in state:
+            state.update({key: torch.zeros_like(flat) for key in MOMENTS})
+        state["step"] = torch.tensor(float(step))
+    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
+        zero._lazy_init_hp_params_optimizer_state()
+
+
+def raw(model: nn.Module) -> nn.Module:
+    """The user's module."""
+    return unwrap(model)
