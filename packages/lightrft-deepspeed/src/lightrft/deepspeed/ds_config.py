@@ -7,10 +7,8 @@ from typing import Any
 from lightrft.strategy.config import StrategyConfig
 from lightrft.strategy.errors import ConfigError
 
-DTYPE_NAMES = {"fp32": "fp32", "bf16": "bf16", "fp16": "fp16"}
 
-
-def get_ds_train_config(config: StrategyConfig, *, data_parallel_size: int = 1) -> dict[str, Any]:
+def get_ds_train_config(config: StrategyConfig) -> dict[str, Any]:
     """DeepSpeed's configuration of a trained model.
 
     Gradient accumulation is ours (``managed_gradient_accumulation`` is off): each backward pass adds its share of a
@@ -29,7 +27,7 @@ def get_ds_train_config(config: StrategyConfig, *, data_parallel_size: int = 1) 
         zero |= {"zero_hpz_partition_size": config.zpg, "stage3_gather_16bit_weights_on_model_save": False}
     accumulate = config.grad_accum_dtype or "fp32"
     return {
-        **_common(config, data_parallel_size),
+        **_common(config),
         "managed_gradient_accumulation": False,
         "zero_optimization": zero,
         "gradient_clipping": config.max_norm,
@@ -46,15 +44,13 @@ def get_ds_eval_config(config: StrategyConfig) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": 3 if config.zero_stage == 3 else 0}
     if config.zero_stage == 3:
         zero["zero_hpz_partition_size"] = config.zpg
-    return {**_common(config, 1), "zero_optimization": zero}
+    return {**_common(config), "zero_optimization": zero}
 
 
-def _common(config: StrategyConfig, data_parallel_size: int) -> dict[str, Any]:
-    micro = config.micro_train_batch_size
+def _common(config: StrategyConfig) -> dict[str, Any]:
     return {
-        "train_micro_batch_size_per_gpu": micro,
+        "train_micro_batch_size_per_gpu": config.micro_train_batch_size,
         "gradient_accumulation_steps": 1,
-        "train_batch_size": micro * data_parallel_size,
         "bf16": {"enabled": config.dtype_name == "bfloat16"},
         "fp16": {"enabled": config.dtype_name == "float16"},
         "steps_per_print": None,

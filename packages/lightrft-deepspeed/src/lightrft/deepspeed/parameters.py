@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lightrft.strategy.errors import CheckpointError
-from lightrft.strategy.hub_layout import HubLayout, hub_sources, unwrap
+from lightrft.strategy.hub_layout import HubLayout, hub_sources
 from lightrft.strategy.training_state import StateItem
 from lightrft.strategy.weights import TensorSpec, UpdatePlan, WeightBucket, plan_buckets
 
@@ -93,6 +93,7 @@ def iter_state(model: nn.Module, zero: Any) -> Iterator[StateItem]:
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     step = adam_step(zero)
+    _link_states(zero)
     for name, tensor in hub_sources(model):
         if zero is None or not tensor.requires_grad:
             yield StateItem(name=name, weight=_gather({name: tensor}, None)[name].to("cpu", copy=True))
@@ -152,10 +153,15 @@ def _make_states(zero: Any, step: int) -> None:
         if "exp_avg" not in state:
             state.update({key: torch.zeros_like(flat) for key in MOMENTS})
         state["step"] = torch.tensor(float(step))
+    _link_states(zero)
+
+
+def _link_states(zero: Any) -> None:
+    """Let each parameter find its moments in the flat partitions.
+
+    DeepSpeed links stages 1 and 2 during the first step, after the first parameter group alone: the other groups have no
+    state then, and stay without.
+    """
     if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
+        zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()
-
-
-def raw(model: nn.Module) -> nn.Module:
-    """The user's module."""
-    return unwrap(model)

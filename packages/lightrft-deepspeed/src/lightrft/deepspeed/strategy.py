@@ -92,7 +92,7 @@ class DeepspeedStrategy(StrategyBase):
         record = self.record(model)
         optimizer = optimizer if optimizer is not None else record.optimizer
         record.optimizer, record.shard_size = optimizer, shard_size
-        wrapper = DeferredEngine(model)
+        wrapper = record.model = DeferredEngine(model)
         if optimizer is not None:
             self._bind_training(wrapper, optimizer)
         elif self.config.zero_stage == 3:
@@ -113,7 +113,7 @@ class DeepspeedStrategy(StrategyBase):
         if wrapper.engine is not None:
             wrapper.engine.destroy()
             wrapper.bind(None)
-        config = get_ds_train_config(self.config, data_parallel_size=self.data_parallel_size)
+        config = get_ds_train_config(self.config)
         wrapper.bind(self._initialize(wrapper.module, optimizer, config, self.layout.world_size))
 
     def _initialize(self, module: nn.Module, optimizer: Optimizer | None, config: dict[str, Any], shard_size: int) -> Any:
