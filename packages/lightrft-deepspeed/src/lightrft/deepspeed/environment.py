@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import weakref
 from functools import cache
 from types import ModuleType
 
 import torch
+import torch.distributed as dist
 
 
 @cache
@@ -32,5 +34,19 @@ def load_deepspeed() -> ModuleType:
 
 
 def join_process_group() -> None:
-    """Let DeepSpeed use the process group that torch has."""
-    load_deepspeed().init_distributed(auto_mpi_discovery=False, dist_init_required=False, verbose=False)
+    """Let DeepSpeed use the process group that torch has now.
+
+    It keeps a clone of the first one that it saw; where torch's was destroyed and made anew, that clone is forgotten.
+    """
+    deepspeed = load_deepspeed()
+    from deepspeed.utils import groups
+
+    current = dist.distributed_c10d._get_default_group()
+    if _seen and _seen[0]() is not current:
+        groups._release_process_group_references(group=None)
+        deepspeed.comm.comm.cdb = None
+    _seen[:] = [weakref.ref(current)]
+    deepspeed.init_distributed(auto_mpi_discovery=False, dist_init_required=False, verbose=False)
+
+
+_seen: list[weakref.ref[dist.ProcessGroup]] = []
