@@ -20,6 +20,7 @@ class DeferredEngine(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
+        self.training = module.training
         self.bind(None)
 
     @property

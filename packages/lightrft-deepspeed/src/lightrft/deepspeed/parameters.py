@@ -106,9 +106,10 @@ def iter_state(model: nn.Module, zero: Any) -> Iterator[StateItem]:
 
 
 @torch.no_grad()
-def load_state(model: nn.Module, zero: Any, items: Iterable[StateItem]) -> None:
+def load_state(model: nn.Module, zero: Any, items: Iterable[StateItem], *, with_optimizer: bool) -> None:
     """Take a stream of state, the same on every rank. Collective under ZeRO-3.
 
+    :param with_optimizer: take the moments too, else only the (master) weights.
     :raises CheckpointError: names or shapes differ from the model's.
     """
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
@@ -123,7 +124,9 @@ def load_state(model: nn.Module, zero: Any, items: Iterable[StateItem]) -> None:
         if zero is None or not tensor.requires_grad:
             continue
         safe_set_full_fp32_param(tensor, item.weight.float())
-        if item.moments:
+        if with_optimizer and not item.moments:
+            zero.optimizer.state.clear()  # saved before the first step
+        if with_optimizer and item.moments:
             _make_states(zero, item.step)
             for key, moment in item.moments.items():
                 safe_set_full_optimizer_state(tensor, moment.float(), key)

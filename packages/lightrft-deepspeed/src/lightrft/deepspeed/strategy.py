@@ -92,6 +92,12 @@ class DeepspeedStrategy(StrategyBase):
         record = self.record(model)
         optimizer = optimizer if optimizer is not None else record.optimizer
         record.optimizer, record.shard_size = optimizer, shard_size
+        known = {id(parameter) for parameter in model.parameters()}
+        for group in optimizer.param_groups if optimizer is not None else ():
+            if any(id(parameter) not in known for parameter in group["params"]):
+                raise ValueError(
+                    "prepare: the optimizer holds a parameter that is not the model's; give each model its own optimizer"
+                )
         wrapper = record.model = DeferredEngine(model)
         if optimizer is not None:
             self._bind_training(wrapper, optimizer)
@@ -246,16 +252,13 @@ class DeepspeedStrategy(StrategyBase):
 
         checkpoint.import_by_name({spec.name: spec for spec in layout.specs}, source, whole)
         items = (StateItem(name=name, weight=value) for name, value in waiting.items())
-        parameters.load_state(model, self._zero(model), items)
+        parameters.load_state(model, self._zero(model), items, with_optimizer=False)
 
     def iter_state(self, model: nn.Module, optimizer: Optimizer | None = None) -> Iterator[StateItem]:
         return parameters.iter_state(model, self._zero(model) if optimizer is not None else None)
 
     def load_state(self, model: nn.Module, optimizer: Optimizer | None, items: Iterable[StateItem]) -> None:
-        zero = self._zero(model)
-        if optimizer is None:
-            items = (StateItem(name=item.name, weight=item.weight) for item in items)
-        parameters.load_state(model, zero, items)
+        parameters.load_state(model, self._zero(model), items, with_optimizer=optimizer is not None)
 
     def save_ckpt(self, model: nn.Module | Mapping[str, nn.Module], save_dir: str | Path, **kwargs: Any) -> None:
         checkpoint.save(self, model, Path(save_dir), **kwargs)
