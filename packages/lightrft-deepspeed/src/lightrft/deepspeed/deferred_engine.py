@@ -1,26 +1,36 @@
 """A module that becomes a DeepSpeed engine when its optimizer comes.
 
-DeepSpeed wants model and optimizer at once; the documents prepare first and create the optimizer later. This wrapper is
-what ``prepare`` hands out. It keeps the engine out of the module tree (an engine that is its own grandchild recurses) and
-sends every forward pass through it: under ZeRO-3 a call of the raw module silently loses gradients.
+DeepSpeed wants model and optimizer at once; the documents prepare first and create the optimizer later. This wrapper
+is what ``prepare`` hands out. It keeps the engine out of the module tree (an engine that is its own grandchild
+recurses) and sends every forward pass through it: under ZeRO-3 a call of the raw module silently loses gradients.
 """
 
 from __future__ import annotations
 
+import contextlib
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
+Operation = Callable[[str], contextlib.AbstractContextManager[None]]
+
 
 class DeferredEngine(nn.Module):
-    """``module`` is the user's own; attributes that the wrapper lacks are the module's."""
+    """``module`` is the user's own; attributes that the wrapper lacks are the module's.
+
+    :param operation: the strategy's ``waits_for_ranks``, a bound method that is not kept alive: a sharded model waits
+        for other ranks while it computes, and the one that does not come is named.
+    """
 
     module: nn.Module
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, operation: Operation) -> None:
         super().__init__()
         self.module = module
         self.training = module.training
+        self.__dict__["_operation"] = weakref.WeakMethod(operation)
         self.bind(None)
 
     @property
@@ -34,7 +44,11 @@ class DeferredEngine(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward pass, through the engine where there is one."""
-        return (self.engine or self.module)(*args, **kwargs)
+        if self.engine is None:
+            return self.module(*args, **kwargs)
+        operation = self.__dict__["_operation"]()
+        with operation("forward") if operation is not None else contextlib.nullcontext():
+            return self.engine(*args, **kwargs)
 
     def train(self, mode: bool = True) -> DeferredEngine:
         """Set the mode of the module and of its engine."""

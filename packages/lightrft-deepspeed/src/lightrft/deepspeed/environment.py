@@ -16,8 +16,8 @@ import torch.distributed as dist
 def load_deepspeed() -> ModuleType:
     """DeepSpeed's module, set up once.
 
-    On a CPU it would build a shared-memory collective with a C++ compiler as soon as it joins the process group, and die
-    where there is none; gloo does without.
+    On a CPU it would build a shared-memory collective with a C++ compiler as soon as it joins the process group, and
+    die where there is none; gloo does without.
     """
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

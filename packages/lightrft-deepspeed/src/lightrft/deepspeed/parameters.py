@@ -19,12 +19,12 @@ from .environment import load_deepspeed
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def is_sharded(tensor: torch.Tensor) -> bool:
+def is_sharded(tensor: Any) -> bool:
     """Is it a ZeRO-3 parameter, of which each rank holds a flat part?"""
     return hasattr(tensor, "ds_tensor")
 
 
-def whole_shape(tensor: torch.Tensor) -> torch.Size:
+def whole_shape(tensor: Any) -> torch.Size:
     """The shape that the parameter has when it is whole."""
     return getattr(tensor, "ds_shape", tensor.shape)
 
@@ -49,14 +49,14 @@ def _bucket(
     return bucket
 
 
-def _gather(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+def _gather(tensors: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
     """Whole tensors by name. One collective for all shards of the same group and dtype."""
     whole = {name: tensor.detach() for name, tensor in tensors.items() if not is_sharded(tensor)}
     batches: dict[Any, list[str]] = {}
     for name, tensor in tensors.items():
         if is_sharded(tensor):
             kind = dtype if dtype is not None and tensor.dtype.is_floating_point else tensor.dtype
-            batches.setdefault((tensor.ds_process_group, kind), []).append(name)  # type: ignore[attr-defined]
+            batches.setdefault((tensor.ds_process_group, kind), []).append(name)
     for (group, kind), names in batches.items():
         whole |= _gather_shards({name: tensors[name] for name in names}, group, kind)
     return whole
@@ -98,11 +98,18 @@ def iter_state(model: nn.Module, zero: Any) -> Iterator[StateItem]:
         if zero is None or not tensor.requires_grad:
             yield StateItem(name=name, weight=_gather({name: tensor}, None)[name].to("cpu", copy=True))
             continue
-        weight = safe_get_full_fp32_param(tensor).to("cpu", copy=True)
-        moments = {}
-        if step:
-            moments = {key: safe_get_full_optimizer_state(tensor, key).to("cpu", copy=True) for key in MOMENTS}
-        yield StateItem(name=name, weight=weight, moments=moments, step=step)
+        moments = {key: safe_get_full_optimizer_state(tensor, key) for key in MOMENTS} if step else {}
+        yield StateItem(
+            name=name,
+            weight=_on_host(safe_get_full_fp32_param(tensor)),
+            moments={key: _on_host(moment) for key, moment in moments.items()},
+            step=step,
+        )
+
+
+def _on_host(tensor: torch.Tensor | None) -> torch.Tensor:
+    assert tensor is not None, "a trained parameter has master weights and moments"
+    return tensor.to("cpu", copy=True)
 
 
 @torch.no_grad()
@@ -162,8 +169,8 @@ def _make_states(zero: Any, step: int) -> None:
 def _link_states(zero: Any) -> None:
     """Let each parameter find its moments in the flat partitions.
 
-    DeepSpeed links stages 1 and 2 during the first step, after the first parameter group alone: the other groups have no
-    state then, and stay without.
+    DeepSpeed links stages 1 and 2 during the first step, after the first parameter group alone: the other groups have
+    no state then, and stay without.
     """
     if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
         zero._hp_optimizer_states_linked = False

@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightrft.strategy import checkpoint, plain_state
+from lightrft.strategy.errors import NotBuiltError
 from lightrft.strategy.hub_layout import HubLayout, hub_sources, unwrap
 from lightrft.strategy.memory import MoveReport
 from lightrft.strategy.optimizers import decay_groups, move_optimizer
@@ -96,9 +97,9 @@ class DeepspeedStrategy(StrategyBase):
         for group in optimizer.param_groups if optimizer is not None else ():
             if any(id(parameter) not in known for parameter in group["params"]):
                 raise ValueError(
-                    "prepare: the optimizer holds a parameter that is not the model's; give each model its own optimizer"
+                    "prepare: the optimizer holds a parameter of another model; give each model its own"
                 )
-        wrapper = record.model = DeferredEngine(model)
+        wrapper = record.model = DeferredEngine(model, self.waits_for_ranks)
         if optimizer is not None:
             self._bind_training(wrapper, optimizer)
         elif self.config.zero_stage == 3:
@@ -122,7 +123,9 @@ class DeepspeedStrategy(StrategyBase):
         config = get_ds_train_config(self.config)
         wrapper.bind(self._initialize(wrapper.module, optimizer, config, self.layout.world_size))
 
-    def _initialize(self, module: nn.Module, optimizer: Optimizer | None, config: dict[str, Any], shard_size: int) -> Any:
+    def _initialize(
+        self, module: nn.Module, optimizer: Optimizer | None, config: dict[str, Any], shard_size: int
+    ) -> Any:
         mpu = None if shard_size == self.layout.world_size else _ShardGroup(self.layout.shard_groups(shard_size))
         with self.waits_for_ranks("deepspeed.initialize"):
             engine, *_ = load_deepspeed().initialize(
@@ -192,12 +195,19 @@ class DeepspeedStrategy(StrategyBase):
     # ---- models ------------------------------------------------------------------------------------------------------
     @contextlib.contextmanager
     def init_model_context(self, meta_init: bool = False) -> Iterator[None]:
-        """Build models within it. With ``meta_init`` under stage 3 each parameter is sharded as soon as it is made."""
+        """Build models within it. With ``meta_init`` each parameter is sharded as soon as it is made (stage 3).
+
+        :raises NotBuiltError: ``meta_init`` under stage 1 or 2, which keep parameters whole.
+        """
         self.setup_distributed()
-        if not meta_init or self.config.zero_stage != 3:
-            with contextlib.nullcontext():
-                yield
+        if not meta_init:
+            yield
             return
+        if self.config.zero_stage != 3:
+            raise NotBuiltError(
+                f"--meta_init with --zero_stage {self.config.zero_stage}: parameters stay whole on every rank; "
+                "use --zero_stage 3, or --fsdp"
+            )
         dtype = getattr(torch, self.config.dtype_name)
         with load_deepspeed().zero.Init(config_dict_or_path=get_ds_eval_config(self.config), dtype=dtype):
             yield
@@ -220,7 +230,7 @@ class DeepspeedStrategy(StrategyBase):
         else:
             nbytes = 0
             for _, tensor in hub_sources(target):
-                held = tensor.ds_tensor if parameters.is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+                held: torch.Tensor = getattr(tensor, "ds_tensor", tensor)
                 if held.device.type != device.type:
                     nbytes += held.nbytes
                     held.data = held.data.to(device)
