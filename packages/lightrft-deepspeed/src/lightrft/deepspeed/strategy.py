@@ -96,9 +96,7 @@ class DeepspeedStrategy(StrategyBase):
         known = {id(parameter) for parameter in model.parameters()}
         for group in optimizer.param_groups if optimizer is not None else ():
             if any(id(parameter) not in known for parameter in group["params"]):
-                raise ValueError(
-                    "prepare: the optimizer holds a parameter of another model; give each model its own"
-                )
+                raise ValueError("prepare: the optimizer holds a parameter of another model; give each model its own")
         wrapper = record.model = DeferredEngine(model, self.waits_for_ranks)
         if optimizer is not None:
             self._bind_training(wrapper, optimizer)
