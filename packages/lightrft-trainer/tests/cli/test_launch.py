@@ -40,6 +40,15 @@ def test_a_killed_rank_is_the_cause_whoever_noticed_first() -> None:
     assert launch.describe_failures(failures) == "rank 1 was killed by SIGKILL (out of memory?)"
 
 
+def test_an_abort_is_the_cause_only_where_nothing_else_is() -> None:
+    aborted = failure(-signal.SIGABRT)
+    assert launch.describe_failures({0: aborted, 1: failure(-signal.SIGKILL)}).startswith(
+        "rank 1 was killed by SIGKILL"
+    )
+    assert launch.describe_failures({0: aborted, 1: failure(1, "no data")}) == "rank 1: no data"
+    assert launch.describe_failures({0: aborted}) == "rank 0 was killed by SIGABRT"
+
+
 def test_a_rank_without_a_word_shows_its_exit_code() -> None:
     assert launch.describe_failures({3: failure(7)}) == "rank 3 ended with exit code 7"
 

@@ -214,9 +214,11 @@ def describe_failures(failures: dict[int, Any]) -> str:
         rank, failure = item
         if failure.exitcode == -signal.SIGTERM:  # ended by the launcher because another had failed
             return 3, failure.timestamp, rank
-        if failure.exitcode < 0:
+        if failure.exitcode < 0 and failure.exitcode != -signal.SIGABRT:
             return 0, failure.timestamp, rank
-        # A rank whose peer went away fails too, but is not the cause.
+        # A rank whose peer went away fails too, with an error or from within gloo by an abort, but is not the cause.
+        if failure.exitcode == -signal.SIGABRT:
+            return 2, failure.timestamp, rank
         return (2 if _extra(failure).get("secondary") else 1), failure.timestamp, rank
 
     rank, failure = min(failures.items(), key=order)
