@@ -1,4 +1,8 @@
-"""The standard suite on ZeRO 1, 2 and 3."""
+"""The standard suite on ZeRO 1, 2 and 3.
+
+The whole of it, stage by stage, is marked ``full``. By default every stage follows the reference trajectory, and stage
+3, where most can go wrong, prepares, trains and saves as well.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,23 @@ import pytest
 
 from lightrft.deepspeed import DeepspeedStrategy
 from lightrft.testing import StrategySuite
+from lightrft.testing.strategy_claims.checkpoints import CheckpointClaims
+from lightrft.testing.strategy_claims.preparing import PreparingClaims
+from lightrft.testing.strategy_claims.training import TrainingClaims
+from lightrft.testing.strategy_claims.trajectories import TrajectoryClaims
 
 
-class _Suite(StrategySuite):
-    world_size = 2
-    zero_stage: ClassVar[int] = 2
+class _OnZero:
+    world_size: ClassVar[int] = 2
+    zero_stage: ClassVar[int] = 3
+
+    @classmethod
+    def make_strategy(cls, **settings: Any) -> DeepspeedStrategy:
+        return DeepspeedStrategy(**{"zero_stage": cls.zero_stage, **settings})
+
+
+class _CannotHold:
+    """Claims that ZeRO cannot keep."""
 
     test_a_gradient_spoilt_after_backward_skips_the_step_too = pytest.mark.xfail(
         reason="ZeRO takes gradients into its own buffers during backward; nothing is left to spoil on the parameters",
@@ -23,29 +39,40 @@ class _Suite(StrategySuite):
         strict=True,
     )(StrategySuite.test_a_model_may_be_built_without_memory_and_filled_later)
 
-    @classmethod
-    def make_strategy(cls, **settings: Any) -> DeepspeedStrategy:
-        return DeepspeedStrategy(**{"zero_stage": cls.zero_stage, **settings})
 
-
-@pytest.mark.full
-class TestZero1(_Suite):
+class TestTrajectoryOnZero1(_OnZero, TrajectoryClaims):
     """Optimizer states are sharded."""
 
     zero_stage = 1
 
 
-@pytest.mark.full
-class TestZero2(_Suite):
+class TestTrajectoryOnZero2(_OnZero, TrajectoryClaims):
     """Gradients too."""
 
     zero_stage = 2
 
 
-class TestZero3(_Suite):
+class TestZero3InBrief(_OnZero, _CannotHold, TrajectoryClaims, PreparingClaims, TrainingClaims, CheckpointClaims):
     """Parameters too."""
 
-    zero_stage = 3
+
+@pytest.mark.full
+class TestZero1(_OnZero, _CannotHold, StrategySuite):
+    """Every claim."""
+
+    zero_stage = 1
 
 
-del StrategySuite, _Suite
+@pytest.mark.full
+class TestZero2(_OnZero, _CannotHold, StrategySuite):
+    """Every claim."""
+
+    zero_stage = 2
+
+
+@pytest.mark.full
+class TestZero3(_OnZero, _CannotHold, StrategySuite):
+    """Every claim."""
+
+
+del StrategySuite, CheckpointClaims, PreparingClaims, TrainingClaims, TrajectoryClaims
