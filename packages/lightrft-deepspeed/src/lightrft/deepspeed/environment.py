@@ -41,6 +41,7 @@ def join_process_group() -> None:
     deepspeed = load_deepspeed()
     from deepspeed.utils import groups
 
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asserts it, also for a plain `python script.py`
     current = dist.distributed_c10d._get_default_group()
     if _seen and _seen[0]() is not current:
         groups._release_process_group_references(group=None)
