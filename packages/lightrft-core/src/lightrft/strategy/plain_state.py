@@ -17,9 +17,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.optim import Optimizer
 
-from .errors import CheckpointError
 from .hub_layout import hub_sources
-from .training_state import StateItem
+from .training_state import StateItem, receive_items
 
 if TYPE_CHECKING:
     from .strategy_base import ModelRecord, StrategyBase
@@ -45,12 +44,7 @@ def load_state(model: nn.Module, optimizer: Optimizer | None, items: Iterable[St
 
     :raises CheckpointError: names or shapes differ from the model's.
     """
-    wanted = dict(hub_sources(model))
-    for item in items:
-        tensor = wanted.pop(item.name, None)
-        if tensor is None or tensor.shape != item.weight.shape:
-            have = "no such parameter" if tensor is None else f"{tuple(tensor.shape)} here"
-            raise CheckpointError(f"{item.name}: {tuple(item.weight.shape)} in the checkpoint, {have}")
+    for item, tensor in receive_items(model, items):
         tensor.copy_(item.weight)
         if optimizer is None:
             continue
@@ -58,8 +52,6 @@ def load_state(model: nn.Module, optimizer: Optimizer | None, items: Iterable[St
         if item.moments:
             state: dict[str, Any] = {k: v.to(tensor.device, copy=True) for k, v in item.moments.items()}
             optimizer.state[tensor] = {"step": torch.tensor(float(item.step)), **state}
-    if wanted:
-        raise CheckpointError(f"the checkpoint lacks {len(wanted)} parameters, the first is {next(iter(wanted))}")
 
 
 def write(strategy: StrategyBase, record: ModelRecord, folder: Path, *, asynchronous: bool) -> Any:

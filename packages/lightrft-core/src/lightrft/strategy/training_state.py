@@ -6,10 +6,15 @@ form, are codecs of that stream. Names are those of the unwrapped module.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import nn
+
+from .errors import CheckpointError
+from .hub_layout import hub_sources
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,3 +35,22 @@ class StateItem:
     @property
     def nbytes(self) -> int:
         return self.weight.nbytes + sum(moment.nbytes for moment in self.moments.values())
+
+
+def receive_items(
+    model: nn.Module, items: Iterable[StateItem], shape_of: Callable[[Any], torch.Size] = lambda tensor: tensor.shape
+) -> Iterator[tuple[StateItem, torch.Tensor]]:
+    """Each item with the model's parameter that it is for. Every parameter must come, once.
+
+    :param shape_of: the whole shape of a parameter, for backends whose shards are flat.
+    :raises CheckpointError: an unknown name, another shape, or, at the end, parameters that never came.
+    """
+    wanted = dict(hub_sources(model))
+    for item in items:
+        tensor = wanted.pop(item.name, None)
+        if tensor is None or shape_of(tensor) != item.weight.shape:
+            have = "no such parameter" if tensor is None else f"{tuple(shape_of(tensor))} here"
+            raise CheckpointError(f"{item.name}: {tuple(item.weight.shape)} in the checkpoint, {have}")
+        yield item, tensor
+    if wanted:
+        raise CheckpointError(f"the checkpoint lacks {len(wanted)} parameters, the first is {next(iter(wanted))}")

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 
 Operation = Callable[[str], contextlib.AbstractContextManager[None]]
 
@@ -31,16 +32,21 @@ class DeferredEngine(nn.Module):
         self.module = module
         self.training = module.training
         self.__dict__["_operation"] = weakref.WeakMethod(operation)
-        self.bind(None)
+        self.bind(None, None)
 
     @property
     def engine(self) -> Any:
         """The DeepSpeed engine, or None while the module is called directly."""
         return self.__dict__["_engine"]
 
-    def bind(self, engine: Any) -> None:
+    @property
+    def optimizer(self) -> Optimizer | None:
+        """What the engine steps with, as the user holds it; None while the model does not train."""
+        return self.__dict__["_optimizer"]
+
+    def bind(self, engine: Any, optimizer: Optimizer | None) -> None:
         """Send forward passes through ``engine`` from now on (None: through the module)."""
-        self.__dict__["_engine"] = engine
+        self.__dict__["_engine"], self.__dict__["_optimizer"] = engine, optimizer
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward pass, through the engine where there is one."""

@@ -9,9 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lightrft.strategy.errors import CheckpointError
 from lightrft.strategy.hub_layout import HubLayout, hub_sources
-from lightrft.strategy.training_state import StateItem
+from lightrft.strategy.training_state import StateItem, receive_items
 from lightrft.strategy.weights import TensorSpec, UpdatePlan, WeightBucket, plan_buckets
 
 from .environment import load_deepspeed
@@ -121,12 +120,7 @@ def load_state(model: nn.Module, zero: Any, items: Iterable[StateItem], *, with_
     """
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-    wanted = dict(hub_sources(model))
-    for item in items:
-        tensor = wanted.pop(item.name, None)
-        if tensor is None or whole_shape(tensor) != item.weight.shape:
-            have = "no such parameter" if tensor is None else f"{tuple(whole_shape(tensor))} here"
-            raise CheckpointError(f"{item.name}: {tuple(item.weight.shape)} in the checkpoint, {have}")
+    for item, tensor in receive_items(model, items, whole_shape):
         assign(tensor, item.weight.to(tensor.dtype))
         if zero is None or not tensor.requires_grad:
             continue
@@ -137,8 +131,6 @@ def load_state(model: nn.Module, zero: Any, items: Iterable[StateItem], *, with_
             _make_states(zero, item.step)
             for key, moment in item.moments.items():
                 safe_set_full_optimizer_state(tensor, moment.float(), key)
-    if wanted:
-        raise CheckpointError(f"the checkpoint lacks {len(wanted)} parameters, the first is {next(iter(wanted))}")
 
 
 def adam_step(zero: Any) -> int:

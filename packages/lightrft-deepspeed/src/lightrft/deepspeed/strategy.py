@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,11 +15,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightrft.strategy import checkpoint, plain_state
+from lightrft.strategy.backend_strategy import BackendStrategy
 from lightrft.strategy.errors import NotBuiltError
 from lightrft.strategy.hub_layout import HubLayout, hub_sources, unwrap
 from lightrft.strategy.memory import MoveReport
-from lightrft.strategy.optimizers import decay_groups, move_optimizer
-from lightrft.strategy.strategy_base import ModelRecord, StepResult, StrategyBase, logger
+from lightrft.strategy.optimizers import move_optimizer
+from lightrft.strategy.strategy_base import ModelRecord
 from lightrft.strategy.training_state import StateItem
 from lightrft.strategy.weights import UpdatePlan, WeightBucket
 
@@ -29,7 +30,7 @@ from .ds_config import get_ds_eval_config, get_ds_train_config
 from .environment import join_process_group, load_deepspeed
 
 
-class DeepspeedStrategy(StrategyBase):
+class DeepspeedStrategy(BackendStrategy):
     """Trains with ZeRO stage 1, 2 or 3 (``--zero_stage``)."""
 
     name = "deepspeed"
@@ -42,68 +43,36 @@ class DeepspeedStrategy(StrategyBase):
         join_process_group()
 
     # ---- preparing ---------------------------------------------------------------------------------------------------
-    def create_optimizer(self, model: nn.Module, **kwargs: Any) -> Optimizer:
-        self.setup_distributed()
-        critic = getattr(unwrap(model), "is_critic", False)
-        options = {
-            "lr": self.config.critic_learning_rate if critic else self.config.actor_learning_rate,
-            "betas": self.config.adam_betas,
-            "eps": self.config.adam_eps,
-            "weight_decay": self.config.l2,
-            **kwargs,
-        }
-        named = unwrap(model).named_parameters()
-        groups = decay_groups(named, options.pop("weight_decay"), ndim=lambda p: len(parameters.whole_shape(p)))
-        if not groups:
-            raise ValueError("create_optimizer: the model has no trainable parameter; set requires_grad on some")
-        optimizer = torch.optim.AdamW(groups, **{"fused": True, **options})
-        self.record(model).optimizer = optimizer
-        if isinstance(model, DeferredEngine):
-            self._bind_training(model, optimizer)
-        return optimizer
+    def record(self, model: nn.Module) -> ModelRecord:
+        return super().record(unwrap(model))
 
-    def prepare(self, *models: Any, is_rlhf: bool = False, trainable: Sequence[nn.Module] | None = None) -> Any:
-        self.setup_distributed()
-        for item in models:
-            model = item[0] if isinstance(item, tuple) else item
-            if trainable is not None and model is not None and not any(model is other for other in trainable):
-                model.requires_grad_(False).eval()
-        prepared = tuple(self._prepare_item(item) for item in models)
-        return prepared[0] if len(prepared) == 1 else prepared
+    def _axes(self, parameter: nn.Parameter) -> int:
+        return len(parameters.whole_shape(parameter))
 
-    def prepare_model(self, model: nn.Module, shard_size: int | None = None, is_training: bool = False) -> nn.Module:
-        self.setup_distributed()
-        if not is_training:
-            model.requires_grad_(False).eval()
-        return self._prepare(model, self.layout.shard_size(shard_size), None)
+    def _optimizer_made(self, record: ModelRecord) -> None:
+        if isinstance(record.model, DeferredEngine):
+            self._bind_training(record.model, record.optimizer)
 
-    def _prepare_item(self, item: Any) -> Any:
-        if not isinstance(item, tuple):
-            return None if item is None else self._prepare(item, self.layout.world_size, None)
-        model, optimizer, scheduler = (*item, None, None)[:3]
-        if model is None:
-            return item
+    def _prepare(self, model: nn.Module, shard_size: int) -> nn.Module:
         record = self.record(model)
-        record.scheduler = scheduler if scheduler is not None else record.scheduler
-        return (self._prepare(model, self.layout.world_size, optimizer), *item[1:])
-
-    def _prepare(self, model: nn.Module, shard_size: int, optimizer: Optimizer | None) -> nn.Module:
-        if isinstance(model, DeferredEngine):
-            return model
-        record = self.record(model)
-        optimizer = optimizer if optimizer is not None else record.optimizer
-        record.optimizer, record.shard_size = optimizer, shard_size
         known = {id(parameter) for parameter in model.parameters()}
-        for group in optimizer.param_groups if optimizer is not None else ():
+        for group in record.optimizer.param_groups if record.optimizer is not None else ():
             if any(id(parameter) not in known for parameter in group["params"]):
                 raise ValueError("prepare: the optimizer holds a parameter of another model; give each model its own")
-        wrapper = record.model = DeferredEngine(model, self.waits_for_ranks)
-        if optimizer is not None:
-            self._bind_training(wrapper, optimizer)
-        elif self.config.zero_stage == 3:
-            wrapper.bind(self._initialize(wrapper.module, None, get_ds_eval_config(self.config), shard_size))
-        else:
-            self._place(wrapper.module)
+        prepared = isinstance(record.model, DeferredEngine)
+        wrapper = record.model if prepared else DeferredEngine(model, self.waits_for_ranks)
+        assert isinstance(wrapper, DeferredEngine)
+        record.model = wrapper
+        if record.optimizer is not None:
+            if wrapper.optimizer is not record.optimizer:
+                self._bind_training(wrapper, record.optimizer)
+        elif not prepared:
+            record.shard_size = shard_size
+            if self.config.zero_stage == 3:
+                config = get_ds_eval_config(self.config)
+                wrapper.bind(self._initialize(wrapper.module, None, config, shard_size), None)
+            else:
+                self._place(wrapper.module)
         return wrapper
 
     def _place(self, module: nn.Module) -> None:
@@ -113,13 +82,14 @@ class DeepspeedStrategy(StrategyBase):
         if not any(p.requires_grad for p in module.parameters()):
             module.to(dtype)
 
-    def _bind_training(self, wrapper: DeferredEngine, optimizer: Optimizer) -> None:
-        """Replace what ``prepare`` bound by an engine that trains."""
+    def _bind_training(self, wrapper: DeferredEngine, optimizer: Optimizer | None) -> None:
+        """Replace what ``prepare`` bound by an engine that trains with ``optimizer``."""
         if wrapper.engine is not None:
             wrapper.engine.destroy()
-            wrapper.bind(None)
-        config = get_ds_train_config(self.config)
-        wrapper.bind(self._initialize(wrapper.module, optimizer, config, self.layout.world_size))
+            wrapper.bind(None, None)
+        config, ranks = get_ds_train_config(self.config), self.layout.world_size
+        wrapper.bind(self._initialize(wrapper.module, optimizer, config, ranks), optimizer)
+        self.record(wrapper).shard_size = ranks
 
     def _initialize(
         self, module: nn.Module, optimizer: Optimizer | None, config: dict[str, Any], shard_size: int
@@ -131,64 +101,38 @@ class DeepspeedStrategy(StrategyBase):
             )
         return engine
 
-    def record(self, model: nn.Module) -> ModelRecord:
-        return super().record(unwrap(model))
-
     # ---- training ----------------------------------------------------------------------------------------------------
-    def backward(
-        self,
-        loss: torch.Tensor,
-        model: nn.Module,
-        optimizer: Optimizer,
-        *,
-        scale: float | torch.Tensor | None = None,
-        boundary: bool | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if kwargs:
-            raise TypeError(f"backward: unknown argument {', '.join(kwargs)}; it would be ignored")
-        engine, record = self._training_engine(model, "backward"), self.record(model)
-        record.micro_steps += 1
-        record.at_boundary = record.micro_steps % self.accumulated_gradient == 0 if boundary is None else boundary
-        # DeepSpeed averages over ranks; a share of a global mean is summed instead.
-        share = 1 / self.accumulated_gradient if scale is None else scale * self.data_parallel_size
-        with self.waits_for_ranks("backward"):
-            engine.backward(loss * share, scale_wrt_gas=False)
-
-    def optimizer_step(
-        self, optimizer: Optimizer, model: nn.Module, scheduler: Any = None, name: str = "model", **kwargs: Any
-    ) -> StepResult:
-        if kwargs:
-            raise TypeError(f"optimizer_step: unknown argument {', '.join(kwargs)}; it would be ignored")
-        engine, record = self._training_engine(model, "optimizer_step"), self.record(model)
-        record.scheduler = scheduler if scheduler is not None else record.scheduler
-        if not record.at_boundary:
-            return StepResult(stepped=False)
-        record.at_boundary, record.micro_steps = False, 0
-        with self.waits_for_ranks("optimizer_step"):
-            engine.step()
-        stepped, norm = engine.was_step_applied(), float(engine.get_global_grad_norm())
-        if not stepped:
-            record.skipped_steps += 1
-            logger.warning(
-                "%s: gradient norm is %s, step skipped on all ranks (%d so far)", name, norm, record.skipped_steps
-            )
-        elif scheduler is not None:
-            scheduler.step()
-        return StepResult(stepped=stepped, skipped=not stepped, grad_norm=norm)
-
-    def _training_engine(self, model: nn.Module, what: str) -> Any:
-        if not isinstance(model, DeferredEngine) or self._zero(model) is None:
+    def _trained_record(self, model: nn.Module, optimizer: Optimizer, method: str) -> ModelRecord:
+        record = self.record(model)
+        if self._zero(model) is None:
             raise ValueError(
-                f"{what}: this model has no training engine; use what prepare() returned, after create_optimizer(model)"
+                f"{method}: this model has no training engine; use what prepare() returned, after "
+                "create_optimizer(model)"
             )
-        return model.engine
+        if optimizer is not record.optimizer:
+            raise ValueError(
+                f"{method}: the engine was made with another optimizer; use the one that create_optimizer(model) "
+                "returned last, or that was prepared with the model"
+            )
+        return record
+
+    def _averaging_ranks(self, record: ModelRecord) -> int:
+        return self.layout.world_size
+
+    def _backpropagate(self, record: ModelRecord, loss: torch.Tensor) -> None:
+        _engine(record).backward(loss, scale_wrt_gas=False)
+
+    def _step(self, record: ModelRecord) -> tuple[bool, float]:
+        engine = _engine(record)
+        engine.step()
+        return engine.was_step_applied(), float(engine.get_global_grad_norm())
 
     def _zero(self, model: nn.Module) -> Any:
         """The ZeRO optimizer of a trained model, None for others."""
-        if not isinstance(model, DeferredEngine) or model.engine is None or self.record(model).optimizer is None:
+        wrapper = self.record(model).model
+        if not isinstance(wrapper, DeferredEngine) or wrapper.optimizer is None:
             return None
-        return model.engine.optimizer
+        return wrapper.engine.optimizer
 
     # ---- models ------------------------------------------------------------------------------------------------------
     @contextlib.contextmanager
@@ -268,17 +212,16 @@ class DeepspeedStrategy(StrategyBase):
     def load_state(self, model: nn.Module, optimizer: Optimizer | None, items: Iterable[StateItem]) -> None:
         parameters.load_state(model, self._zero(model), items, with_optimizer=optimizer is not None)
 
-    def save_ckpt(self, model: nn.Module | Mapping[str, nn.Module], save_dir: str | Path, **kwargs: Any) -> None:
-        checkpoint.save(self, model, Path(save_dir), **kwargs)
-
-    def load_ckpt(self, model: nn.Module | Mapping[str, nn.Module], load_dir: str | Path, **kwargs: Any) -> Any:
-        return checkpoint.load(self, model, Path(load_dir), **kwargs)
-
     def write_state(self, record: ModelRecord, folder: Path, *, asynchronous: bool) -> Any:
         return plain_state.write(self, record, folder, asynchronous=asynchronous)
 
     def read_state(self, record: ModelRecord, folder: Path, *, optimizer: bool) -> None:
         plain_state.read(self, record, folder, optimizer=optimizer)
+
+
+def _engine(record: ModelRecord) -> Any:
+    assert isinstance(record.model, DeferredEngine), "only a prepared model trains"
+    return record.model.engine
 
 
 class _ShardGroup:

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from lightrft.strategy.errors import CheckpointError
 from lightrft.strategy.hub_layout import HubLayout, hub_sources
-from lightrft.strategy.training_state import StateItem
+from lightrft.strategy.training_state import StateItem, receive_items
 
 from .optimizer import ShardedAdamW
 from .shards import cut_of, like, local, take_rows, whole
@@ -40,12 +40,7 @@ def load_state(model: nn.Module, optimizer: Optimizer | None, items: Iterable[St
 
     :raises CheckpointError: names or shapes differ from the model's.
     """
-    wanted = dict(hub_sources(model))
-    for item in items:
-        tensor = wanted.pop(item.name, None)
-        if tensor is None or tensor.shape != item.weight.shape:
-            have = "no such parameter" if tensor is None else f"{tuple(tensor.shape)} here"
-            raise CheckpointError(f"{item.name}: {tuple(item.weight.shape)} in the checkpoint, {have}")
+    for item, tensor in receive_items(model, items):
         local(tensor).copy_(take_rows(tensor, item.weight))
         if optimizer is None:
             continue
@@ -61,8 +56,6 @@ def load_state(model: nn.Module, optimizer: Optimizer | None, items: Iterable[St
             local(state[kind]).copy_(take_rows(tensor, value))
         if STEP in state:
             state[STEP].fill_(float(item.step))
-    if wanted:
-        raise CheckpointError(f"the checkpoint lacks {len(wanted)} parameters, the first is {next(iter(wanted))}")
 
 
 def state_for(optimizer: Optimizer, parameter: torch.Tensor, kinds: Iterable[str]) -> dict[str, torch.Tensor]:
