@@ -18,7 +18,17 @@ if TYPE_CHECKING:
     from .ranks import Outcome, RankFailure, RankJob, RankPool, announce
     from .strategy_suite import StrategySuite, on_ranks
     from .tiny_models import save_tiny_model, tiny_image, tiny_model, tiny_processor, tiny_tokenizer
-    from .trajectory import Deviation, Recipe, Trajectory, compare, noise_floor, run_trajectory
+    from .trajectory import (
+        RECIPES,
+        Deviation,
+        Recipe,
+        Trajectory,
+        compare,
+        deviation_table,
+        noise_floor,
+        reference_trajectory,
+        run_trajectory,
+    )
 
 _HOMES = {
     "lightrft.strategy.fake_strategy": ["FakeStrategy"],
@@ -36,11 +46,14 @@ _HOMES = {
         "tiny_tokenizer",
     ],
     "lightrft.testing.trajectory": [
+        "RECIPES",
         "Deviation",
         "Recipe",
         "Trajectory",
         "compare",
+        "deviation_table",
         "noise_floor",
+        "reference_trajectory",
         "run_trajectory",
     ],
 }
@@ -55,6 +68,7 @@ __all__ = [
     "Outcome",
     "RankFailure",
     "RankJob",
+    "RECIPES",
     "RankPool",
     "Recipe",
     "StrategySuite",
@@ -63,12 +77,14 @@ __all__ = [
     "calling_first",
     "compare",
     "cut",
+    "deviation_table",
     "die",
     "flip_bit",
     "free_port",
     "noise_floor",
     "on_ranks",
     "poison_gradient",
+    "reference_trajectory",
     "run_trajectory",
     "save_tiny_model",
     "tiny_image",

@@ -7,7 +7,10 @@ with the batch cut into micro-batches. A backend within :data:`FLOORS` times tha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import functools
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,23 +18,36 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lightrft.strategy.config import StrategyConfig
 from lightrft.strategy.fake_strategy import FakeStrategy
 from lightrft.strategy.schedules import make_scheduler
-from lightrft.strategy.strategy_base import StrategyBase
+from lightrft.strategy.strategy_base import StepResult, StrategyBase
 
 from .tiny_models import VOCABULARY, tiny_model
 
 # How many times further than one process from itself a backend may be.
 FLOORS = 4.0
+# What rounding to bfloat16 (8 bits of precision) may change, relatively.
+BF16_ROUNDING = 2.0**-9
+# The critic's loss is made so small that it stays below a norm that clips the actor at every step.
+CRITIC_LOSS = 1 / 64
+# The norm under which "clipping is on" and never acts.
+NEVER_CLIPS = 1e6
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """A short training run with everything in it that can go wrong.
 
-    :param kind: a tiny model. :param steps: optimizer steps. :param rows: sequences a step, over all ranks.
+    :param kind: a tiny model. :param steps: optimizer steps. :param rows: sequences of a whole batch, over all ranks.
     :param accumulation: micro-batches of a step on each rank.
-    :param max_norm: small enough to clip every step. :param warmup: share of the steps.
+    :param max_norm: small enough to clip every step; 0 clips never. :param warmup: share of the steps.
+    :param frozen: parameters whose names hold this text stay as they are; empty: all train.
+    :param critic: train a second model beside, with an optimizer, a learning rate and a norm of its own.
+    :param uneven: rows of different lengths under one token mean, and batches that are short: some ranks then have
+        fewer micro-batches, or none.
+    :param poisoned: a step at which the actor's gradient is not finite on the last rank.
+    :param bf16: compute in bfloat16.
     """
 
     kind: str = "qwen2"
@@ -45,6 +61,11 @@ class Recipe:
     schedule: str = "cosine"
     warmup: float = 0.2
     seed: int = 0
+    frozen: str = ""
+    critic: bool = False
+    uneven: bool = False
+    poisoned: int | None = None
+    bf16: bool = False
 
     def settings(self, ranks: int) -> dict[str, Any]:
         """The configuration of a strategy on so many data ranks.
@@ -62,26 +83,69 @@ class Recipe:
             "micro_train_batch_size": micro,
             "train_batch_size": self.rows,
             "actor_learning_rate": self.learning_rate,
+            "critic_learning_rate": 2 * self.learning_rate,
             "l2": self.weight_decay,
+            "bf16": self.bf16,
         }
 
-    def batch(self, step: int) -> torch.Tensor:
-        """Token ids ``[rows, length]`` of a step, the same everywhere."""
+    def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids ``[rows, length]`` of a step and the length of each row ``[rows]``, the same everywhere."""
         generator = torch.Generator().manual_seed(self.seed * 7919 + step)
-        return torch.randint(7, VOCABULARY, (self.rows, self.length), generator=generator)
+        ids = torch.randint(7, VOCABULARY, (self.rows, self.length), generator=generator)
+        lengths = torch.full((self.rows,), self.length)
+        if self.uneven:
+            lengths = torch.randint(3, self.length + 1, (self.rows,), generator=generator)
+            count = (self.rows, self.rows // 2 + 1, self.rows, 1)[step % 4]
+            ids, lengths = ids[:count], lengths[:count]
+        return ids, lengths
+
+    def models(self) -> dict[str, nn.Module]:
+        """The models to train by role, with the same weights everywhere."""
+        made = {"actor": tiny_model(self.kind, seed=self.seed)}
+        if self.critic:
+            made["critic"] = tiny_model(self.kind, seed=self.seed + 1)
+            made["critic"].is_critic = True
+        for model in made.values():
+            for name, parameter in model.named_parameters():
+                if self.frozen and self.frozen in name:
+                    parameter.requires_grad_(False)
+        return made
+
+
+RECIPES: Mapping[str, Recipe] = {
+    "dense": Recipe(),
+    "tied": Recipe(kind="qwen2_tied", accumulation=4, max_norm=0.0, frozen="layers.0."),
+    "moe": Recipe(kind="qwen3_moe", accumulation=4, poisoned=7),
+    "pair": Recipe(accumulation=4, critic=True, uneven=True),
+}
+"""Every variation, in as few runs as hold it: each takes a second or two."""
+
+
+def every_recipe() -> list[Recipe]:
+    """The product of what :data:`RECIPES` varies, for a long campaign."""
+    more = {"frozen": "layers.0.", "critic": True, "uneven": True, "poisoned": 7}
+    return [
+        Recipe(kind=kind, accumulation=accumulation, max_norm=max_norm, **extras)
+        for kind, accumulation, max_norm, extras in itertools.product(
+            ("qwen2", "qwen2_tied", "qwen3_moe"), (1, 4), (0.5, 0.0, NEVER_CLIPS), ({}, more)
+        )
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trajectory:
-    """What a run left behind. ``first_moments`` are Adam's after the first step: the gradient at identical weights.
+    """What a run left behind, of both models one after the other where there are two.
 
     :param losses: global mean of each step. :param grad_norms: before clipping. :param learning_rates: after each step.
-    :param weights: whole, by module name, at the end.
+    :param skipped: steps that were not taken.
+    :param first_moments: Adam's after the first step, by ``role/name``: the clipped gradient at identical weights.
+    :param weights: whole, by ``role/name``, at the end.
     """
 
-    losses: list[float]
-    grad_norms: list[float]
-    learning_rates: list[float]
+    losses: Mapping[str, Sequence[float]]
+    grad_norms: Mapping[str, Sequence[float]]
+    learning_rates: Mapping[str, Sequence[float]]
+    skipped: Mapping[str, Sequence[int]]
     first_moments: Mapping[str, torch.Tensor]
     weights: Mapping[str, torch.Tensor]
 
@@ -104,7 +168,7 @@ class Deviation:
         return [
             f"{name} deviates by {mine:.2e}, {times:g} × the noise floor is {times * bound:.2e}"
             for name, mine, bound in zip(FIELDS, self.figures(), floor.figures(), strict=True)
-            if mine > times * bound
+            if not mine <= times * bound
         ]
 
     def figures(self) -> tuple[float, ...]:
@@ -115,87 +179,205 @@ class Deviation:
 FIELDS = ("gradient at identical weights", "loss", "gradient norm", "weights")
 
 
+class _Role:
+    """One of the models of a run, and what happened to it."""
+
+    def __init__(self, strategy: StrategyBase, recipe: Recipe, role: str, model: nn.Module) -> None:
+        self.strategy, self.recipe, self.role = strategy, recipe, role
+        self.factor = CRITIC_LOSS if role == "critic" else 1.0
+        self.model: nn.Module = strategy.prepare(model)
+        self.optimizer = strategy.create_optimizer(self.model)
+        self.scheduler = make_scheduler(recipe.schedule, self.optimizer, recipe.steps, recipe.warmup)
+        self.losses: list[float] = []
+        self.norms: list[float] = []
+        self.rates: list[float] = []
+        self.skipped: list[int] = []
+        self.first: dict[str, torch.Tensor] = {}
+
+    def step(self, number: int) -> None:
+        strategy, recipe = self.strategy, self.recipe
+        ids, lengths = recipe.batch(number)
+        rank, ranks = strategy.data_parallel_rank, strategy.data_parallel_size
+        micro = strategy.config.micro_train_batch_size
+        count = math.ceil(len(ids) / (ranks * micro))
+        tokens, total = int((lengths - 1).sum()), 0.0
+        result = StepResult(stepped=False)
+        for index in range(count):
+            start = (index * ranks + rank) * micro
+            mine = slice(start, start + micro) if start < len(ids) else slice(0, 1)  # a forward pass is collective
+            share = int((lengths[mine] - 1).sum()) / tokens if start < len(ids) else 0.0
+            loss = self.factor * _token_mean(self.model, ids[mine].to(strategy.device), lengths[mine])
+            total += loss.item() * share
+            if self._poisoned(number) and index == 0 and rank == ranks - 1:
+                loss = loss * math.inf
+            # Whole batches take the strategy's own division, short ones say what they are a share of.
+            given: dict[str, Any] = {"scale": share, "boundary": index == count - 1} if recipe.uneven else {}
+            strategy.backward(loss, self.model, self.optimizer, **given)
+            result = strategy.optimizer_step(self.optimizer, self.model, self.scheduler, name=self.role)
+        self._note(number, strategy.all_reduce(total, "sum"), result)
+
+    def _poisoned(self, number: int) -> bool:
+        return self.role == "actor" and number == self.recipe.poisoned
+
+    def _note(self, number: int, loss: float, result: StepResult) -> None:
+        if result.skipped:
+            self.skipped.append(number)
+        if not (result.stepped or result.skipped) or result.grad_norm is None:
+            raise AssertionError(f"step {number} of {self.recipe} ended between two boundaries: {result}")
+        self.losses.append(loss)
+        self.norms.append(result.grad_norm)
+        self.rates.append(self.optimizer.param_groups[0]["lr"])
+        if number == 0:
+            items = self.strategy.iter_state(self.model, self.optimizer)
+            self.first = {item.name: item.moments["exp_avg"].float() for item in items if item.moments}
+
+
+def _token_mean(model: nn.Module, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of the next tokens within each row's length, 0-d."""
+    logits = model(input_ids=ids).logits[:, :-1].float()
+    losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1)
+    mask = torch.arange(losses.shape[1], device=ids.device) < (lengths - 1).to(ids.device).unsqueeze(1)
+    return losses.masked_fill(~mask, 0.0).sum() / mask.sum()
+
+
 def run_trajectory(strategy: StrategyBase, recipe: Recipe) -> Trajectory:
-    """Train a tiny model by the recipe. Every rank must call.
+    """Train tiny models by the recipe. Every rank must call.
 
     :param strategy: made with ``recipe.settings(ranks)``.
     """
-    model: nn.Module = strategy.prepare(tiny_model(recipe.kind, seed=recipe.seed))
-    optimizer = strategy.create_optimizer(model)
-    scheduler = make_scheduler(recipe.schedule, optimizer, recipe.steps, recipe.warmup)
-    micro = strategy.config.micro_train_batch_size
-    losses, norms, rates = [], [], []
-    first: dict[str, torch.Tensor] = {}
-    for step in range(recipe.steps):
-        rows, total = recipe.batch(step), 0.0
-        for index in range(strategy.accumulated_gradient):
-            start = (index * strategy.data_parallel_size + strategy.data_parallel_rank) * micro
-            mine = rows[start : start + micro].to(strategy.device)
-            logits = model(input_ids=mine).logits[:, :-1].float()
-            loss = F.cross_entropy(logits.flatten(0, 1), mine[:, 1:].flatten())
-            total += loss.item() / strategy.accumulated_gradient
-            strategy.backward(loss, model, optimizer)
-            result = strategy.optimizer_step(optimizer, model, scheduler)
-        if not result.stepped or result.grad_norm is None:
-            raise AssertionError(f"step {step} of {recipe} was not taken: {result}")
-        losses.append(strategy.all_reduce(total))
-        norms.append(result.grad_norm)
-        rates.append(optimizer.param_groups[0]["lr"])
-        if step == 0:
-            items = strategy.iter_state(model, optimizer)
-            first = {item.name: item.moments["exp_avg"].float() for item in items if item.moments}
-    weights = {item.name: item.weight.float() for item in strategy.iter_state(model)}
-    return Trajectory(losses=losses, grad_norms=norms, learning_rates=rates, first_moments=first, weights=weights)
+    roles = [_Role(strategy, recipe, role, model) for role, model in recipe.models().items()]
+    for number in range(recipe.steps):
+        for role in roles:
+            role.step(number)
+    return Trajectory(
+        losses={role.role: role.losses for role in roles},
+        grad_norms={role.role: role.norms for role in roles},
+        learning_rates={role.role: role.rates for role in roles},
+        skipped={role.role: role.skipped for role in roles},
+        first_moments={f"{role.role}/{name}": moment for role in roles for name, moment in role.first.items()},
+        weights={
+            f"{role.role}/{item.name}": item.weight.float()
+            for role in roles
+            for item in strategy.iter_state(role.model)
+        },
+    )
 
 
 def compare(actual: Trajectory, expected: Trajectory) -> Deviation:
     """How far ``actual`` is from ``expected``.
 
-    :raises AssertionError: their parameters or learning rates differ, which no rounding explains.
+    :raises AssertionError: their parameters, learning rates or skipped steps differ, which no rounding explains.
     """
-    if list(actual.weights) != list(expected.weights) or actual.learning_rates != expected.learning_rates:
-        raise AssertionError("the trajectories are not of one model and one schedule")
+    for name in ("learning_rates", "skipped"):
+        mine, theirs = getattr(actual, name), getattr(expected, name)
+        if mine != theirs:
+            raise AssertionError(f"{name.replace('_', ' ')} differ: {mine}, not {theirs}")
+    for name in ("first_moments", "weights"):
+        if differing := set(getattr(actual, name)) ^ set(getattr(expected, name)):
+            raise AssertionError(f"{name.replace('_', ' ')} are not of one model: {sorted(differing)}")
     whole = torch.stack([moment.norm() for moment in expected.first_moments.values()]).norm().item()
     return Deviation(
-        first_gradient=max(
+        first_gradient=_largest(
             (actual.first_moments[name] - moment).norm().item() / whole
             for name, moment in expected.first_moments.items()
         ),
-        loss=_largest(abs(a - b) for a, b in zip(actual.losses, expected.losses, strict=True)),
-        grad_norm=_largest(abs(a - b) / b for a, b in zip(actual.grad_norms, expected.grad_norms, strict=True)),
+        loss=_largest(abs(a - b) for a, b in _pairs(actual.losses, expected.losses)),
+        grad_norm=_largest(_relative(a, b) for a, b in _pairs(actual.grad_norms, expected.grad_norms)),
         weights=_largest((actual.weights[n] - w).abs().max().item() for n, w in expected.weights.items()),
     )
 
 
 def reference_trajectory(recipe: Recipe) -> Trajectory:
-    """One process on the whole batch at once. Works on any rank, without the others."""
-    whole = replace(recipe, accumulation=1)
-    return run_trajectory(FakeStrategy(**whole.settings(1)), whole)
+    """One process on the whole batch at once. Works on any rank, without the others. Remembered: do not change it."""
+    return _reference(replace(recipe, accumulation=1))
 
 
-def noise_floor(recipe: Recipe, reference: Trajectory | None = None) -> Deviation:
-    """One process against itself with its micro-batches regrouped: the worst of every way to halve them."""
-    reference = reference or reference_trajectory(recipe)
+@functools.lru_cache(maxsize=16)
+def _reference(recipe: Recipe) -> Trajectory:
+    return run_trajectory(FakeStrategy(**recipe.settings(1)), recipe)
+
+
+def noise_floor(recipe: Recipe) -> Deviation:
+    """One process against itself with its micro-batches regrouped: the worst of every way to halve them.
+
+    Regrouping leaves the order alone in which a norm's squares are summed, and shards do not: the rounding of that sum
+    counts too. And no gradient is asked to be nearer than two units in its last place: a backend's kernels may be
+    others.
+    """
+    return _floor(replace(recipe, accumulation=1))
+
+
+@functools.lru_cache(maxsize=64)
+def _floor(recipe: Recipe) -> Deviation:
     deviations = []
     parts = 2
     while recipe.rows % parts == 0 and parts <= recipe.rows:
         regrouped = replace(recipe, accumulation=parts)
-        deviations.append(compare(run_trajectory(FakeStrategy(**regrouped.settings(1)), regrouped), reference))
+        deviations.append(
+            compare(run_trajectory(FakeStrategy(**regrouped.settings(1)), regrouped), reference_trajectory(recipe))
+        )
         parts *= 2
     return Deviation(
-        first_gradient=max(d.first_gradient for d in deviations),
+        first_gradient=max(2 * torch.finfo(torch.float32).eps, *(d.first_gradient for d in deviations)),
         loss=max(d.loss for d in deviations),
-        grad_norm=max(d.grad_norm for d in deviations),
+        grad_norm=max(_norm_rounding(recipe), *(d.grad_norm for d in deviations)),
         weights=max(d.weights for d in deviations),
     )
 
 
-def deviation_table(rows: Mapping[str, Deviation]) -> str:
-    """A Markdown table, one line for each named deviation."""
-    lines = ["| |" + "|".join(f" {name} " for name in FIELDS) + "|", "|---" * (len(FIELDS) + 1) + "|"]
-    lines += [f"| {name} |" + "|".join(f" {x:.1e} " for x in row.figures()) + "|" for name, row in rows.items()]
+def _norm_rounding(recipe: Recipe) -> float:
+    """Relative error of one process's own norm of the first gradient, against double precision."""
+    whole = replace(recipe, accumulation=1, steps=1, max_norm=0.0, poisoned=None)
+    trajectory, errors = run_trajectory(FakeStrategy(**whole.settings(1)), whole), []
+    for role, norms in trajectory.grad_norms.items():
+        moments = [m.double().norm() for name, m in trajectory.first_moments.items() if name.startswith(f"{role}/")]
+        exact = torch.stack(moments).norm().item() / (1 - StrategyConfig().adam_betas[0])
+        errors.append(_relative(norms[0], exact))
+    return max(errors)
+
+
+def clipping_faults(recipe: Recipe, reference: Trajectory) -> list[str]:
+    """Whether the reference clips as the recipe means it: the actor at every step, the critic at none.
+
+    A run that does not clip proves nothing about clipping.
+    """
+    if recipe.max_norm == 0:
+        return []
+    faults = []
+    for role, norms in reference.grad_norms.items():
+        finite = [norm for norm in norms if math.isfinite(norm)]
+        clips = role == "actor" and recipe.max_norm < NEVER_CLIPS
+        if (min(finite) <= recipe.max_norm) if clips else (max(finite) >= recipe.max_norm):
+            faults.append(f"{role}: norms from {min(finite):.3g} to {max(finite):.3g} against {recipe.max_norm:g}")
+    return faults
+
+
+def deviation_table(rows: Mapping[str, Deviation], **columns: Mapping[str, str]) -> str:
+    """A Markdown table, one line for each named deviation.
+
+    :param columns: further columns by title, each with a cell by row name.
+    """
+    titles = [*FIELDS, *columns]
+    lines = ["| |" + "|".join(f" {name} " for name in titles) + "|", "|---" * (len(titles) + 1) + "|"]
+    for name, row in rows.items():
+        cells = [*(f"{x:.1e}" for x in row.figures()), *(cells.get(name, "") for cells in columns.values())]
+        lines.append(f"| {name} |" + "|".join(f" {cell} " for cell in cells) + "|")
     return "\n".join(lines) + "\n"
 
 
+def _pairs(
+    actual: Mapping[str, Sequence[float]], expected: Mapping[str, Sequence[float]]
+) -> Iterable[tuple[float, float]]:
+    for role, values in expected.items():
+        yield from zip(actual[role], values, strict=True)
+
+
+def _relative(actual: float, expected: float) -> float:
+    if not math.isfinite(expected):  # one norm reads nan where another reads inf
+        return math.inf if math.isfinite(actual) else 0.0
+    return abs(actual - expected) / expected
+
+
 def _largest(values: Iterable[float]) -> float:
-    return max(values, default=0.0)
+    """The worst of them, and one that is not a number is worse than any."""
+    return max((math.inf if math.isnan(value) else value for value in values), default=0.0)
