@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 import re
 import signal
 import time
@@ -10,10 +13,12 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from lightrft.strategy.errors import RankTimeoutError
-from lightrft.strategy.journal import RankJournal
+from lightrft.strategy.errors import CheckpointError, RankTimeoutError
+from lightrft.strategy.journal import Beat, Departure, Entry, RankJournal, RankNotes, blame, note_departure
 from lightrft.strategy.native_strategy import NativeStrategy
 from lightrft.testing.ranks import RankPool, announce
+
+STALL = 4.0  # longer than the deadline below
 
 
 class Joined(NativeStrategy):
@@ -22,7 +27,7 @@ class Joined(NativeStrategy):
     name = "joined"
 
 
-def strategy(timeout: float = 3.0) -> Joined:
+def strategy(timeout: float = 2.0) -> Joined:
     one = Joined(train_batch_size=2, dist_timeout=timeout)
     one.setup_distributed()
     return one
@@ -50,9 +55,209 @@ def test_a_dead_and_a_stalled_rank_are_named_with_their_last_operation(ranks: Ra
     assert waited.ok, waited.error
     message = waited.value
     assert "all_gather_object" in message, "what the others waited in"
-    assert re.search(r"Late: rank 1, last seen in all_reduce \(number 1\) at .*test_journal\.py:\d+", message), message
-    assert "test_journal.py" in message.split("Late:")[0], "and where"
+    cause = message.split("Cause: ")[1]
+    assert re.match(r"rank 1, last seen in all_reduce \(number 1\) at .*test_journal\.py:\d+", cause), message
+    assert "is silent for" in cause
+    assert "test_journal.py" in message.split("Cause:")[0], "and where"
     assert "--dist_timeout" in message
+
+
+def stalls_inside() -> str | None:
+    """Rank 1 lives, has entered the operation like everybody, and does not go on."""
+    mine = strategy()
+    mine.all_reduce(1)
+    try:
+        with mine.waits_for_ranks("an operation of two parts"):
+            dist.barrier()
+            if mine.rank == 1:
+                time.sleep(STALL)
+                return None
+            dist.barrier()
+    except RankTimeoutError as error:
+        return str(error)
+    return "nobody was late"
+
+
+def test_a_rank_that_stalls_inside_an_operation_is_named_by_its_collectives(ranks: RankPool) -> None:
+    message = ranks.run(stalls_inside)[0]
+    assert message.startswith("an operation of two parts (number 2)")
+    cause = message.split("Cause: ")[1]
+    assert re.match(r"rank 1, last seen in an operation of two parts \(number 2\) .*, is 1 collective behind", cause)
+    assert re.search(r"now at .*test_journal\.py:\d+ \(stalls_inside\)", cause), message
+
+
+def raises_inside(kind: type[Exception]) -> str:
+    mine = strategy()
+    mine.all_reduce(1)
+    try:
+        with mine.waits_for_ranks("some work"):
+            if mine.rank == 1:
+                raise kind("no data left")
+            dist.barrier()
+    except RankTimeoutError as error:
+        return str(error)
+    except kind:
+        time.sleep(STALL)  # as a notebook would: the process lives on
+    return "passed through"
+
+
+@pytest.mark.parametrize("kind", [ValueError, RuntimeError])
+def test_a_rank_that_raises_inside_an_operation_is_named_with_its_error(ranks: RankPool, kind: type[Exception]) -> None:
+    waited, raised = ranks.run(raises_inside, kind)
+    assert raised == "passed through", "it keeps its own error"
+    assert re.search(
+        rf"Cause: rank 1 raised {kind.__name__}: no data left, in some work \(number 2\) at .*test_journal\.py:\d+$",
+        waited,
+    ), waited
+
+
+def raises_between(how: str) -> str:
+    mine = strategy()
+    mine.all_reduce(1)
+    if mine.rank == 1:
+        try:
+            raise ValueError("a wrong reward")
+        except ValueError as error:
+            note_departure(error if how == "raised" else None)  # as an uncaught exception, and the end, would
+            time.sleep(STALL)
+            return ""
+    with pytest.raises(RankTimeoutError) as caught:
+        mine.barrier()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("raised", r"rank 1 raised ValueError: a wrong reward, at .*test_journal\.py:\d+"),
+        ("ended", "rank 1, .*, has ended"),
+    ],
+)
+def test_a_rank_that_ends_between_operations_is_named(ranks: RankPool, how: str, said: str) -> None:
+    assert re.search(f"Cause: {said}", ranks.run(raises_between, how)[0])
+
+
+def raised_long_ago() -> str:
+    mine = strategy()
+    for _ in range(2):
+        with contextlib.suppress(ValueError), mine.waits_for_ranks("a try"):
+            if mine.rank == 1:
+                raise ValueError("handled")
+        mine.all_reduce(1)
+    if mine.rank == 1:
+        time.sleep(STALL)
+        return ""
+    with pytest.raises(RankTimeoutError) as caught:
+        mine.barrier()
+    return str(caught.value)
+
+
+def test_an_exception_that_was_handled_is_no_cause(ranks: RankPool) -> None:
+    message = ranks.run(raised_long_ago)[0]
+    assert "rank 1, last seen in all_reduce" in message
+    assert "handled" not in message
+
+
+def libraries_own_groups() -> list[float]:
+    mine = strategy(timeout=40.0)
+    group: Any = dist.new_group(backend="gloo")  # with half an hour of patience
+    mine.all_reduce(1)
+    both: Any = [dist.group.WORLD, group]
+    return [one._get_backend(mine.device).options._timeout.total_seconds() for one in both]
+
+
+def test_a_group_that_a_library_made_keeps_the_deadline_too(ranks: RankPool) -> None:
+    assert ranks.run(libraries_own_groups) == [[35.0, 35.0]] * 2, "the rest is for finding out who is at fault"
+
+
+def does_not_come_back(folder: Any) -> None:
+    """As over NCCL: no exception ends the wait of rank 0."""
+    dist.init_process_group("gloo")
+    journal = RankJournal(dist.get_rank(), 2, 3.0, ends_process=True)
+    os.environ["TORCHELASTIC_ERROR_FILE"] = str(folder / f"error{journal.rank}.json")
+    if journal.rank == 1:
+        announce("away")
+        time.sleep(600)
+    with journal.operation("a wait without end"):
+        dist.barrier()
+
+
+def test_where_no_exception_ends_a_wait_the_process_ends_with_the_named_error(ranks: RankPool, tmp_path: Any) -> None:
+    job = ranks.submit(does_not_come_back, tmp_path)
+    job.wait_for(1, "away")
+    job.signal(1, signal.SIGSTOP)
+    outcome = job.outcomes(timeout=60, of=[0])[0]
+    assert outcome.died == 1
+    message = json.loads((tmp_path / "error0.json").read_text())["message"]
+    assert "Cause: rank 1, last seen in setup_distributed" in message["message"]
+    assert message["extraInfo"]["secondary"], "the launcher looks for a better cause"
+    assert message["message"] in ranks.output(0)
+
+
+def agrees(broken: int | None) -> str:
+    mine = strategy(timeout=20.0)
+    try:
+        with mine.together("shared work", CheckpointError):
+            if mine.rank == broken:
+                raise OSError("disk full")
+    except (OSError, CheckpointError) as error:
+        return f"{type(error).__name__}: {error}"
+    return f"all done {mine.all_reduce(1, 'sum')}"
+
+
+def test_all_ranks_raise_where_one_does(ranks: RankPool) -> None:
+    assert ranks.run(agrees, None) == ["all done 2"] * 2
+    for broken in (0, 1):
+        results = ranks.run(agrees, broken)
+        assert results[broken] == "OSError: disk full"
+        assert results[1 - broken] == f"CheckpointError: rank {broken}: OSError: disk full"
+
+
+def agrees_alone() -> str:
+    mine = strategy(timeout=6.0)
+    if mine.rank == 1:
+        announce("away")
+        time.sleep(600)
+    with pytest.raises(RankTimeoutError) as caught, mine.together("shared work"):
+        pass
+    return str(caught.value)
+
+
+def test_nobody_waits_for_the_agreement_of_a_dead_rank(ranks: RankPool) -> None:
+    job = ranks.submit(agrees_alone)
+    job.wait_for(1, "away")
+    job.signal(1, signal.SIGKILL)
+    message = job.outcomes(timeout=60, of=[0])[0].value
+    assert "Cause: rank 1, last seen in setup_distributed" in message
+    assert "is silent" in message
+
+
+def test_what_is_surest_is_blamed() -> None:
+    def notes(number: int, beat: int, departure: Departure | None = None, started: int = 5) -> RankNotes:
+        return RankNotes(
+            entry=Entry(sequence=number, name="work", site="a.py:1"),
+            beat=Beat(number=beat, wall=0.0, at="b.py:2 (f)", started={"world": started}),
+            departure=departure,
+        )
+
+    gave_up = Departure(how="gave up", sequence=7, text="gave up waiting")
+    before = {1: notes(7, 1), 2: notes(7, 1), 3: notes(7, 1), 4: notes(7, 1)}
+    after = {1: notes(7, 2, started=4), 2: notes(6, 2), 3: notes(7, 2, gave_up), 4: notes(7, 1)}
+
+    def blamed() -> list[str]:
+        return [text.split(",")[0].split(" raised")[0] for text in blame(7, {"world": 5}, before, after)]
+
+    assert blamed() == ["rank 4"], "silent"
+    after[4] = notes(7, 2)
+    assert blamed() == ["rank 2"], "behind"
+    after[2] = notes(7, 2)
+    assert blamed() == ["rank 1"], "fewer collectives"
+    after[1] = notes(7, 2)
+    assert blamed() == ["rank 3 gave up waiting"]
+    after[3] = notes(7, 2, Departure(how="raised", sequence=7, text="ValueError: x"))
+    assert blamed() == ["rank 3"]
+    after[3] = notes(8, 2)
+    assert blame(7, {"world": 5}, before, after)[0] == "not known, all others are alive"
 
 
 def different_work() -> str:

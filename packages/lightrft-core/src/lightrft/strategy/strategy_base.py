@@ -28,11 +28,11 @@ from .dataloader import make_dataloader
 from .device import empty_cache, local_device, process_group_backend, synchronize
 from .engine import RolloutEngine
 from .engine_host import EngineHost
-from .errors import ConfigError
+from .errors import ConfigError, LightRFTError, RankTimeoutError
 from .groups import ProcessGroups, RankLayout
 from .hub_export import save_hub_model
 from .hub_layout import HubLayout, hub_sources, unwrap
-from .journal import RankJournal
+from .journal import RankJournal, describe, is_lost_peer
 from .lifecycle import EngineStatus
 from .memory import OUT_OF_MEMORY_FLAGS, MoveReport, memory_figures
 from .optimizers import LossScale, move_optimizer
@@ -209,7 +209,8 @@ class StrategyBase(ABC):
             world_size=world_size, engine_tp_size=self.config.engine_tp_size, sp_size=self.config.sp_size
         )
         self.groups = ProcessGroups(self.layout, self.rank)
-        self._journal = RankJournal(self.rank, world_size, seconds)
+        # NCCL ends no wait by an exception: there the journal ends the process.
+        self._journal = RankJournal(self.rank, world_size, seconds, ends_process=self.device.type != "cpu")
         self._set_up = True
         self.set_seed(self.config.seed)
 
@@ -281,6 +282,26 @@ class StrategyBase(ABC):
         except torch.OutOfMemoryError as error:
             error.add_note(f"{operation}: flags that lower the memory: {OUT_OF_MEMORY_FLAGS}")
             raise
+
+    @contextlib.contextmanager
+    def together(self, operation: str, kind: type[LightRFTError] = LightRFTError) -> Iterator[None]:
+        """Wrap work of which each rank does its part: where one raises, all raise. Nobody goes on before all are done.
+
+        The rank that failed raises its own error, at once; the others, as soon as they have done their part, ``kind``
+        with that rank and its error. Work that communicates may be within.
+
+        :raises RankTimeoutError: a rank died or did not come within the deadline.
+        """
+        with self.waits_for_ranks(operation):
+            assert self._journal is not None
+            try:
+                yield
+            except Exception as error:
+                if not isinstance(error, RankTimeoutError) and not is_lost_peer(error):
+                    self._journal.agree(describe(error))
+                raise
+            if (problem := self._journal.agree(None)) is not None:
+                raise kind(problem)
 
     @property
     def _everyone(self) -> Any:

@@ -38,7 +38,7 @@ class DeadlineClaims(StrategyClaims):
         others = job.outcomes(self.timeout, of=range(last))[:last]
         for outcome in others:
             assert outcome.ok, outcome.error
-            assert f"rank {last}" in outcome.value.split("Late:")[1], outcome.value
+            assert f"rank {last}" in outcome.value.split("Cause:")[1], outcome.value
 
     def _work_until_alone(self, work: str) -> str:
         """What the error of a rank that waits says; the last rank never comes."""
