@@ -65,8 +65,12 @@ def _sync_package(session: nox.Session, package: str, *, python: str | None = No
 
 def _pytest(session: nox.Session, package: str, *, only: str | None = None, accelerator: bool = False) -> None:
     """Run a package's tests: the default ones, or `only` those with a mark, of which a package may have none."""
+    _pytest_in(session, f"packages/lightrft-{package}/tests", only=only, accelerator=accelerator)
+
+
+def _pytest_in(session: nox.Session, folder: str, *, only: str | None = None, accelerator: bool = False) -> None:
     session.run(
-        *("python", "-m", "pytest", "-c", "pyproject.toml", f"packages/lightrft-{package}/tests"),
+        *("python", "-m", "pytest", "-c", "pyproject.toml", folder),
         *(("-m", only) if only else ()),
         *session.posargs,
         env=TEST_ENV | ({} if accelerator else NO_ACCELERATOR),
@@ -131,6 +135,13 @@ def tests(session: nox.Session, package: str, hardware: str) -> None:
     if "True" not in str(session.run("python", "-c", probe, silent=True)):
         session.skip("torch sees no accelerator: run `uv run nox -t gpu` on a machine with a GPU and its driver")
     _pytest(session, package, only="gpu", accelerator=True)
+
+
+@nox.session(tags=["default", "integration"])
+def integration(session: nox.Session) -> None:
+    """Test FSDP2, DeepSpeed, the embedded engine and the trainer together: one script, one trajectory."""
+    _sync(session, "--only-group", "integration")
+    _pytest_in(session, "integration")
 
 
 @nox.session(reuse_venv=False)
@@ -217,3 +228,10 @@ def full(session: nox.Session, package: str) -> None:
     """Run one package's long campaigns: random kills, large sweeps, many seeds."""
     _sync_package(session, package)
     _pytest(session, package, only="full and not gpu")
+
+
+@nox.session(tags=["full"])
+def integration_full(session: nox.Session) -> None:
+    """Run the long campaigns of the packages together."""
+    _sync(session, "--only-group", "integration")
+    _pytest_in(session, "integration", only="full and not gpu")

@@ -2,9 +2,9 @@
 
     git diff --name-only main... | python tools/ci_matrix.py
 
-A change to a package runs its own sessions and those of every package whose tests install it, so a change to core runs
-them all; so does a change to uv.lock or to what all packages share. A change to documents runs `lint` alone, unless
-`contracts` compares them with something.
+A change to a package runs its own sessions, those of every package whose tests install it, and `integration`, so a
+change to core runs them all; so does a change to uv.lock or to what all packages share. A change to documents runs
+`lint` alone, unless `contracts` compares them with something.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 SHARED = {"pyproject.toml", "uv.lock", "noxfile.py"}
 DOCUMENTS = {".md", ".rst", ".png", ".svg"}
 ALWAYS = "lint"
-REPOSITORY_WIDE = {"lint", "types", "contracts", "api"}
+REPOSITORY_WIDE = {"lint", "types", "contracts", "api", "integration"}
 
 
 def dependents(projects: Mapping[str, Mapping[str, Any]]) -> dict[str, set[str]]:
@@ -88,6 +88,8 @@ def matrix(
         elif path in SHARED or path.startswith((".github/", ".ci/", "packages/")):
             packages |= set(reverse)
             names |= REPOSITORY_WIDE
+        elif path.startswith("integration/"):
+            names.add("integration")
         else:
             names |= {"types", "contracts"}
 

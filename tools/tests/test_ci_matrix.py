@@ -40,6 +40,8 @@ SESSIONS = [
     session("types", "default"),
     session("contracts", "default"),
     session("api", "api"),
+    session("integration", "default", "integration"),
+    session("integration_full", "full"),
     *(session("tests", "default", "cpu", package=name, rest=", cpu") for name in PROJECTS),
     *(session("tests", "gpu", package=name, rest=", gpu") for name in PROJECTS),
     *(session("wheels", "default", package=name) for name in PROJECTS),
@@ -84,7 +86,7 @@ def test_a_change_to_core_or_to_what_all_share_runs_everything(path: str) -> Non
 
 def test_a_package_runs_its_own_sessions_and_those_of_packages_whose_tests_install_it() -> None:
     assert chosen("packages/lightrft-fsdp/src/lightrft/fsdp/sharding.py") == {
-        *("lint", "types", "contracts", "api", "wheels(fsdp)", "wheels(trainer)"),
+        *("lint", "types", "contracts", "api", "integration", "wheels(fsdp)", "wheels(trainer)"),
         *("tests(fsdp, cpu)", "tests(trainer, cpu)"),
     }
     assert "tests(fsdp, cpu)" not in chosen("packages/lightrft-trainer/tests/test_losses.py")
@@ -104,12 +106,16 @@ def test_a_package_readme_runs_its_example_from_the_wheel() -> None:
     assert chosen("packages/lightrft-fsdp/README.md") == {"lint", "contracts", "wheels(fsdp)"}
 
 
+def test_the_integration_folder_runs_its_own_session() -> None:
+    assert chosen("integration/test_switching.py") == {"lint", "integration"}
+
+
 def test_a_tool_runs_the_repository_wide_checks_only() -> None:
     assert chosen("tools/release.py") == {"lint", "types", "contracts"}
 
 
 def test_no_change_chooses_gpu_or_long_sessions() -> None:
-    assert not {name for name in chosen("uv.lock") if "gpu" in name or name.startswith("full")}
+    assert not {name for name in chosen("uv.lock") if "gpu" in name or "full" in name}
 
 
 def test_changes_add_up() -> None:
