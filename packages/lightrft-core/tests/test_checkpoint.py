@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from torch import nn
 from lightrft.strategy.checkpoint import MANIFEST, whole_checkpoints
 from lightrft.strategy.errors import CheckpointError
 from lightrft.strategy.fake_strategy import FakeStrategy
-from lightrft.testing.faults import calling_first
+from lightrft.testing.faults import calling_first, cut, flip_bit
 
 
 def saved(folder: Path, steps: int = 1, **options: Any) -> tuple[FakeStrategy, nn.Module]:
@@ -63,10 +65,27 @@ def test_pruning_comes_after_success(tmp_path: Path) -> None:
     def full() -> None:
         raise OSError("no space left on device")
 
-    with calling_first(Path, "rename", full), pytest.raises(OSError, match="no space"):
+    with calling_first(Path, "rename", full), pytest.raises(CheckpointError, match="no space"):
         strategy.save_ckpt(model, tmp_path, client_state={"step": 2}, max_num=1)
     assert whole_checkpoints(tmp_path) == ["step_1"]
     assert strategy.load_ckpt(model, tmp_path).client_state == {"step": 1}
+
+
+@pytest.mark.parametrize(("damage", "said"), [(cut, "bytes of"), (flip_bit, "is altered"), (Path.unlink, "is missing")])
+def test_any_file_that_is_cut_altered_or_missing_is_named(
+    tmp_path: Path, damage: Callable[[Path], Any], said: str
+) -> None:
+    strategy, model = saved(tmp_path / "whole")
+    files = [path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole" / "step_1").rglob("*.*")]
+    assert {path.name for path in files} >= {"0.json", "0.safetensors", "client_state.json", "scalars.json", MANIFEST}
+    for file in files:
+        shutil.copytree(tmp_path / "whole", tmp_path / "broken", dirs_exist_ok=True)
+        damage(tmp_path / "broken" / file)
+        name = MANIFEST if file.name == MANIFEST else f"{file.relative_to('step_1')}.*{said}"
+        if file.name == MANIFEST and damage is flip_bit:
+            continue  # one letter of a parameter's name, say: another test's subject
+        with pytest.raises(CheckpointError, match=name):
+            strategy.load_ckpt(model, tmp_path / "broken", tag="step_1")
 
 
 def test_latest_names_the_newest_and_may_be_missing(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 from lightrft.deepspeed import DeepspeedStrategy
 from lightrft.testing import StrategySuite
 from lightrft.testing.strategy_claims.checkpoints import CheckpointClaims
+from lightrft.testing.strategy_claims.failing_saves import FailingSaveClaims
 from lightrft.testing.strategy_claims.preparing import PreparingClaims
 from lightrft.testing.strategy_claims.training import TrainingClaims
 from lightrft.testing.strategy_claims.trajectories import TrajectoryClaims
@@ -52,7 +53,9 @@ class TestTrajectoryOnZero2(_OnZero, TrajectoryClaims):
     zero_stage = 2
 
 
-class TestZero3InBrief(_OnZero, _CannotHold, TrajectoryClaims, PreparingClaims, TrainingClaims, CheckpointClaims):
+class TestZero3InBrief(
+    _OnZero, _CannotHold, TrajectoryClaims, PreparingClaims, TrainingClaims, CheckpointClaims, FailingSaveClaims
+):
     """Parameters too."""
 
 
@@ -75,4 +78,4 @@ class TestZero3(_OnZero, _CannotHold, StrategySuite):
     """Every claim."""
 
 
-del StrategySuite, CheckpointClaims, PreparingClaims, TrainingClaims, TrajectoryClaims
+del StrategySuite, CheckpointClaims, FailingSaveClaims, PreparingClaims, TrainingClaims, TrajectoryClaims

@@ -12,11 +12,13 @@ What is in ``MODEL/`` is the backend's affair (:meth:`StrategyBase.write_state`)
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +28,7 @@ import xxhash
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from .disk import explain_write, folder_size
 from .errors import CheckpointError
 from .hub_layout import hub_sources
 from .rng import restore_rng, rng_state
@@ -39,6 +42,8 @@ logger = logging.getLogger("lightrft")
 FORMAT = "lightrft-checkpoint-1"
 MANIFEST, CLIENT, LATEST, RANKS = "manifest.json", "client_state.json", "latest", "ranks"
 DEFAULT_NAME, SCALARS = "model", "scalars.json"
+# Seconds that a failed save waits for the other ranks to stop writing before it clears up.
+PATIENCE = 5.0
 
 
 @dataclass(kw_only=True)
@@ -73,6 +78,7 @@ class PendingSave:
     max_mem: float | None
     manifest: dict[str, Any]
     futures: list[Any]
+    needed: int
 
 
 # ---- saving ----------------------------------------------------------------------------------------------------------
@@ -123,19 +129,22 @@ def save(
             )
     name = str(strategy.all_gather_object(tag or _default_tag(save_dir, client_state))[0])
     final, staging = save_dir / name, save_dir / f".{name}.partial"
-    if strategy.is_rank_0():
-        shutil.rmtree(staging, ignore_errors=True)
-        for folder in (*records, RANKS):
-            (staging / folder).mkdir(parents=True)
-        (staging / CLIENT).write_text(client_text)
-    strategy.barrier()
-    futures = []
-    with strategy.waits_for_ranks("save_ckpt"):
-        for key, record in records.items():
-            futures.append(strategy.write_state(record, staging / key, asynchronous=asynchronous))
+    needed = sum(_bytes_needed(record) for record in records.values())
+    futures: list[Any] = []
+    with _discarding(strategy, staging, futures):
+        with _writing(strategy, staging, final, needed):
             if strategy.is_rank_0():
-                _write_scalars(record, staging / key)
-        _write_rank(strategy, staging / RANKS, rank_state or {})
+                shutil.rmtree(staging, ignore_errors=True)
+                for folder in (*records, RANKS):
+                    (staging / folder).mkdir(parents=True)
+                (staging / CLIENT).write_text(client_text)
+        with _writing(strategy, staging, final, needed):
+            for key, record in records.items():
+                future = strategy.write_state(record, staging / key, asynchronous=asynchronous)
+                futures += [] if future is None else [future]
+                if strategy.is_rank_0():
+                    _write_scalars(record, staging / key)
+            _write_rank(strategy, staging / RANKS, rank_state or {})
     strategy._pending_save = PendingSave(
         staging=staging,
         final=final,
@@ -149,7 +158,8 @@ def save(
             "world_size": strategy.world_size,
             "models": {key: _shapes(record.model) for key, record in records.items()},
         },
-        futures=[future for future in futures if future is not None],
+        futures=futures,
+        needed=needed,
     )
     if not asynchronous:
         finish(strategy)
@@ -168,22 +178,56 @@ def finish(strategy: StrategyBase, *, block: bool = True) -> bool:
         if not strategy.all_reduce(int(done), "min"):
             return False
     strategy._pending_save = None
-    for future in pending.futures:
-        future.result()
-    strategy.barrier()  # all files of all ranks are there
-    with strategy.waits_for_ranks("save_ckpt"):
-        files = _digests(strategy, pending.staging, flush=True)
-    if strategy.is_rank_0():
-        _write_flushed(pending.staging / MANIFEST, json.dumps({**pending.manifest, "files": files}, indent=1))
-        _flush_folders(pending.staging)
-        _swap(pending.staging, pending.final)
-        if pending.save_latest:
-            _write_flushed(pending.final.parent / f".{LATEST}", pending.final.name)
-            (pending.final.parent / f".{LATEST}").rename(pending.final.parent / LATEST)
-        _flush(pending.final.parent)
-        _prune(pending.final, pending.max_num, pending.max_mem)
-    strategy.barrier()
+    staging, final = pending.staging, pending.final
+    with _discarding(strategy, staging, pending.futures):
+        with _writing(strategy, staging, final, pending.needed):
+            for future in pending.futures:
+                future.result()
+        with _writing(strategy, staging, final, pending.needed):  # all files of all ranks are there
+            mine = _digests(strategy, staging)
+        files = strategy.all_gather_object(mine)
+        with _writing(strategy, staging, final, pending.needed):
+            if strategy.is_rank_0():
+                _publish(pending, {name: item for part in files for name, item in part.items()})
     return True
+
+
+def _publish(pending: PendingSave, files: Mapping[str, Any]) -> None:
+    """Make the staged folder the checkpoint, then point ``latest`` to it, then prune."""
+    staging, final = pending.staging, pending.final
+    _write_flushed(staging / MANIFEST, json.dumps({**pending.manifest, "files": files}, indent=1))
+    _flush_folders(staging)
+    _swap(staging, final)
+    if pending.save_latest:
+        _write_flushed(final.parent / f".{LATEST}", final.name)
+        (final.parent / f".{LATEST}").rename(final.parent / LATEST)
+    _flush(final.parent)
+    _prune(final, pending.max_num, pending.max_mem)
+
+
+@contextlib.contextmanager
+def _writing(strategy: StrategyBase, staging: Path, final: Path, needed: int) -> Iterator[None]:
+    """A part of a save that all ranks do together: where one fails, all raise; a full disk is explained."""
+    with strategy.together("save_ckpt", CheckpointError), explain_write(staging, final, needed):
+        yield
+
+
+@contextlib.contextmanager
+def _discarding(strategy: StrategyBase, staging: Path, futures: Sequence[Any]) -> Iterator[None]:
+    """Where the save fails, remove what it has staged, once no rank writes there any more.
+
+    :param futures: what this rank still writes in the background.
+    """
+    try:
+        yield
+    except Exception:
+        for future in futures:
+            with contextlib.suppress(Exception):  # the save has failed already, for the reason that is raised below
+                future.result()
+        if strategy.is_rank_0():
+            strategy.all_are_done(PATIENCE)
+            shutil.rmtree(staging, ignore_errors=True)
+        raise
 
 
 # ---- loading ---------------------------------------------------------------------------------------------------------
@@ -214,7 +258,9 @@ def load(
     finish(strategy)
     records = _records(strategy, model, optimizer, scheduler)
     skipped: list[str] = []
-    candidates = strategy.all_gather_object(_candidates(load_dir, tag))[0]
+    with strategy.together("load_ckpt", CheckpointError):
+        found = _candidates(load_dir, tag) if strategy.is_rank_0() else []
+    candidates = strategy.all_gather_object(found)[0]
     if not candidates:
         wanted = f"no checkpoint {tag!r}" if tag else "no checkpoint"
         raise CheckpointError(f"{load_dir}: {wanted} here; present: {', '.join(_names(load_dir)) or 'nothing'}")
@@ -222,9 +268,16 @@ def load(
         folder = load_dir / name
         problems = [p for p in strategy.all_gather_object(_damage(strategy, folder)) if p]
         if not problems:
-            return _read(
-                strategy, records, folder, skipped, load_optimizer_states, load_lr_scheduler_states, load_module_only
-            )
+            with strategy.together("load_ckpt", CheckpointError):
+                return _read(
+                    strategy,
+                    records,
+                    folder,
+                    skipped,
+                    load_optimizer_states,
+                    load_lr_scheduler_states,
+                    load_module_only,
+                )
         skipped.append(f"{name}: {problems[0]}")
         if tag is None:
             strategy.print(f"checkpoint {folder} is damaged ({problems[0]}): trying the one before")
@@ -251,11 +304,10 @@ def _read(
         _check_same_model(folder, name, manifest["models"], _shapes(record.model))
         if not module_only:
             _check_receivers(record, folder / name, optimizer=optimizer, scheduler=scheduler)
-    with strategy.waits_for_ranks("load_ckpt"):
-        for name, record in records.items():
-            strategy.read_state(record, folder / name, optimizer=optimizer and not module_only)
-            if not module_only:
-                _read_scalars(record, folder / name, optimizer=optimizer, scheduler=scheduler)
+    for name, record in records.items():
+        strategy.read_state(record, folder / name, optimizer=optimizer and not module_only)
+        if not module_only:
+            _read_scalars(record, folder / name, optimizer=optimizer, scheduler=scheduler)
     saved_ranks = int(manifest["world_size"])
     states = [load_file(folder / RANKS / f"{rank}.safetensors") for rank in range(saved_ranks)]
     if not module_only and saved_ranks == strategy.world_size:
@@ -306,6 +358,13 @@ def _records(
 
 def _shapes(model: nn.Module) -> dict[str, list[int]]:
     return {name: list(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in hub_sources(model)}
+
+
+def _bytes_needed(record: ModelRecord) -> int:
+    """What a model and its AdamW states take, about: a trained parameter is kept in fp32, with two moments."""
+    shapes, sources = _shapes(record.model), hub_sources(record.model)
+    trains = record.optimizer is not None
+    return sum(math.prod(shapes[n]) * (12 if trains and t.requires_grad else t.element_size()) for n, t in sources)
 
 
 def _write_scalars(record: ModelRecord, folder: Path) -> None:
@@ -369,15 +428,14 @@ def _check_same_model(folder: Path, name: str, saved: Mapping[str, Any], mine: M
             )
 
 
-def _digests(strategy: StrategyBase, folder: Path, *, flush: bool) -> dict[str, dict[str, Any]]:
-    """Size and digest of every file but the manifest; the files are shared out over the ranks."""
+def _digests(strategy: StrategyBase, folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and digest of this rank's share of the files, which it flushes; the manifest is not among them."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
     mine = {}
     for path in files[strategy.rank :: strategy.world_size]:
         mine[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "xxh3": _digest(path)}
-        if flush:
-            _flush(path)
-    return {name: item for part in strategy.all_gather_object(mine) for name, item in part.items()}
+        _flush(path)
+    return mine
 
 
 def _damage(strategy: StrategyBase, folder: Path) -> str | None:
@@ -389,12 +447,15 @@ def _damage(strategy: StrategyBase, folder: Path) -> str | None:
         return f"{MANIFEST}: {error}"
     for name, item in files[strategy.rank :: strategy.world_size]:
         path = folder / name
-        if not path.is_file():
+        try:
+            if path.stat().st_size != item["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes of {item['bytes']}"
+            if _digest(path) != item["xxh3"]:
+                return f"{name} is altered: its digest differs"
+        except FileNotFoundError:
             return f"{name} is missing"
-        if path.stat().st_size != item["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes of {item['bytes']}"
-        if _digest(path) != item["xxh3"]:
-            return f"{name} is altered: its digest differs"
+        except OSError as error:
+            return f"{name} cannot be read by rank {strategy.rank}: {error.strerror}"
     return None
 
 
@@ -418,7 +479,18 @@ def _candidates(folder: Path, tag: str | None) -> list[str]:
 
 
 def _names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    """Folders there, with what keeps their manifest from being read."""
+
+    def named(path: Path) -> str:
+        try:
+            (path / MANIFEST).read_bytes()
+        except FileNotFoundError:
+            return path.name
+        except OSError as error:
+            return f"{path.name} ({MANIFEST} cannot be read: {error.strerror})"
+        return path.name
+
+    return sorted(named(path) for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
 
 
 def _default_tag(folder: Path, client_state: Mapping[str, Any] | None) -> str:
@@ -433,21 +505,17 @@ def _default_tag(folder: Path, client_state: Mapping[str, Any] | None) -> str:
 def _prune(newest: Path, max_num: int | None, max_mem: float | None) -> None:
     """Remove our oldest checkpoints beyond the limits; the one just written always stays."""
     kept = [newest.name]
-    total = _size(newest)
+    total = folder_size(newest)
     for name in whole_checkpoints(newest.parent):
         if name == newest.name:
             continue
-        total += _size(newest.parent / name)
+        total += folder_size(newest.parent / name)
         if (max_num is not None and len(kept) >= max_num) or (max_mem is not None and total > max_mem * 1e9):
             doomed = newest.parent / f".{name}.old"
             (newest.parent / name).rename(doomed)  # never a half-deleted folder under a checkpoint's name
             shutil.rmtree(doomed, ignore_errors=True)
         else:
             kept.append(name)
-
-
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _is_ours(folder: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +12,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from .disk import explain_write
+from .errors import CheckpointError
 from .hub_layout import hub_models, unwrap
-from .weights import DEFAULT_BUCKET_BYTES, TensorSpec, UpdatePlan, plan_buckets
+from .weights import DEFAULT_BUCKET_BYTES, TensorSpec, UpdatePlan, WeightBucket, plan_buckets
 
 if TYPE_CHECKING:
     from .strategy_base import StrategyBase
@@ -34,7 +37,10 @@ def save_hub_model(
     bucket_bytes: int = DEFAULT_BUCKET_BYTES,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """See :meth:`StrategyBase.save_model`. The folder appears whole or not at all."""
+    """See :meth:`StrategyBase.save_model`. The folder appears whole or not at all.
+
+    :raises CheckpointError: rank 0 could not write it; raised on every rank.
+    """
     specs = tuple(spec.cast(dtype) for spec in strategy.export_spec(model))
     plan = UpdatePlan(version=0, specs=specs, dtype=dtype, bucket_bytes=bucket_bytes)
     buckets = plan_buckets(plan)
@@ -42,24 +48,55 @@ def save_hub_model(
     output_dir = output_dir.resolve()
     staging = output_dir.with_name(f".{output_dir.name}.partial")
     writer = strategy.is_rank_0()
-    if writer:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-    with strategy.waits_for_ranks("save_model"):
-        for bucket in strategy.export_weights(model, plan):
-            if writer:
-                tensors = {name: tensor.to("cpu").contiguous().clone() for name, tensor in bucket.tensors.items()}
-                save_file(tensors, staging / names[bucket.index], metadata={"format": "pt"})
-    if writer:
-        if len(names) > 1:
-            weight_map = {spec.name: name for name, specs in zip(names, buckets, strict=True) for spec in specs}
-            index = {"metadata": {"total_size": sum(spec.nbytes for spec in plan.specs)}, "weight_map": weight_map}
-            (staging / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-        _save_configuration(model, staging)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(staging)
-        _replace(staging, output_dir)
-    strategy.barrier()
+    needed = sum(spec.nbytes for spec in specs)
+
+    def write(work: Callable[..., Any], *arguments: Any, **keywords: Any) -> None:
+        # A rank that cannot write still takes part in gathering the rest: nobody is left waiting.
+        if writer and not problems:
+            try:
+                with explain_write(staging, output_dir, needed):
+                    work(*arguments, **keywords)
+            except Exception as error:  # noqa: BLE001 - raised below, once every rank can hear of it
+                problems.append(error)
+
+    problems: list[Exception] = []
+    try:
+        with strategy.together("save_model", CheckpointError):
+            write(_make_empty, staging)
+            for bucket in strategy.export_weights(model, plan):
+                write(_write_bucket, bucket, staging / names[bucket.index])
+            write(_write_rest, model, tokenizer, staging, names, buckets)
+            write(_replace, staging, output_dir)
+            if problems:
+                raise problems[0]
+    except Exception:
+        if writer:
+            shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _write_bucket(bucket: WeightBucket, path: Path) -> None:
+    tensors = {name: tensor.to("cpu").contiguous().clone() for name, tensor in bucket.tensors.items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def _write_rest(
+    model: nn.Module, tokenizer: Any, folder: Path, names: list[str], buckets: list[list[TensorSpec]]
+) -> None:
+    """The index of several files, the configuration and the tokenizer."""
+    if len(names) > 1:
+        weight_map = {spec.name: name for name, specs in zip(names, buckets, strict=True) for spec in specs}
+        total = sum(spec.nbytes for specs in buckets for spec in specs)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    _save_configuration(model, folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
 
 
 def _save_configuration(model: nn.Module, folder: Path) -> None:

@@ -303,6 +303,10 @@ class StrategyBase(ABC):
             if (problem := self._journal.agree(None)) is not None:
                 raise kind(problem)
 
+    def all_are_done(self, seconds: float) -> bool:
+        """After :meth:`together` failed here: have the others done their part? Waits for them up to ``seconds``."""
+        return self._journal is None or self._journal.all_have_agreed(seconds)
+
     @property
     def _everyone(self) -> Any:
         """The group that "all ranks" means."""

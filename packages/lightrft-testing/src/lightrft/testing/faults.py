@@ -6,6 +6,7 @@ import contextlib
 import functools
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -62,6 +63,60 @@ def watch_file_events(folder: Path, action: Callable[[int], Any]) -> None:
             action(count)
 
     sys.addaudithook(hook)
+
+
+@contextlib.contextmanager
+def refusing_files(folder: Path, error: OSError) -> Iterator[None]:
+    """Within it, this process cannot open files below ``folder``, as where a disk or a mount fails on one machine."""
+    below, active = str(folder.resolve()), True
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        if active and event == "open" and args and isinstance(args[0], (str, os.PathLike)):
+            if os.path.abspath(os.fspath(args[0])).startswith(below):
+                raise error
+
+    sys.addaudithook(hook)
+    try:
+        yield
+    finally:
+        active = False
+
+
+@contextlib.contextmanager
+def limited_file_size(nbytes: int) -> Iterator[None]:
+    """Within it, no file of this process grows beyond ``nbytes``: a full disk for whoever may not mount one. POSIX."""
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, nbytes: int) -> Iterator[None]:
+    """Within it ``folder`` is a disk of ``nbytes``, in memory.
+
+    :raises PermissionError: this process may not mount; the message says what to do.
+    """
+    command = ["mount", "-t", "tmpfs", "-o", f"size={nbytes}", "lightrft-small-disk", str(folder)]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        problem = done.stderr.strip()
+    except FileNotFoundError as error:
+        problem = str(error)
+    if problem or not os.path.ismount(folder):
+        raise PermissionError(
+            f"a small disk cannot be mounted here ({problem}): run as root on Linux, in a container with "
+            "--cap-add SYS_ADMIN"
+        )
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 _FILE_EVENTS = frozenset({"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "shutil.rmtree"})

@@ -17,6 +17,7 @@ from .strategy_claims.claims import on_ranks
 from .strategy_claims.collectives import CollectiveClaims
 from .strategy_claims.data import DataClaims
 from .strategy_claims.deadlines import DeadlineClaims
+from .strategy_claims.failing_saves import FailingSaveClaims
 from .strategy_claims.interface import InterfaceClaims
 from .strategy_claims.memory import MemoryClaims
 from .strategy_claims.preparing import PreparingClaims
@@ -37,6 +38,7 @@ class StrategySuite(
     DataClaims,
     MemoryClaims,
     CheckpointClaims,
+    FailingSaveClaims,
     WeightClaims,
     RolloutClaims,
     DeadlineClaims,

@@ -1,0 +1,75 @@
+"""What to say when a disk is full while a folder is being written."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from .errors import CheckpointError
+from .journal import is_lost_peer
+
+# Libraries written in C++ and Rust raise errors of their own, with the system's words in them; torch's writer only
+# notices that less was written than it gave.
+_FULL = ("no space left", "quota exceeded", "file too large", "unexpected pos")
+_FULL_NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextlib.contextmanager
+def explain_write(staging: Path, target: Path, needed: int) -> Iterator[None]:
+    """Within it ``staging`` is filled, to become ``target``. What goes wrong there is a :class:`CheckpointError`.
+
+    :param needed: bytes that the whole will take, about.
+    :raises CheckpointError: a file could not be written; where the disk is full, how much was missing.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: torch's writer, CheckpointError too
+        if isinstance(error, RuntimeError) and (is_lost_peer(error) or not is_full(error)):
+            raise
+        shortage = f". {describe_shortage(staging, needed)}" if is_full(error) else ""
+        raise CheckpointError(
+            f"{target} could not be written: {error}{shortage}. What was there before is untouched"
+        ) from error
+
+
+def is_full(error: BaseException) -> bool:
+    """Does an error, or one that caused it, say that a disk, a quota or a limit is exhausted?"""
+    cause: BaseException | None = error
+    while cause is not None:
+        if getattr(cause, "errno", None) in _FULL_NUMBERS or any(sign in str(cause).lower() for sign in _FULL):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False
+
+
+def describe_shortage(staging: Path, needed: int) -> str:
+    """How much was needed, there, and missing, while what was written still lies in ``staging``."""
+    room = shutil.disk_usage(staging).free + folder_size(staging)
+    if room >= needed:
+        return (
+            f"It takes about {human_bytes(needed)}, and the disk has room for {human_bytes(room)}: "
+            "a quota or a limit on file sizes is in the way (ulimit -f)"
+        )
+    return (
+        f"It takes about {human_bytes(needed)}, there was room for {human_bytes(room)}: "
+        f"{human_bytes(needed - room)} are missing; free them, or keep fewer checkpoints (--max_ckpt_num)"
+    )
+
+
+def folder_size(folder: Path) -> int:
+    """Bytes of the files below a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def human_bytes(count: float) -> str:
+    """``1500000`` as ``1.5 MB`` (decimal units)."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
