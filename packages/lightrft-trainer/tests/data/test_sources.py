@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import json
+import sys
+from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -152,7 +153,7 @@ def test_the_built_in_task_has_two_splits_under_the_keys_asked_for():
         read("task:reverse_digits", split="dev")
 
 
-def test_reasoning_gym_entries_are_their_own_labels(reasoning_gym: ModuleType):
+def test_reasoning_gym_entries_are_their_own_labels():
     records = read("reasoning_gym:chain_sum?size=4&min_terms=2&max_terms=2", input_key="q", label_key="a")
     assert len(records) == 4
     for record in records:
@@ -161,7 +162,7 @@ def test_reasoning_gym_entries_are_their_own_labels(reasoning_gym: ModuleType):
         assert record.values["a"]["metadata"]["num_terms"] == 2
 
 
-def test_reasoning_gym_splits_and_seeds_differ_and_repeat(reasoning_gym: ModuleType):
+def test_reasoning_gym_splits_and_seeds_differ_and_repeat():
     def questions(**options: Any) -> list[str]:
         return [record.values["input"] for record in read("reasoning_gym:chain_sum", limit=8, **options)]
 
@@ -170,10 +171,17 @@ def test_reasoning_gym_splits_and_seeds_differ_and_repeat(reasoning_gym: ModuleT
     assert questions() != questions(seed=1)
 
 
-def test_unknown_reasoning_gym_names_and_options_are_answered(reasoning_gym: ModuleType):
+def test_unknown_reasoning_gym_names_and_options_are_answered():
     with pytest.raises(DataError, match=r"no 'chain_sums'; it has .*chain_sum"):
         read("reasoning_gym:chain_sums")
     with pytest.raises(DataError, match=r"does not take these options"):
         read("reasoning_gym:chain_sum?terms=3")
     with pytest.raises(DataError, match=r"does not take these options"):
         read("reasoning_gym:chain_sum?min_terms=9&max_terms=2")
+
+
+@pytest.mark.skipif(find_spec("pycosat") is not None, reason="pip uninstall pycosat to see what is said without it")
+def test_zebra_puzzles_without_their_solver_say_what_to_install():
+    with pytest.raises(DataError, match=r"zebra_puzzles: its zebra puzzles need pycosat: pip install pycosat"):
+        read("reasoning_gym:zebra_puzzles?size=1")
+    assert "pycosat" not in sys.modules, "nobody else must take the stand-in for the real thing"

@@ -100,13 +100,40 @@ def test_gspo_clips_the_sequence_ratio_and_spreads_its_gradient() -> None:
     assert torch.allclose(mine, theirs)
 
 
-def test_cpgd_clips_the_log_ratio() -> None:
-    logprobs, old, advantages, mask = case()
-    loss = policy_loss(logprobs, old, advantages, mask, objective="cpgd", eps_low=0.2, eps_high=0.2)
+def plain_cpgd(
+    logp: float, old: float, a: float, low: float, high: float, drift_coef: float, drift_clip: float
+) -> tuple[float, float]:
+    """One token's loss and its derivative by logp, written out from the paper's objective in float64."""
+    log_ratio = logp - old
+    ratio = math.exp(log_ratio)
+    cut = (a > 0 and ratio > 1 + high) or (a < 0 and ratio < 1 - low)
+    bounded = min(max(log_ratio, math.log(1 - low)), math.log(1 + high))
+    gain, gain_slope = (bounded * a, 0.0) if cut else (log_ratio * a, a)
+    drift, drift_slope = ratio - 1 - log_ratio, min(ratio - 1, drift_clip)
+    return -(gain - drift_coef * drift), -(gain_slope - drift_coef * drift_slope)
+
+
+@pytest.mark.parametrize("drift_coef", [0.0, 0.3])
+@pytest.mark.parametrize("drift_clip", [0.1, 2.0])
+def test_cpgd_is_the_papers_objective_in_value_and_gradient(drift_coef: float, drift_clip: float) -> None:
+    logprobs, old, advantages, mask = case(rows=12)
+    logprobs.requires_grad_()
+    loss = policy_loss(
+        *(logprobs, old, advantages, mask),
+        objective="cpgd",
+        eps_low=0.2,
+        eps_high=0.3,
+        drift_coef=drift_coef,
+        drift_clip=drift_clip,
+    )
+    (gradient,) = torch.autograd.grad(aggregate(loss.token_losses, mask, "token-mean"), logprobs)
     for b, t in mask.nonzero().tolist():
-        log_ratio, a = float(logprobs[b, t] - old[b, t]), float(advantages[b, t])
-        expected = -min(log_ratio * a, min(max(log_ratio, math.log(0.8)), math.log(1.2)) * a)
-        assert float(loss.token_losses[b, t]) == pytest.approx(expected, rel=1e-6, abs=1e-9)
+        token = (float(logprobs[b, t].detach()), float(old[b, t]), float(advantages[b, t]))
+        value, slope = plain_cpgd(*token, 0.2, 0.3, drift_coef, drift_clip)
+        assert float(loss.token_losses[b, t].detach()) == pytest.approx(value, rel=1e-12, abs=1e-14)
+        assert float(gradient[b, t]) == pytest.approx(slope, rel=1e-12, abs=1e-14)
+    assert (gradient[~mask] == 0).all()
+    assert loss.clipped.any()
 
 
 def test_cpgd_trains_where_rewards_differ() -> None:

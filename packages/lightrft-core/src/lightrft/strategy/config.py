@@ -244,6 +244,12 @@ class StrategyConfig:
         group=ALGORITHM,
         rule=at_least_0,
     )
+    policy_drift_clip_eps: float = option(
+        0.2,
+        "With --policy_drift_coef: how far above 1 a ratio still adds to the drift's pull.",
+        group=ALGORITHM,
+        rule=positive,
+    )
     init_kl_coef: float = option(
         0.01, "Weight of the KL to the reference model; 0 loads no reference model.", group=ALGORITHM, rule=at_least_0
     )

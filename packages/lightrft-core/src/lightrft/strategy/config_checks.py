@@ -92,6 +92,13 @@ def _drift_belongs_to_cpg(c: StrategyConfig) -> str | None:
     return f"--policy_drift_coef {c.policy_drift_coef}: works only with --use_cpg_loss"
 
 
+@between("policy_drift_clip_eps", "policy_drift_coef")
+def _drift_clip_belongs_to_drift(c: StrategyConfig) -> str | None:
+    if c.policy_drift_clip_eps == 0.2 or c.policy_drift_coef > 0:
+        return None
+    return f"--policy_drift_clip_eps {c.policy_drift_clip_eps}: works only with --policy_drift_coef above 0"
+
+
 @between("advantage_estimator", "n_samples_per_prompt")
 def _groups_to_compare(c: StrategyConfig) -> str | None:
     if c.advantage_estimator not in ("group_norm", "grpo", "dr_grpo", "rloo") or c.n_samples_per_prompt >= 2:

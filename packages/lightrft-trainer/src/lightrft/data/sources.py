@@ -10,6 +10,7 @@ from itertools import islice
 from typing import Any
 from urllib.parse import parse_qsl
 
+from .reasoning_gym import import_reasoning_gym
 from .records import DataError, Record, raise_faults
 from .tasks import reverse_digits
 
@@ -167,7 +168,7 @@ def _reasoning_gym(
 ) -> Iterator[Record]:
     name, _, query = spec.removeprefix(REASONING_GYM_PREFIX).partition("?")
     try:
-        import reasoning_gym
+        gym = import_reasoning_gym()
     except ModuleNotFoundError as error:
         raise DataError(
             f"--prompt_data {spec} needs {error.name}: pip install 'lightrft-trainer[reasoning-gym]'"
@@ -186,11 +187,14 @@ def _reasoning_gym(
     options.setdefault("seed", seed if split == "train" else zlib.crc32(f"{seed}/{split}".encode()))
     options.setdefault("size", min(limit, REASONING_GYM_SIZE))
     try:
-        dataset = reasoning_gym.create_dataset(name, **options)
+        dataset = gym.create_dataset(name, **options)
     except (TypeError, AssertionError, ValueError) as error:
         raise DataError(f"--prompt_data {spec}: {name} does not take these options: {error}") from error
     for number in range(len(dataset)):
-        entry = dataset[number]
+        try:
+            entry = dataset[number]
+        except ModuleNotFoundError as error:
+            raise DataError(f"--prompt_data {spec}: {error}") from error
         values = {**entry, input_key: entry["question"]}
         if label_key is not None:
             values[label_key] = entry

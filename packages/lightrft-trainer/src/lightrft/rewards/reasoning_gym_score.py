@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lightrft.data.reasoning_gym import import_reasoning_gym
+
 from .protocol import RewardError, excerpt
 
 _ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
@@ -28,7 +30,7 @@ def reasoning_gym_score(
     :raises RewardError: a label is no such entry, or reasoning-gym is not installed.
     """
     try:
-        from reasoning_gym import get_score_answer_fn
+        gym = import_reasoning_gym()
     except ModuleNotFoundError as error:
         raise RewardError(
             f"reward reasoning_gym needs {error.name}: pip install 'lightrft-trainer[reasoning-gym]'"
@@ -44,6 +46,6 @@ def reasoning_gym_score(
                 "use --prompt_data reasoning_gym:NAME, or another --reward",
                 sample=index,
             )
-        judge: Any = get_score_answer_fn(source)
+        judge: Any = gym.get_score_answer_fn(source)
         scores.append(float(judge(tagged_answer(response), label)))
     return scores

@@ -9,6 +9,7 @@ Shapes: logprobs, advantages and masks are ``[B, T]``; everything outside the ma
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -68,6 +69,7 @@ def policy_loss(
     eps_high: float = 0.2,
     weights: Tensor | None = None,
     drift_coef: float = 0.0,
+    drift_clip: float = 0.2,
 ) -> PolicyLoss:
     """Token losses of the policy.
 
@@ -75,9 +77,11 @@ def policy_loss(
       two clip ranges: DAPO, arXiv:2503.14476, section 3.1).
     - ``gspo``: the same with the sequence's ratio s = exp(mean of logp - old over its tokens), whose gradient reaches
       each token through its own logprob (GSPO-token, arXiv:2507.18071, equation 13).
-    - ``cpgd``: -min(l A, clip(l, log(1 - eps_low), log(1 + eps_high)) A), l = logp - old, plus ``drift_coef`` times
-      the k3 estimate of KL(old || policy), with its ratio cut at 1 + eps_high so that the drift's gradient cannot
-      explode (CPGD, arXiv:2505.12504).
+    - ``cpgd``: -min(l A, clip(l, log(1 - eps_low), log(1 + eps_high)) A), l = logp - old: a policy gradient without
+      the ratio in it, cut off where the ratio leaves its range. Plus ``drift_coef`` times the policy drift, KL(old ||
+      policy): its value is the k3 estimate r - 1 - l, its gradient min(r - 1, ``drift_clip``) times that of logp, k3's
+      own but for the cut, without which one token with a large ratio would carry the step (CPGD, arXiv:2505.12504,
+      and its authors' ``policy_drift_clip_eps``).
 
     :param weights: ``[B, T]`` importance weights that correct for the engine's distribution, without gradient.
     """
@@ -94,12 +98,11 @@ def policy_loss(
     elif objective == "cpgd":
         ratio = log_ratio.clamp(-20.0, 20.0).exp()
         # eps_low of 1 and more would be log of nothing: no lower bound then.
-        low = torch.tensor(1.0 - eps_low).log().item() if eps_low < 1 else -float("inf")
-        limited = log_ratio.clamp(low, torch.tensor(1.0 + eps_high).log().item())
+        low = math.log1p(-eps_low) if eps_low < 1 else -math.inf
+        limited = log_ratio.clamp(low, math.log1p(eps_high))
         losses = -torch.minimum(log_ratio * advantages, limited * advantages)
         if drift_coef:
-            # The gradient of k3 = r - 1 - log r is (r - 1) ∇logp; the cut r keeps its sign and bounds its size.
-            slope = (ratio.detach().clamp(max=1.0 + eps_high) - 1.0) * log_ratio
+            slope = (ratio.detach() - 1.0).clamp(max=drift_clip) * log_ratio
             value = (ratio - 1.0 - log_ratio).detach()
             losses = losses + drift_coef * (value + slope - slope.detach())
     else:

@@ -114,6 +114,7 @@ class PolicyUpdater:
             eps_high=self.eps_clip if config.eps_clip_high is None else config.eps_clip_high,
             weights=self._engine_weights(old, fields, mask, sums),
             drift_coef=config.policy_drift_coef,
+            drift_clip=config.policy_drift_clip_eps,
         )
         token_losses = policy.token_losses
         sums.add("policy_kl", approximate_kl(old, logprobs.detach(), "k3"), mask)
