@@ -27,7 +27,7 @@ def import_reasoning_gym() -> ModuleType:
 
     :raises ModuleNotFoundError: reasoning-gym is not installed.
     """
-    # pycosat has no wheel, and a checkout must not need a compiler. Goes once reasoning-gym imports it where it is used.
+    # A checkout must not need a compiler. Goes once reasoning-gym imports pycosat where it is used.
     if ZEBRA_SOLVER in sys.modules or importlib.util.find_spec(ZEBRA_SOLVER) is not None:
         return importlib.import_module("reasoning_gym")
     sys.modules[ZEBRA_SOLVER] = _ZebraSolver(ZEBRA_SOLVER)
