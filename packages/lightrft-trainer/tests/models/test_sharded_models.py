@@ -27,9 +27,9 @@ def config(ranks: int, **settings: Any) -> StrategyConfig:
     )
 
 
-def two_steps(strategy: Any, kind: str) -> list[torch.Tensor]:
+def two_steps(strategy: Any, kind: str, **options: Any) -> list[torch.Tensor]:
     """Response logprobs before and after two updates that make the responses likelier."""
-    actor = strategy.prepare(Actor(tiny_model(kind), gradient_checkpointing=True).train())
+    actor = strategy.prepare(Actor(tiny_model(kind), gradient_checkpointing=True, **options).train())
     optimizer = strategy.create_optimizer(actor)
     found = []
     for _ in range(2):
@@ -45,8 +45,8 @@ def two_steps(strategy: Any, kind: str) -> list[torch.Tensor]:
     return found
 
 
-def two_sharded_steps(kind: str) -> list[torch.Tensor]:
-    return two_steps(get_strategy(config(RANKS, fsdp=True)), kind)
+def two_sharded_steps(kind: str, **options: Any) -> list[torch.Tensor]:
+    return two_steps(get_strategy(config(RANKS, fsdp=True)), kind, **options)
 
 
 def heads(strategy: Any) -> list[torch.Tensor]:
@@ -66,11 +66,12 @@ def sharded_heads() -> list[torch.Tensor]:
     return heads(get_strategy(config(RANKS, fsdp=True)))
 
 
+@pytest.mark.parametrize("options", [{}, {"fused_linear_logprob": True, "chunk_size": 3}], ids=["plain", "fused"])
 @pytest.mark.parametrize("kind", ["qwen2", "qwen2_tied", "qwen3_moe"])
-def test_a_sharded_actor_learns_as_in_one_process(ranks: Any, kind: str) -> None:
-    expected = two_steps(FakeStrategy(args=config(1)), kind)
+def test_a_sharded_actor_learns_as_in_one_process(ranks: Any, kind: str, options: dict[str, Any]) -> None:
+    expected = two_steps(FakeStrategy(args=config(1)), kind, **options)
     assert expected[2][ROWS.response_mask].mean() > expected[0][ROWS.response_mask].mean() + 0.1
-    for found in ranks.run(two_sharded_steps, kind):
+    for found in ranks.run(two_sharded_steps, kind, **options):
         for ours, theirs in zip(found, expected, strict=True):
             assert torch.allclose(ours, theirs, atol=2e-4), (ours - theirs).abs().max()
 

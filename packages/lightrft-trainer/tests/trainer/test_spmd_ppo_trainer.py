@@ -360,3 +360,8 @@ def test_checkpoints_are_pruned_and_the_last_is_always_there(make: Make, tmp_pat
     setup.fit()
     names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir() if path.is_dir())
     assert names == ["step_000003", "step_000004"]
+
+
+def test_a_fused_logprob_that_the_actor_does_not_compute_is_refused(make: Make) -> None:
+    with pytest.raises(ValueError, match=r"--fused_linear_logprob: pass fused_linear_logprob=True to Actor"):
+        make(fused_linear_logprob=True)

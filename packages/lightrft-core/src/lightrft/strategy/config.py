@@ -145,11 +145,12 @@ class StrategyConfig:
     )
     fused_linear_logprob: bool = option(
         False,
-        "Logprobs straight from hidden states, without the logits.",
+        "Logprobs straight from hidden states, without all the logits at one time.",
         group=MODEL,
-        later="the fused logprob is not built yet",
     )
-    chunk_size: int = option(4096, "Chunk of --fused_linear_logprob.", group=MODEL, rule=at_least_1)
+    chunk_size: int = option(
+        4096, "Most tokens whose logits --fused_linear_logprob holds at one time.", group=MODEL, rule=at_least_1
+    )
     lora_rank: int = option(
         0, "Rank of LoRA adapters; 0: train all weights.", group=MODEL, rule=at_least_0, later="LoRA is not built yet"
     )

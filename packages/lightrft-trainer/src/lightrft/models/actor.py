@@ -2,56 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Literal, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .loading import load_model, multimodal_inputs
+from .fused_logprob import check_plain_head, computing, fused_token_statistics
 from .logprobs import token_statistics_from_logits
-from .rows import check_right_padded, trimmed_length
+from .token_model import Question, TokenModel
 
 
-class Actor(nn.Module):
+class Actor(TokenModel):
     """A causal language model, or an image-text-to-text model, as a policy.
 
-    ``.model`` is the transformers model. Everything goes through :meth:`forward` and the model's own forward, so that
-    a strategy may shard any part of it.
-
     :param pretrain_or_model: a folder or hub name, a transformers configuration (random weights), or a module.
-    :param dtype: of the weights, where they are loaded or made here.
-    :param use_flash_attention_2: refused where the package is not installed.
-    :param gradient_checkpointing: recompute activations in the backward pass.
-    :param trust_remote_code: run code that a hub model brings along.
-    :raises ValueError: see :func:`lightrft.models.loading.load_model`.
+    :param fused_linear_logprob: compute logprobs from hidden states, with the logits of ``chunk_size`` tokens at most
+        in memory.
+    :param options: see :class:`lightrft.models.token_model.TokenModel`.
+    :raises ValueError: ``fused_linear_logprob`` with an output layer that is not a linear one.
     """
 
     def __init__(
         self,
         pretrain_or_model: Any,
         *,
-        dtype: torch.dtype = torch.float32,
-        use_flash_attention_2: bool = False,
-        gradient_checkpointing: bool = False,
-        trust_remote_code: bool = False,
+        fused_linear_logprob: bool = False,
+        chunk_size: int = 4096,
+        **options: Any,
     ) -> None:
-        super().__init__()
-        self.model: Any = load_model(
-            pretrain_or_model,
-            "generator",
-            dtype=dtype,
-            use_flash_attention_2=use_flash_attention_2,
-            trust_remote_code=trust_remote_code,
-        )
-        if gradient_checkpointing:
-            self.gradient_checkpointing_enable()
-
-    @property
-    def config(self) -> Any:
-        """The transformers configuration."""
-        return self.model.config
+        super().__init__(pretrain_or_model, "generator", **options)
+        if fused_linear_logprob:
+            check_plain_head(self.model, self.model.get_output_embeddings())
+        self.fused_linear_logprob, self.chunk_size = fused_linear_logprob, chunk_size
 
     @overload
     def forward(
@@ -99,64 +81,51 @@ class Actor(nn.Module):
             two of them.
         :raises ValueError: rows with padding on the left, or masks of another shape.
         """
-        mask = torch.ones_like(sequences) if attention_mask is None else attention_mask
-        for name, given in (("attention_mask", mask), ("response_mask", response_mask)):
-            if given is not None and given.shape != sequences.shape:
-                raise ValueError(
-                    f"{name} {tuple(given.shape)} must have the shape of sequences, {tuple(sequences.shape)}"
-                )
-        check_right_padded(mask)
-        length = trimmed_length(mask)
-        tokens, trimmed = sequences[:, :length], mask[:, :length]
-        wanted = (trimmed if response_mask is None else response_mask[:, :length]).bool()[:, 1:]
-        labels = tokens[:, 1:][wanted]
-        logits = self._logits(tokens, trimmed, wanted, multimodal)
-        logprobs, entropies = token_statistics_from_logits(
-            logits, labels, temperature=temperature, with_entropy=return_entropy
-        )
-        target = nn.functional.pad(wanted, (1, sequences.shape[1] - length))
-        spread = torch.zeros(sequences.shape, dtype=logprobs.dtype, device=logprobs.device)
+        question = self.ask(sequences, attention_mask, response_mask, multimodal)
+        statistics = self._fused if self.fused_linear_logprob else self._from_logits
+        logprobs, entropies = statistics(question, temperature, return_entropy)
         if entropies is None:
-            return spread.masked_scatter(target, logprobs)
-        return spread.masked_scatter(target, logprobs), spread.masked_scatter(target, entropies)
+            return question.spread(logprobs)
+        return question.spread(logprobs), question.spread(entropies)
 
-    def _logits(self, tokens: Tensor, attention_mask: Tensor, wanted: Tensor, multimodal: dict[str, Any]) -> Tensor:
-        """``[N, V]``: the logits that the N wanted tokens were drawn from, row after row."""
-        extras = multimodal_inputs(self.config, tokens, multimodal)
-        inputs = {"input_ids": tokens, "attention_mask": attention_mask, "use_cache": False, **extras}
+    def _from_logits(self, question: Question, temperature: float, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
+        """Logprobs ``[N]``, and entropies, with the logits of the N tokens in memory, and of these alone."""
         head = self.model.get_output_embeddings()
         if head is None:
-            return self.model(**inputs).logits[:, :-1][wanted]
-        with _only_for(head, wanted):
-            return self.model(**inputs).logits[0]
+            logits = self.model(**question.inputs).logits[question.asked]
+        else:
+            # A hook, rather than the model's `logits_to_keep`, because that keeps the same columns of all rows; and
+            # rather than a product with the layer's weight, because a sharded weight exists only inside the layer.
+            hook = head.register_forward_pre_hook(lambda _, args: (args[0][question.asked].unsqueeze(0), *args[1:]))
+            with hook:
+                logits = self.model(**question.inputs).logits[0]
+        return token_statistics_from_logits(logits, question.labels, temperature=temperature, with_entropy=with_entropy)
 
-    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
-        """Recompute activations in the backward pass (non-reentrant, which sharded models need)."""
-        options = {"use_reentrant": False, **kwargs.pop("gradient_checkpointing_kwargs", {}), **kwargs}
-        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    def _fused(self, question: Question, temperature: float, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
+        """The same without the logits: in their place the output layer gives ``[1, N, 1 or 2]`` statistics."""
+        head, given = self.model.get_output_embeddings(), []
 
-    def gradient_checkpointing_disable(self) -> None:
-        """Keep activations for the backward pass."""
-        self.model.gradient_checkpointing_disable()
+        def forward(hidden: Tensor) -> Tensor:
+            found = fused_token_statistics(
+                hidden[question.asked],
+                head.weight,
+                head.bias,
+                question.labels,
+                temperature=temperature,
+                with_entropy=with_entropy,
+                chunk_size=self.chunk_size,
+            )
+            given.append(torch.stack([part for part in found if part is not None], dim=-1)[None])
+            return given[0]
 
-
-@contextmanager
-def _only_for(head: nn.Module, wanted: Tensor) -> Iterator[None]:
-    """While open, the output layer is given only the hidden states before the wanted tokens, as ``[1, N, H]``.
-
-    A hook, rather than the model's ``logits_to_keep``, because that keeps the same columns of all rows; and rather
-    than a product with the layer's weight, because a sharded weight exists only inside the layer's own forward.
-    """
-
-    def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        hidden = args[0]
-        return (hidden[:, :-1][wanted].unsqueeze(0), *args[1:])
-
-    handle = head.register_forward_pre_hook(select)
-    try:
-        yield
-    finally:
-        handle.remove()
+        with computing(head, forward):
+            output = self.model(**question.inputs).logits
+        if len(given) != 1 or output.shape != given[0].shape or output.data_ptr() != given[0].data_ptr():
+            raise ValueError(
+                f"--fused_linear_logprob: {type(self.model).__name__} changes its logits after the output layer (a "
+                "softcap, a scale); leave the flag away"
+            )
+        return output[0, :, 0], output[0, :, 1] if with_entropy else None
 
 
 class ActorLanguage(Actor):

@@ -268,15 +268,16 @@ def build_models(
         "dtype": compute if config.use_mp_opt else torch.float32,
         "gradient_checkpointing": config.gradient_checkpointing,
     }
+    policy = {"fused_linear_logprob": config.fused_linear_logprob, "chunk_size": config.chunk_size}
     actor_class, critic_class = (ActorVL, CriticVL) if multimodal else (ActorLanguage, CriticLanguage)
     with strategy.init_model_context(meta_init=config.meta_init):
-        actor = actor_class(config.pretrain, **trained)
+        actor = actor_class(config.pretrain, **trained, **policy)
         critic = None
         if config.advantage_estimator == "gae":
             critic = critic_class(config.critic_pretrain or config.pretrain, **trained)
         reward_models = None
         if config.reward_pretrain:
             reward_models = [RewardModel(name.strip(), **options) for name in config.reward_pretrain.split(",")]
-        reference = actor_class(config.pretrain, **options) if config.init_kl_coef > 0 else None
+        reference = actor_class(config.pretrain, **options, **policy) if config.init_kl_coef > 0 else None
         average = actor_class(config.pretrain, **options) if config.enable_ema else None
     return actor, critic, reward_models, reference, average

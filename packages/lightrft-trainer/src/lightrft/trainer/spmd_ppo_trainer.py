@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from lightrft.rewards import CheckedReward, CombinedReward, build_reward
 from lightrft.strategy.checkpoint import whole_checkpoints
 from lightrft.strategy.errors import LightRFTError
+from lightrft.strategy.hub_layout import unwrap
 from lightrft.strategy.sampling import SamplingParams
 
 from .evaluation import EvaluationResult, evaluate
@@ -213,6 +214,8 @@ class SPMDPPOTrainer:
             problems.append(
                 f"init_kl_coef is {self.kl_ctl.value} and there is no initial_model; pass one, or set init_kl_coef=0"
             )
+        if config.fused_linear_logprob and not getattr(unwrap(self.actor), "fused_linear_logprob", False):
+            problems.append("--fused_linear_logprob: pass fused_linear_logprob=True to Actor(...) as well")
         if self.tokenizer is None:
             problems.append("no tokenizer was given; pass tokenizer=...")
         return problems

@@ -1,0 +1,209 @@
+"""Token logprobs and entropies straight from hidden states: the logits exist for a chunk of tokens at a time.
+
+For N tokens, a width of H and a vocabulary of V, the logits and their gradient are two N × V matrices. Here both passes
+go through chunks of c tokens, so that memory grows with c × V. The backward pass makes a chunk's logits again: that is
+one product of four, and it saves the passes over memory that the plain computation spends on N × V numbers.
+
+The same is done by Liger's fused linear cross entropy and by cut cross entropy (arXiv:2411.09009) in kernels for GPUs;
+neither gives the entropy nor runs on a CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+BLOCK_BYTES = 32 * 2**20
+"""Logits made at a time on a CPU: more only costs cache misses. An accelerator takes 16 times as much."""
+SMALLEST_BLOCK = 128
+"""Tokens below which the products lose more than the cache gains."""
+
+
+def rows_in_block(chunk_size: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Tokens whose logits are made at a time: ``chunk_size``, or fewer where that is as fast."""
+    budget = BLOCK_BYTES if device.type == "cpu" else 16 * BLOCK_BYTES
+    return max(1, min(chunk_size, max(SMALLEST_BLOCK, budget // (vocabulary * dtype.itemsize))))
+
+
+class _FusedStatistics(torch.autograd.Function):
+    """Logprobs ``[N]`` and entropies ``[N]`` of hidden states ``[N, H]`` under ``[V, H]`` weights and a temperature."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        temperature: float,
+        with_entropy: bool,
+        rows: int,
+    ) -> tuple[Tensor, Tensor | None]:
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        logprobs = torch.empty(len(hidden), dtype=dtype, device=hidden.device)
+        normalizers = torch.empty_like(logprobs)
+        entropies = torch.empty_like(logprobs) if with_entropy else None
+        logits_of = _Logits(weight, bias, temperature, dtype, min(rows, len(hidden)))
+        for start in range(0, len(hidden), rows):
+            part = slice(start, start + rows)
+            logits = logits_of(hidden[part])
+            peak = logits.amax(dim=-1, keepdim=True)
+            chosen = logits.gather(-1, labels[part, None]).sub_(peak)[:, 0]
+            shifted = logits.sub_(peak)
+            if entropies is None:
+                total = shifted.exp_().sum(dim=-1).log_()
+            else:
+                weights = shifted.exp()
+                sums = weights.sum(dim=-1)
+                total = sums.log()
+                # A masked token has the logit -inf: its term is 0, not 0 × inf.
+                mean = weights.mul_(shifted.clamp_min_(torch.finfo(dtype).min)).sum(dim=-1) / sums
+                entropies[part] = total - mean
+            # The likeliest token's term of the sum is exactly 1: no logprob is above 0.
+            logprobs[part] = chosen - total
+            normalizers[part] = total + peak[:, 0]
+        ctx.save_for_backward(hidden, weight, bias, labels, normalizers, entropies)
+        ctx.temperature, ctx.rows = temperature, rows
+        return logprobs, entropies
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, labels, normalizers, entropies = ctx.saved_tensors
+        by_logprob, by_entropy = gradients
+        dtype = normalizers.dtype
+        for_hidden, for_weight, for_bias = ctx.needs_input_grad[:3]
+        hidden_grad = torch.zeros_like(hidden) if for_hidden else None
+        # Sums over chunks are formed in fp32, or rounding would grow with their number.
+        weight_grad = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if for_weight else None
+        bias_grad = torch.zeros(bias.shape, dtype=dtype, device=bias.device) if for_bias else None
+        logits_of = _Logits(weight, bias, ctx.temperature, dtype, min(ctx.rows, len(hidden)))
+        for start in range(0, len(hidden), ctx.rows):
+            part = slice(start, start + ctx.rows)
+            logs = logits_of(hidden[part]).sub_(normalizers[part, None])
+            if by_entropy is None or entropies is None:
+                gradient = logs.exp_()
+                # d log p_y / dx_i = [i = y] - p_i
+                gradient.mul_(0.0 if by_logprob is None else -by_logprob[part, None])
+            else:
+                probabilities = logs.exp()
+                # dH/dx_i = -p_i (log p_i + H)
+                gradient = logs.clamp_min_(torch.finfo(dtype).min).add_(entropies[part, None])
+                gradient.mul_(by_entropy[part, None])
+                if by_logprob is not None:
+                    gradient.add_(by_logprob[part, None])
+                gradient.mul_(probabilities).neg_()
+            if by_logprob is not None:
+                gradient.scatter_add_(-1, labels[part, None], by_logprob[part, None])
+            if ctx.temperature != 1.0:
+                gradient.div_(ctx.temperature)
+            if hidden_grad is not None:
+                torch.mm(gradient.to(weight.dtype), weight, out=hidden_grad[part])
+            if weight_grad is not None:
+                _add_product(weight_grad, gradient, hidden[part])
+            if bias_grad is not None:
+                bias_grad.add_(gradient.sum(dim=0))
+        return (
+            hidden_grad,
+            None if weight_grad is None else weight_grad.to(weight.dtype),
+            None if bias_grad is None else bias_grad.to(bias.dtype),
+            *([None] * 4),
+        )
+
+
+class _Logits:
+    """Logits of a chunk divided by the temperature, in the computing dtype and in memory that the next one reuses."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, temperature: float, dtype: torch.dtype, rows: int) -> None:
+        self.weight, self.bias, self.temperature, self.dtype = weight, bias, temperature, dtype
+        self.memory = torch.empty(rows, len(weight), dtype=dtype, device=weight.device)
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        logits = self.memory[: len(hidden)]
+        if self.weight.dtype != self.dtype:  # 16 bit: rounded as the layer's own product is
+            logits.copy_(nn.functional.linear(hidden, self.weight, self.bias))
+        elif self.bias is None:
+            torch.mm(hidden, self.weight.t(), out=logits)
+        else:
+            torch.addmm(self.bias, hidden, self.weight.t(), out=logits)
+        return logits if self.temperature == 1.0 else logits.div_(self.temperature)
+
+
+def _add_product(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
+    """``total += gradientᵀ hidden``, in the dtype of ``total``."""
+    if hidden.dtype == total.dtype:
+        total.addmm_(gradient.t(), hidden)
+    elif hidden.device.type == "cuda":  # tensor cores: 16-bit factors, fp32 sums
+        total.add_(torch.mm(gradient.t().to(hidden.dtype), hidden, out_dtype=total.dtype))
+    else:
+        total.addmm_(gradient.t(), hidden.to(total.dtype))
+
+
+def fused_token_statistics(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    *,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+    chunk_size: int = 4096,
+) -> tuple[Tensor, Tensor | None]:
+    """What :func:`token_statistics_from_logits` gives of ``linear(hidden, weight, bias)``, without the logits.
+
+    :param hidden: ``[N, H]``. :param weight: ``[V, H]``; may be frozen. :param bias: ``[V]`` or None.
+    :param labels: ``[N]``, integers in ``[0, V)``.
+    :param chunk_size: most tokens whose logits exist at one time. The result does not depend on it.
+    :return: logprobs ``[N]`` in fp32 (fp64 for fp64 hidden states), never above 0; and entropies or None.
+    :raises ValueError: shapes that do not fit, a temperature that is not positive, or a chunk_size below 1.
+    """
+    if hidden.shape[:-1] != labels.shape or hidden.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden states {tuple(hidden.shape)}, weights {tuple(weight.shape)} and labels {tuple(labels.shape)} do "
+            "not fit: they need [N, H], [V, H] and [N]"
+        )
+    if not temperature > 0:
+        raise ValueError(
+            f"temperature={temperature}: logprobs need a positive one; greedy decoding has no distribution"
+        )
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size={chunk_size}: must be at least 1")
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        cast = torch.get_autocast_dtype(device)
+        hidden, weight, bias = hidden.to(cast), weight.to(cast), None if bias is None else bias.to(cast)
+    rows = rows_in_block(chunk_size, len(weight), torch.promote_types(hidden.dtype, torch.float32), hidden.device)
+    with torch.autocast(device, enabled=False):
+        return _FusedStatistics.apply(hidden, weight, bias, labels, float(temperature), with_entropy, rows)
+
+
+# ---- in a model ------------------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def computing(head: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """While open, ``forward`` is what the output layer computes.
+
+    The layer is still called as a module, by the model: so the hooks fire with which FSDP2 and ZeRO-3 gather its
+    weight before it computes and before its backward pass.
+    """
+    hidden_by = head.__dict__.get("forward")
+    head.forward = forward
+    try:
+        yield
+    finally:
+        if hidden_by is None:
+            del head.forward
+        else:
+            head.forward = hidden_by
+
+
+def check_plain_head(model: nn.Module, head: nn.Module | None) -> None:
+    """:raises ValueError: the model's output layer is not a linear layer, of which the fused computation is made."""
+    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
+        what = "has no output layer of its own" if head is None else f"ends in a {type(head).__name__}"
+        raise ValueError(
+            f"--fused_linear_logprob: {type(model).__name__} {what}, and a linear layer is needed; leave the flag away"
+        )

@@ -1,0 +1,118 @@
+"""What actors and critics have in common: a transformers model that is asked about the tokens of rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .loading import load_model, multimodal_inputs
+from .rows import check_right_padded, trimmed_length
+
+
+@dataclass(frozen=True)
+class Question:
+    """One forward pass: what the model is given, and which of its positions are asked about.
+
+    :param inputs: keywords of the model's forward. :param asked: ``[R, L]`` bool over the positions that the model
+        sees: true where the *next* token is wanted. :param labels: ``[N]``, those next tokens.
+    :param shape: of the caller's rows, ``[B, T]``.
+    """
+
+    inputs: dict[str, Any]
+    asked: Tensor
+    labels: Tensor
+    shape: torch.Size
+
+    def answer(self, values: Tensor) -> Tensor:
+        """``[R, L]`` figures at the model's positions as ``[B, T]`` at the tokens that follow, 0 where not asked."""
+        # where(), not a product: a figure at padding may be anything, NaN included
+        kept = torch.where(self.asked, values, torch.zeros_like(values))
+        return nn.functional.pad(kept[:, :-1], (1, self.shape[1] - kept.shape[1]))
+
+    def spread(self, values: Tensor) -> Tensor:
+        """:meth:`answer` of figures ``[N]`` at the asked positions alone."""
+        empty = torch.zeros(self.asked.shape, dtype=values.dtype, device=values.device)
+        return self.answer(empty.masked_scatter(self.asked, values))
+
+
+class TokenModel(nn.Module):
+    """A transformers model, ``.model``, behind rows of prompt, response and padding.
+
+    Everything goes through :meth:`forward` and the model's own forward, so that a strategy may shard any part of it.
+
+    :param pretrain_or_model: a folder or hub name, a transformers configuration (random weights), or a module.
+    :param kind: what of the model is taken; see :func:`lightrft.models.loading.load_model`.
+    :param dtype: of the weights, where they are loaded or made here.
+    :param use_flash_attention_2: refused where the package is not installed.
+    :param gradient_checkpointing: recompute activations in the backward pass.
+    :param trust_remote_code: run code that a hub model brings along.
+    :raises ValueError: see :func:`lightrft.models.loading.load_model`.
+    """
+
+    def __init__(
+        self,
+        pretrain_or_model: Any,
+        kind: Literal["generator", "backbone"],
+        *,
+        dtype: torch.dtype = torch.float32,
+        use_flash_attention_2: bool = False,
+        gradient_checkpointing: bool = False,
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model: Any = load_model(
+            pretrain_or_model,
+            kind,
+            dtype=dtype,
+            use_flash_attention_2=use_flash_attention_2,
+            trust_remote_code=trust_remote_code,
+        )
+        if gradient_checkpointing:
+            self.gradient_checkpointing_enable()
+
+    @property
+    def config(self) -> Any:
+        """The transformers configuration."""
+        return self.model.config
+
+    def ask(
+        self,
+        sequences: Tensor,
+        attention_mask: Tensor | None,
+        response_mask: Tensor | None,
+        multimodal: dict[str, Any],
+    ) -> Question:
+        """Rows as the model takes them.
+
+        :param sequences: ``[B, T]`` token ids: prompt, response, padding.
+        :param attention_mask: ``[B, T]``, 1 at tokens, 0 at padding on the right; None: no padding.
+        :param response_mask: ``[B, T]`` bool, the tokens that are wanted; None: every token but a row's first.
+        :param multimodal: ``pixel_values``, ``image_grid_thw`` and whatever else the model's forward takes.
+        :raises ValueError: rows with padding on the left, or masks of another shape.
+        """
+        mask = torch.ones_like(sequences) if attention_mask is None else attention_mask
+        for name, given in (("attention_mask", mask), ("response_mask", response_mask)):
+            if given is not None and given.shape != sequences.shape:
+                raise ValueError(
+                    f"{name} {tuple(given.shape)} must have the shape of sequences, {tuple(sequences.shape)}"
+                )
+        check_right_padded(mask)
+        length = trimmed_length(mask)
+        tokens, trimmed = sequences[:, :length], mask[:, :length]
+        wanted = (trimmed if response_mask is None else response_mask[:, :length]).bool()
+        asked, following = nn.functional.pad(wanted[:, 1:], (0, 1)), nn.functional.pad(tokens[:, 1:], (0, 1))
+        extras = multimodal_inputs(self.config, tokens, multimodal)
+        inputs = {"input_ids": tokens, "attention_mask": trimmed, "use_cache": False, **extras}
+        return Question(inputs, asked, following[asked], sequences.shape)
+
+    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+        """Recompute activations in the backward pass (non-reentrant, which sharded models need)."""
+        options = {"use_reentrant": False, **kwargs.pop("gradient_checkpointing_kwargs", {}), **kwargs}
+        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep activations for the backward pass."""
+        self.model.gradient_checkpointing_disable()

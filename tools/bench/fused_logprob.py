@@ -1,0 +1,166 @@
+"""Token logprobs, forward and backward: fused (``--fused_linear_logprob``) against plain torch and the peers.
+
+    python tools/bench/fused_logprob.py
+    uv run --no-sync --with trl==1.16.0 --with liger-kernel python tools/bench/fused_logprob.py --grow
+
+Each way runs in a process of its own, one after the other in turns, so that its peak memory is its own and whatever
+else the machine does meets all alike. Printed are the medians of the seconds, the ratio of each turn's seconds to
+plain torch's, and what the peak of the process's memory rose by.
+
+plain: ``log_softmax`` of the logits. chunked: the same in slices of 1024 tokens with logits recomputed in the backward
+pass (``torch.utils.checkpoint``), as several trainers do. selective: TRL's selective_log_softmax. liger: its chunked
+GRPO loss without compiling, which gives a loss rather than logprobs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import logging
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from lightrft.models.fused_logprob import fused_token_statistics
+
+log = logging.getLogger("bench.fused_logprob")
+Way = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def plain(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """What PyTorch does."""
+    return (hidden @ weight.t()).log_softmax(-1).gather(-1, labels[:, None])[:, 0]
+
+
+def fused(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Ours."""
+    return fused_token_statistics(hidden, weight, None, labels, chunk_size=CHUNK)[0]
+
+
+def fused_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Ours with the entropies, which the others do not give."""
+    logprobs, entropies = fused_token_statistics(hidden, weight, None, labels, with_entropy=True, chunk_size=CHUNK)
+    assert entropies is not None
+    return logprobs + entropies
+
+
+def chunked(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Slices of tokens, recomputed."""
+    parts = zip(hidden.split(1024), labels.split(1024), strict=True)
+    return torch.cat([checkpoint(plain, part, weight, chosen, use_reentrant=False) for part, chosen in parts])
+
+
+def selective(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """TRL's."""
+    from trl.trainer.utils import selective_log_softmax  # pyright: ignore[reportMissingImports]
+
+    return selective_log_softmax(hidden @ weight.t(), labels)
+
+
+def liger(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Liger's chunked GRPO loss, for which every row of 256 tokens is a sample."""
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss  # pyright: ignore[reportMissingImports]
+
+    loss = LigerFusedLinearGRPOLoss(beta=0.0, compiled=False, use_ref_model=False, chunk_size=1)
+    rows = labels.view(-1, 256)
+    output = loss(hidden.view(len(rows), 256, -1), weight, rows, torch.ones_like(rows), torch.ones(len(rows)), None)
+    return (output[0] if isinstance(output, tuple) else output).reshape(1)
+
+
+WAYS: dict[str, tuple[Way, str]] = {
+    "plain": (plain, "torch"),
+    "fused": (fused, "torch"),
+    "fused_entropy": (fused_entropy, "torch"),
+    "chunked": (chunked, "torch"),
+    "selective": (selective, "trl"),
+    "liger": (liger, "liger_kernel"),
+}
+CHUNK = 4096
+
+
+def measure(name: str, tokens: int, width: int, vocabulary: int, dtype: str, rounds: int) -> tuple[list[float], float]:
+    """Seconds of each round and MiB by which the process's peak rose, in this process."""
+    generator = torch.Generator().manual_seed(0)
+    kind = getattr(torch, dtype)
+    hidden = torch.randn(tokens, width, generator=generator).to(kind).requires_grad_()
+    weight = (torch.randn(vocabulary, width, generator=generator) * 0.05).to(kind).requires_grad_()
+    labels = torch.randint(vocabulary, (tokens,), generator=generator)
+    way = WAYS[name][0]
+    few = torch.randn(256, 8, requires_grad=True), torch.randn(64, 8, requires_grad=True), labels[:256] % 64
+    way(*few).sum().backward()  # threads and libraries have started
+    before, seconds = peak(), []
+    for _ in range(rounds):
+        begun = time.perf_counter()
+        way(hidden, weight, labels).sum().backward()
+        seconds.append(time.perf_counter() - begun)
+        hidden.grad = weight.grad = None
+    return seconds, peak() - before
+
+
+def peak() -> float:
+    """The most memory that this process has held, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def compare(names: list[str], turns: int, shape: list[str]) -> None:
+    """Run each way ``turns`` times in turn and log a line for each."""
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    memory: dict[str, float] = {}
+    for _ in range(turns):
+        for name in names:
+            command = [sys.executable, __file__, "--only", name, *shape]
+            answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+            found, memory[name] = json.loads(answer)
+            seconds[name].append(min(found))
+    for name in names:
+        ratios = [ours / theirs for ours, theirs in zip(seconds[name], seconds[names[0]], strict=True)]
+        log.info(
+            "%-14s %7.2f s  %5.2f × plain  %6.0f MiB extra",
+            *(name, statistics.median(seconds[name]), statistics.median(ratios), memory[name]),
+        )
+
+
+def main() -> None:
+    """Compare the ways at one shape, or at growing ones."""
+    global CHUNK
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--vocabulary", type=int, default=32768)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--chunk_size", type=int, default=CHUNK)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--grow", action="store_true", help="also twice and four times the tokens and the vocabulary")
+    parser.add_argument("--only", choices=WAYS, help="measure one way in this process and print JSON")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    CHUNK = args.chunk_size
+    if args.only:
+        print(json.dumps(measure(args.only, args.tokens, args.width, args.vocabulary, args.dtype, args.rounds)))
+        return
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**20))  # freed blocks go back, so that a peak is a peak
+    names = [name for name, (_, library) in WAYS.items() if importlib.util.find_spec(library) is not None]
+    shapes = [(args.tokens, args.vocabulary)]
+    if args.grow:
+        shapes += [(args.tokens * k, args.vocabulary) for k in (2, 4)]
+        shapes += [(args.tokens, args.vocabulary * k) for k in (2, 4)]
+    for place, (tokens, vocabulary) in enumerate(shapes):
+        log.info("N=%d H=%d V=%d %s, chunk %d", tokens, args.width, vocabulary, args.dtype, CHUNK)
+        shape = {"tokens": tokens, "vocabulary": vocabulary, "width": args.width, "dtype": args.dtype}
+        shape |= {"chunk_size": CHUNK, "rounds": args.rounds}
+        flags = [word for name, value in shape.items() for word in (f"--{name}", str(value))]
+        compare(names if place == 0 else ["plain", "fused"], args.turns if place == 0 else 1, flags)
+
+
+if __name__ == "__main__":
+    main()
