@@ -1,15 +1,17 @@
-"""A step through FSDPV2Strategy against the same loop in raw FSDP2, on two ranks.
+"""A step through a strategy against the same loop in the raw backend, on two ranks.
 
-    python tools/bench/strategy_step.py --model tiny smollm2
+    python tools/bench/strategy_step.py --model tiny smollm2 --backend fsdp zero1 zero2 zero3
 
-The raw loop is what one writes without a strategy: ``fully_shard`` on every layer and on the root, fused AdamW,
-``clip_grad_norm_``. Both train the same weights on the same rows, in fp32, one thread a rank. Steps alternate between
-the two, so that whatever else the machine does meets both alike, and the medians are compared.
+The raw loop is what one writes without a strategy: ``fully_shard`` on every layer and on the root, fused AdamW and
+``clip_grad_norm_``; or ``deepspeed.initialize`` with a fused AdamW. Both train the same weights on the same rows, in
+fp32, one thread a rank. Steps alternate between the two, so that whatever else the machine does meets both alike, and
+the medians are compared.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import os
 import statistics
@@ -26,10 +28,17 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
-from lightrft.fsdp import FSDPV2Strategy
+from lightrft.strategy import get_strategy
 
 log = logging.getLogger("bench.strategy_step")
 ROWS, LENGTH, MAX_NORM = 2, 64, 1.0
+BACKENDS: dict[str, dict[str, Any]] = {
+    "fsdp": {"fsdp": True},
+    "zero1": {"zero_stage": 1},
+    "zero2": {"zero_stage": 2},
+    "zero3": {"zero_stage": 3},
+}
+ADAM: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True}
 Step = Callable[[torch.Tensor], float]
 
 
@@ -44,12 +53,13 @@ def loss_of(model: Any, rows: torch.Tensor) -> torch.Tensor:
     return model(input_ids=rows, labels=rows, use_cache=False).loss
 
 
-def strategy_loop(name: str, accumulation: int) -> Step:
+def strategy_loop(name: str, backend: str, accumulation: int) -> Step:
     """One optimizer step through the strategy; returns the gradient norm."""
     batch = ROWS * dist.get_world_size() * accumulation
-    strategy = FSDPV2Strategy(max_norm=MAX_NORM, micro_train_batch_size=ROWS, train_batch_size=batch)
+    settings = {"max_norm": MAX_NORM, "micro_train_batch_size": ROWS, "train_batch_size": batch}
+    strategy = get_strategy({**settings, **BACKENDS[backend]})
     model = strategy.prepare(build(name))
-    optimizer = strategy.create_optimizer(model, lr=1e-4)
+    optimizer = strategy.create_optimizer(model, lr=ADAM["lr"], betas=ADAM["betas"], weight_decay=0.0)
 
     def step(rows: torch.Tensor) -> float:
         norm = None
@@ -62,14 +72,19 @@ def strategy_loop(name: str, accumulation: int) -> Step:
     return step
 
 
-def raw_loop(name: str, accumulation: int) -> Step:
+def raw_loop(name: str, backend: str, accumulation: int) -> Step:
     """The same without a strategy."""
+    return raw_fsdp(name, accumulation) if backend == "fsdp" else raw_zero(name, int(backend[-1]), accumulation)
+
+
+def raw_fsdp(name: str, accumulation: int) -> Step:
+    """FSDP2 as its tutorial has it."""
     model = build(name)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), **ADAM)
 
     def step(rows: torch.Tensor) -> float:
         for part in rows.chunk(accumulation):
@@ -82,9 +97,36 @@ def raw_loop(name: str, accumulation: int) -> Step:
     return step
 
 
-def measure(name: str, rounds: int, accumulation: int) -> None:
+def raw_zero(name: str, stage: int, accumulation: int) -> Step:
+    """DeepSpeed as its tutorial has it; the strategy has imported it so that it runs on a CPU."""
+    import deepspeed
+
+    model = build(name)
+    config = {
+        "train_micro_batch_size_per_gpu": ROWS,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": MAX_NORM,
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    optimizer = torch.optim.AdamW(model.parameters(), **ADAM)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+
+    def step(rows: torch.Tensor) -> float:
+        for part in rows.chunk(accumulation):
+            engine.backward(loss_of(engine, part))
+            engine.step()
+        norm = engine.get_global_grad_norm()
+        assert norm is not None
+        return float(norm)
+
+    return step
+
+
+def measure(name: str, backend: str, rounds: int, accumulation: int) -> None:
     """Time both loops in turn and log what came of it, on rank 0."""
-    loops = {"strategy": strategy_loop(name, accumulation), "raw": raw_loop(name, accumulation)}
+    loops = {"strategy": strategy_loop(name, backend, accumulation), "raw": raw_loop(name, backend, accumulation)}
     seconds: dict[str, list[float]] = {kind: [] for kind in loops}
     vocabulary = MODELS[name]().vocab_size
     for counted in range(-2, rounds):
@@ -99,13 +141,14 @@ def measure(name: str, rounds: int, accumulation: int) -> None:
             if counted >= 0:
                 seconds[kind].append(time.perf_counter() - begun)
         if abs(norms["strategy"] - norms["raw"]) > 1e-3 * norms["raw"]:
-            raise SystemExit(f"{name}: the loops part: gradient norms {norms}")
+            raise SystemExit(f"{name}, {backend}: the loops part: gradient norms {norms}")
     if dist.get_rank() == 0:
         mine, raw = (statistics.median(seconds[kind]) for kind in ("strategy", "raw"))
         pairs = statistics.median(a / b for a, b in zip(seconds["strategy"], seconds["raw"], strict=True))
         log.info(
-            "%s, accumulation %d: strategy %.2f ms, raw %.2f ms: %.3f ×, %+.2f ms (median of ratios %.3f, %d rounds)",
-            *(name, accumulation, mine * 1e3, raw * 1e3, mine / raw, (mine - raw) * 1e3, pairs, rounds),
+            "%s, %s, accumulation %d: strategy %.2f ms, raw %.2f ms: %.3f ×, %+.2f ms "
+            "(median of ratios %.3f, %d rounds)",
+            *(name, backend, accumulation, mine * 1e3, raw * 1e3, mine / raw, (mine - raw) * 1e3, pairs, rounds),
         )
 
 
@@ -113,6 +156,7 @@ def main() -> None:
     """Start the ranks, or be one."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", nargs="+", choices=MODELS, default=["tiny", "smollm2"])
+    parser.add_argument("--backend", nargs="+", choices=BACKENDS, default=["fsdp"])
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--accumulation", type=int, default=1)
     parser.add_argument("--ranks", type=int, default=2)
@@ -124,8 +168,10 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    for name in args.model:
-        measure(name, args.rounds * (5 if name == "tiny" else 1), args.accumulation)
+    for backend in args.backend:
+        for name in args.model:
+            measure(name, backend, args.rounds * (5 if name == "tiny" else 1), args.accumulation)
+            gc.collect()
     dist.destroy_process_group()
 
 

@@ -45,8 +45,12 @@ def test_engines_are_registered_apart() -> None:
 @pytest.mark.parametrize(
     ("kind", "name", "cure"),
     [
-        ("strategies", "fsdp", "lightrft-fsdp"),
-        ("strategies", "deepspeed", "pip install lightrft-deepspeed"),
+        (
+            "strategies",
+            "deepspeed",
+            r"lightrft-trainer\[deepspeed\].* the other backend is fsdp: .*lightrft-trainer\[fsdp\]",
+        ),
+        ("strategies", "fsdp", r"lightrft-trainer\[fsdp\].* the other backend is deepspeed: .*\[deepspeed\]"),
         ("engines", "hf", r"lightrft-engines\[hf\]"),
         ("engines", "vllm", r"lightrft-engines\[vllm\]"),
         ("engines", "sglang", r"lightrft-engines\[sglang\]"),
@@ -60,6 +64,18 @@ def test_a_missing_name_says_what_is_there_and_what_brings_it(
     monkeypatch.setattr(registry, "_entry_points", lambda kind: (there,))
     with pytest.raises(PluginError, match=rf"{name}: no such .*installed: here.*{cure}"):
         registry.load_plugin(kind, name)
+
+
+@pytest.mark.parametrize(
+    ("missing", "there", "flag"), [("deepspeed", "fsdp", "pass --fsdp"), ("fsdp", "deepspeed", "leave --fsdp away")]
+)
+def test_of_the_two_backends_the_one_that_is_there_is_offered(
+    missing: str, there: str, flag: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    point = EntryPoint(there, "some.module:Thing", "lightrft.strategies")
+    monkeypatch.setattr(registry, "_entry_points", lambda kind: (point,))
+    with pytest.raises(PluginError, match=rf"{missing}: no such strategy.*lightrft-trainer\[{missing}\].* or {flag}"):
+        registry.load_plugin("strategies", missing)
 
 
 def test_a_package_that_does_not_import_is_named_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:

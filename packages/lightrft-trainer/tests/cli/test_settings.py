@@ -144,6 +144,21 @@ def test_a_missing_backend_or_engine_says_what_to_install() -> None:
     assert "lightrft-engines[sglang]" in found
 
 
+@pytest.mark.parametrize("flags", [(), ("--fsdp",), ("--zero_stage", "3")])
+def test_without_any_backend_both_are_named_with_what_installs_them(
+    flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """An environment of lightrft-trainer alone: it knows the fake strategy and the embedded engine's name."""
+    from lightrft.strategy import registry
+
+    of_core = {kind: tuple(p for p in registry._entry_points(kind) if p.name == "fake") for kind in registry.FLAGS}
+    monkeypatch.setattr(registry, "_entry_points", of_core.__getitem__)
+    found = "\n".join(faults(*flags, "--output_dir", str(tmp_path / "run")))
+    assert "(installed: fake)" in found
+    for extra in ("fsdp", "deepspeed", "hf"):
+        assert f"[{extra}]" in found
+
+
 def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("seed: 1\n")
     assert "add --resume to go on with it" in "\n".join(faults("--output_dir", str(tmp_path)))

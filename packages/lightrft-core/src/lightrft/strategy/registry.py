@@ -15,10 +15,15 @@ Kind = Literal["strategies", "engines"]
 FLAGS = {"strategies": "--strategy", "engines": "--engine_type"}
 INSTALL = {
     ("strategies", "fsdp"): 'pip install "lightrft-trainer[fsdp]" (or lightrft-fsdp alone)',
-    ("strategies", "deepspeed"): "pip install lightrft-deepspeed, or pass --fsdp to train with FSDP2",
+    ("strategies", "deepspeed"): 'pip install "lightrft-trainer[deepspeed]" (or lightrft-deepspeed alone)',
     ("engines", "hf"): 'pip install "lightrft-engines[hf]"',
     ("engines", "vllm"): 'pip install "lightrft-engines[vllm]"',
     ("engines", "sglang"): 'pip install "lightrft-engines[sglang]"',
+}
+# What trains with the other backend, where that one is installed.
+INSTEAD = {
+    "fsdp": ("deepspeed", "leave --fsdp away, or pass --zero_stage, to train with DeepSpeed"),
+    "deepspeed": ("fsdp", "pass --fsdp to train with FSDP2"),
 }
 _registered: dict[Kind, dict[str, Any]] = {"strategies": {}, "engines": {}}
 
@@ -50,7 +55,7 @@ def load_plugin(kind: Kind, name: str) -> Any:
     singular = {"strategies": "strategy", "engines": "engine"}[kind]
     if not found:
         there = ", ".join(available(kind)) or "none"
-        cure = INSTALL.get((kind, name), f"choose one of them with {FLAGS[kind]}")
+        cure = _cure(kind, name)
         raise PluginError(f"{FLAGS[kind]} {name}: no such {singular} is installed (installed: {there}); {cure}")
     if len(found) > 1:
         owners = " and ".join(_owner(point) for point in found)
@@ -61,6 +66,17 @@ def load_plugin(kind: Kind, name: str) -> Any:
     except ImportError as error:
         cure = INSTALL.get((kind, name), f"reinstall {_owner(found[0])}")
         raise PluginError(f"{FLAGS[kind]} {name}: its package cannot be imported ({error}); {cure}") from error
+
+
+def _cure(kind: Kind, name: str) -> str:
+    """What to install; of the two backends, also the one that is there, or how to have the other."""
+    cure = INSTALL.get((kind, name), f"choose one of them with {FLAGS[kind]}")
+    if kind == "engines" or name not in INSTEAD:
+        return cure
+    other, instead = INSTEAD[name]
+    if other in available(kind):
+        return f"{cure}, or {instead}"
+    return f"{cure}; the other backend is {other}: {INSTALL[kind, other]}"
 
 
 @cache
