@@ -37,7 +37,8 @@ class EngineCapabilities:
     :param seeds: honours a seed for each request.
     :param readback: can show elements of the weights that it holds (see :meth:`RolloutEngine.sample_weights`).
     :param needs_model: cannot start without a model's folder or configuration.
-    :param requires: the distribution that it needs and the range that was tested, for example "vllm>=0.30,<0.33".
+    :param requires: the distribution that it needs and the range that was tested, for example "vllm>=0.30,<0.33"; where
+        one of several will do, joined by " or ".
     """
 
     devices: tuple[str, ...] = ("cpu", "cuda")
@@ -62,6 +63,7 @@ class EngineSpec:
     :param max_model_len: longest prompt plus response in tokens; None: the model's own limit.
     :param max_batch_size: most sequences decoded at once; None: the engine decides.
     :param max_images: most images a prompt; None: no limit.
+    :param call_timeout: seconds after which a call that hangs inside the engine is given up; None: the engine's own.
     :param extra: options that only this engine knows.
     """
 
@@ -77,6 +79,7 @@ class EngineSpec:
     seed: int = 42
     trust_remote_code: bool = False
     bucket_bytes: int = DEFAULT_BUCKET_BYTES
+    call_timeout: float | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -280,9 +283,17 @@ class RolloutEngine(ABC):
     def sample_weights(self, positions: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Elements that the engine holds now, by hub name and flat position (int64), on the CPU.
 
+        :param positions: such as :meth:`local_positions` returns.
         :raises NotBuiltError: this engine cannot show its weights (``capabilities.readback`` is False).
         """
         raise NotBuiltError(f"engine {self.name!r} cannot read its weights back")
+
+    def local_positions(self, positions: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """Those of ``positions`` that this rank's part of the engine holds, in their order; by default all of them.
+
+        An engine that splits a model over ranks overrides it: the ranks together hold everything.
+        """
+        return positions
 
     # ---- memory -----------------------------------------------------------------------------------------------------
     def release(self, what: Resource, *, keep: bool = True) -> int:

@@ -14,6 +14,7 @@ from torch import nn
 from .collectives import ALONE, all_gather_object
 from .config import StrategyConfig
 from .engine import EngineSpec, GenerationOutput, RolloutEngine
+from .engine_checks import check_engine
 from .errors import ConfigError, EngineStateError, LightRFTError, RolloutError, WeightSyncError
 from .hub_layout import hub_models, unwrap
 from .length_plot import LengthPlot
@@ -59,6 +60,7 @@ class EngineHost:
             self.strategy.config if args is None else StrategyConfig.from_args(args).checked(self.strategy.world_size)
         )
         cls = self.engine_class(engine_type)
+        check_engine(cls.name, cls.capabilities, self.config, self.strategy.device.type)
         self.placement = cls.placement
         spec = self._spec(actor, cls)
         if self.placement == "spmd" or self._is_leader():
@@ -142,9 +144,12 @@ class EngineHost:
             raise WeightSyncError(f"{len(lost)} of {len(plan.specs)} tensors never came: {', '.join(lost[:5])}")
         if not engine.capabilities.readback:
             return
-        held = engine.sample_weights({spec.name: sample_positions(spec.numel) for spec in plan.specs})
+        asked = {spec.name: sample_positions(spec.numel) for spec in plan.specs}
+        mine = engine.local_positions(asked)
+        held = engine.sample_weights(mine)
         for spec in plan.specs:
-            if not _same(sent[spec.name], held[spec.name]):
+            here = torch.isin(asked[spec.name], mine[spec.name])
+            if not _same(sent[spec.name][here], held[spec.name]):
                 raise WeightSyncError(
                     f"{spec.name}: the engine holds other values than were sent (weights version {plan.version})"
                 )
@@ -358,6 +363,7 @@ class EngineHost:
             seed=config.seed,
             trust_remote_code=config.trust_remote_code,
             bucket_bytes=int(config.weight_bucket_mb * 2**20),
+            call_timeout=config.engine_timeout,
             extra=config.get_extra_arg("engine_extra", {}),
         )
 
@@ -375,9 +381,10 @@ def _attempt(act: Callable[..., T], *args: Any) -> tuple[T | None, Exception | N
 
 
 def _compare_bucket(engine: RolloutEngine, bucket: WeightBucket) -> None:
-    held = engine.sample_weights({name: torch.arange(tensor.numel()) for name, tensor in bucket.tensors.items()})
+    mine = engine.local_positions({name: torch.arange(tensor.numel()) for name, tensor in bucket.tensors.items()})
+    held = engine.sample_weights(mine)
     for name, tensor in bucket.tensors.items():
-        if not _same(tensor.reshape(-1).cpu(), held[name]):
+        if not _same(tensor.reshape(-1).cpu()[mine[name]], held[name]):
             raise WeightSyncError(f"{name}: the engine holds other values than the trainer")
 
 

