@@ -29,16 +29,12 @@ class _OnZero:
 
 
 class _CannotHold:
-    """Claims that ZeRO cannot keep."""
+    """The claim that ZeRO cannot keep."""
 
     test_a_gradient_spoilt_after_backward_skips_the_step_too = pytest.mark.xfail(
         reason="ZeRO takes gradients into its own buffers during backward; nothing is left to spoil on the parameters",
         strict=True,
     )(StrategySuite.test_a_gradient_spoilt_after_backward_skips_the_step_too)
-    test_a_model_may_be_built_without_memory_and_filled_later = pytest.mark.xfail(
-        reason="stage 3 shards each parameter as it is made, none is on the meta device; stages 1 and 2 refuse by name",
-        strict=True,
-    )(StrategySuite.test_a_model_may_be_built_without_memory_and_filled_later)
 
 
 class TestTrajectoryOnZero1(_OnZero, TrajectoryClaims):

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 
-from lightrft.deepspeed import get_ds_eval_config, get_ds_train_config
+from lightrft.deepspeed import DeepspeedStrategy, get_ds_eval_config, get_ds_train_config
 from lightrft.strategy import ConfigError, StrategyConfig
 
 
@@ -43,8 +45,37 @@ def test_zpg_is_the_secondary_shard_of_stage_3():
     assert get_ds_train_config(StrategyConfig(zero_stage=3, zpg=4))["zero_optimization"]["zero_hpz_partition_size"] == 4
 
 
-def test_overlap_comm_reaches_stage_2_and_is_refused_elsewhere_by_name():
-    assert get_ds_train_config(StrategyConfig(overlap_comm=True))["zero_optimization"]["overlap_comm"] is True
-    for stage in (1, 3):
-        with pytest.raises(ConfigError, match=f"--overlap_comm with --zero_stage {stage}.*--zero_stage 2"):
-            get_ds_train_config(StrategyConfig(overlap_comm=True, zero_stage=stage))
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_overlap_comm_reaches_every_stage(stage):
+    config = get_ds_train_config(StrategyConfig(overlap_comm=True, zero_stage=stage))
+    assert config["zero_optimization"]["overlap_comm"] is True
+    assert config["managed_gradient_accumulation"] is (stage == 1), "stage 1 must know the last micro-batch beforehand"
+
+
+def test_nothing_is_accumulated_behind_our_back():
+    for stage in (1, 2, 3):
+        assert get_ds_train_config(StrategyConfig(zero_stage=stage))["managed_gradient_accumulation"] is False
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"zero_stage": 0}, "--zero_stage 0: must be 1, 2 or 3"),
+        ({"zero_stage": 4}, "--zero_stage 4: must be 1, 2 or 3"),
+        ({"bf16": True, "fp16": True}, "--bf16 with --fp16: choose one"),
+        ({"zpg": 2, "zero_stage": 2}, "--zpg 2: works only with --zero_stage 3"),
+        ({"grad_accum_dtype": "bf16"}, "--grad_accum_dtype bf16: works only with --bf16"),
+        ({"grad_accum_dtype": "fp16", "bf16": True}, "--grad_accum_dtype fp16: must be fp32, or bf16"),
+        ({"overlap_comm": True, "zero_stage": 1, "bf16": True}, "use --zero_stage 2 or --grad_accum_dtype bf16"),
+        ({"mixed_mm_data": True}, "--mixed_mm_data True: works only with --fsdp"),
+        ({"fsdp_cpu_offload": True, "zero_stage": 3}, "--fsdp_cpu_offload True: works only with --fsdp"),
+    ],
+)
+def test_what_deepspeed_cannot_do_is_refused_at_once(settings, words):
+    with pytest.raises(ConfigError, match=re.escape(words).replace("'", ".?")):
+        DeepspeedStrategy(**settings)
+
+
+def test_a_secondary_shard_must_divide_the_ranks():
+    with pytest.raises(ConfigError, match="--zpg 3: must divide the world size 4; possible are 1, 2, 4"):
+        StrategyConfig(zero_stage=3, zpg=3, train_batch_size=4).checked(4)

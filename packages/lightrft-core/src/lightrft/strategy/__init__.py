@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         RankTimeoutError,
         RolloutError,
         StaleWeightsError,
+        UnfilledModelError,
         WeightSyncError,
     )
     from .fake_strategy import FakeStrategy, get_fake_strategy
@@ -41,6 +42,7 @@ _HOMES = {
         "RankTimeoutError",
         "RolloutError",
         "StaleWeightsError",
+        "UnfilledModelError",
         "WeightSyncError",
     ],
     "fake_strategy": ["FakeStrategy", "get_fake_strategy"],
@@ -77,6 +79,7 @@ __all__ = [
     "StrategyBase",
     "StrategyConfig",
     "SyncReceipt",
+    "UnfilledModelError",
     "WeightSyncError",
     "get_fake_strategy",
     "get_strategy",

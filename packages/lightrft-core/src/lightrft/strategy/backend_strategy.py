@@ -7,7 +7,7 @@ stands here. ``NativeStrategy`` fills the hooks with torch's own optimizers, Dee
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,18 @@ from torch.optim import Optimizer
 
 from . import checkpoint
 from .hub_layout import unwrap
+from .meta_init import FillPlan, Unfilled
 from .optimizers import decay_groups
 from .strategy_base import ModelRecord, StepResult, StrategyBase, logger
+from .weights import TensorSpec
 
 
 class BackendStrategy(StrategyBase):
     """Implements the seven over the hooks at the end."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._unfilled = Unfilled()
 
     def setup_distributed(self, timeout: timedelta | float | None = None) -> None:
         self.join_ranks(timeout)
@@ -113,6 +119,21 @@ class BackendStrategy(StrategyBase):
             scheduler.step()
         return StepResult(stepped=stepped, skipped=not stepped, grad_norm=norm)
 
+    # ---- models that were built on the meta device -------------------------------------------------------------------
+    def _read_pretrained(self, model: nn.Module, plan: FillPlan | None) -> None:
+        """Read what the plan found in pretrained files; a model that still lacks values then refuses to be used."""
+        if plan is None or not self._unfilled.expect(model, plan):
+            return
+        if plan.files:
+            specs = self.hub_layout(model).by_name
+            self._import(model, {name: specs[name].spec for name in plan.files}, plan.tensors())
+        if not plan.unknown:
+            self._unfilled.filled(model)
+
+    def import_weights(self, model: nn.Module, source: Iterable[tuple[str, torch.Tensor]]) -> None:
+        self._import(model, {spec.name: spec for spec in self.hub_layout(model).specs}, source)
+        self._unfilled.filled(model)
+
     # ---- checkpoints -------------------------------------------------------------------------------------------------
     def save_ckpt(self, model: nn.Module | Mapping[str, nn.Module], save_dir: str | Path, **kwargs: Any) -> None:
         checkpoint.save(self, model, Path(save_dir), **kwargs)
@@ -138,6 +159,12 @@ class BackendStrategy(StrategyBase):
 
         :return: whether the weights moved, and the global gradient norm before clipping, the same on all ranks.
         """
+
+    @abstractmethod
+    def _import(
+        self, model: nn.Module, specs: Mapping[str, TensorSpec], source: Iterable[tuple[str, torch.Tensor]]
+    ) -> None:
+        """Copy (hub name, whole tensor) pairs into the model; every one of ``specs`` must come, once."""
 
     def _trained_record(self, model: nn.Module, optimizer: Optimizer, method: str) -> ModelRecord:
         """The record of a model that is being trained with ``optimizer``; ``method`` is what was called."""

@@ -15,7 +15,7 @@ Fields = Mapping[str, dataclasses.Field[Any]]
 Rule = Callable[["StrategyConfig"], str | None]
 RULES: list[tuple[tuple[str, ...], Rule]] = []
 
-ONLY_FSDP = ("use_mp_opt", "fsdp_cpu_offload")
+ONLY_FSDP = ("use_mp_opt", "fsdp_cpu_offload", "mixed_mm_data")
 ONLY_DEEPSPEED = ("zpg", "overlap_comm", "grad_accum_dtype")
 
 
@@ -131,6 +131,29 @@ def _zpg_needs_stage_3(c: StrategyConfig) -> str | None:
     return f"--zpg {c.zpg}: works only with --zero_stage 3" if c.zpg > 1 and c.zero_stage != 3 else None
 
 
+@between("grad_accum_dtype", "bf16", "fp16")
+def _gradients_accumulate_in_a_dtype_that_is_there(c: StrategyConfig) -> str | None:
+    computed = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[c.dtype_name]
+    if c.backend != "deepspeed" or c.grad_accum_dtype in (None, "fp32", computed):
+        return None
+    return (
+        f"--grad_accum_dtype {c.grad_accum_dtype}: must be fp32, or {computed}, in which this run computes"
+        if computed != "fp32"
+        else f"--grad_accum_dtype {c.grad_accum_dtype}: works only with --{c.grad_accum_dtype}; an fp32 run needs fp32"
+    )
+
+
+@between("overlap_comm", "zero_stage", "bf16", "grad_accum_dtype", "adam_offload")
+def _overlap_needs_a_reduction_during_backward(c: StrategyConfig) -> str | None:
+    widens = c.bf16 and c.grad_accum_dtype in (None, "fp32") and not c.adam_offload
+    if not c.overlap_comm or c.backend != "deepspeed" or c.zero_stage != 1 or not widens:
+        return None
+    return (
+        "--overlap_comm with --zero_stage 1 --bf16: DeepSpeed reduces gradients that accumulate in fp32 after the "
+        "backward pass there; use --zero_stage 2 or --grad_accum_dtype bf16"
+    )
+
+
 def _backend_rules(fields: Fields) -> Iterator[tuple[tuple[str, ...], Rule]]:
     """Flags of one backend are refused by the other. A zero_stage left over from before is fine."""
 
@@ -173,6 +196,7 @@ def _world_rules(world_size: int) -> Iterator[tuple[tuple[str, ...], Rule]]:
 
     yield ("engine_tp_size",), divides("engine_tp_size")
     yield ("sp_size",), divides("sp_size")
+    yield ("zpg",), divides("zpg")
     yield ("train_batch_size", "micro_train_batch_size", "sp_size"), whole_batches
 
 

@@ -50,5 +50,9 @@ class HubLayoutError(LightRFTError, ValueError):
     """A model's parameters cannot be expressed under the names and shapes that it has on the hub."""
 
 
+class UnfilledModelError(LightRFTError, ValueError):
+    """A model was built on the meta device, and nothing says what its parameters are."""
+
+
 class RankTimeoutError(LightRFTError, TimeoutError):
     """A rank was late; the message names the rank, the operation and where it was called."""

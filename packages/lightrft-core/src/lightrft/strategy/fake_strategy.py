@@ -11,7 +11,7 @@ from torch import nn
 
 from .engine import RolloutEngine
 from .engine_host import EngineHost
-from .hub_layout import hub_models
+from .meta_init import fill_whole
 from .minimal_engine import MinimalEngine
 from .native_strategy import NativeStrategy
 
@@ -43,28 +43,13 @@ class FakeStrategy(NativeStrategy):
         self.engine_host = _StandInHost(self)
 
     def _place(self, model: nn.Module, shard_size: int) -> nn.Module:
-        model = _filled(model, self.device)
+        plan = fill_whole(model, self.device, self.config.seed)
         if self.config.dtype_name != "float32":
             # The forward pass computes in 16 bit, weights and gradients stay in fp32: as the sharded backends do.
             autocast = torch.autocast(self.device.type, getattr(torch, self.config.dtype_name))
             model.forward = functools.wraps(model.forward)(autocast(model.forward))
+        self._read_pretrained(model, plan)
         return model
-
-
-def _filled(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model on ``device``. One that was built without memory is initialised as if it had been built with it."""
-    if not any(parameter.is_meta for parameter in model.parameters()):
-        return model.to(device)
-    model.to_empty(device=device)
-    inner = [module for _, module in hub_models(model)]
-    for module in inner:
-        module.tie_weights()  # type: ignore[operator]
-        module.apply(module._init_weights)  # type: ignore[arg-type]
-    claimed = {part for module in inner for part in module.modules()}
-    for part in model.modules():
-        if part not in claimed and callable(reset := getattr(part, "reset_parameters", None)):
-            reset()
-    return model
 
 
 class _StandInHost(EngineHost):

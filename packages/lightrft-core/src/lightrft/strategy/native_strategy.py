@@ -5,16 +5,21 @@ FakeStrategy is this with one process; FSDP2 is this with sharded parameters. Wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from .backend_strategy import BackendStrategy
+from .checkpoint import import_by_name
+from .hub_layout import hub_sources
 from .journal import watch_calls
 from .optimizers import rebind
 from .strategy_base import ModelRecord
+from .training_state import StateItem
+from .weights import TensorSpec, UpdatePlan, WeightBucket
 
 
 class NativeStrategy(BackendStrategy):
@@ -34,6 +39,32 @@ class NativeStrategy(BackendStrategy):
             rebind(record.optimizer, names, dict(model.named_parameters()))
         return prepared
 
+    # ---- weights and state by name: a model that waits for values has none to give -----------------------------------
+    def export_weights(self, model: nn.Module, plan: UpdatePlan) -> Iterator[WeightBucket]:
+        self._unfilled.require_none(model)
+        return super().export_weights(model, plan)
+
+    def iter_state(self, model: nn.Module, optimizer: Optimizer | None = None) -> Iterator[StateItem]:
+        self._unfilled.require_none(model)
+        return super().iter_state(model, optimizer)
+
+    def load_state(self, model: nn.Module, optimizer: Optimizer | None, items: Iterable[StateItem]) -> None:
+        super().load_state(model, optimizer, items)
+        self._unfilled.filled(model)
+
+    @torch.no_grad()
+    def _import(
+        self, model: nn.Module, specs: Mapping[str, TensorSpec], source: Iterable[tuple[str, torch.Tensor]]
+    ) -> None:
+        layout, tensors = self.hub_layout(model), dict(hub_sources(model))
+
+        def whole(name: str) -> torch.Tensor:
+            hub = layout.by_name[name]
+            return hub.view(tensors[hub.source].detach())
+
+        import_by_name(specs, source, whole)
+
+    # ---- training ----------------------------------------------------------------------------------------------------
     def _backpropagate(self, record: ModelRecord, loss: torch.Tensor) -> None:
         self._before_backward(record)
         (loss * record.loss_scale.value).backward()

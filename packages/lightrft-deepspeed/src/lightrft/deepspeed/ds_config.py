@@ -5,19 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from lightrft.strategy.config import StrategyConfig
-from lightrft.strategy.errors import ConfigError
+from lightrft.strategy.optimizers import LossScale
 
 
 def get_ds_train_config(config: StrategyConfig) -> dict[str, Any]:
     """DeepSpeed's configuration of a trained model.
 
-    Gradient accumulation is ours (``managed_gradient_accumulation`` is off): each backward pass adds its share of a
-    global mean, and ``step`` is called at the boundary only.
-
-    :raises ConfigError: an option that this ZeRO stage cannot take.
+    Gradient accumulation is ours: each backward pass adds its share of a global mean, and ``step`` is called at the
+    boundary only (``managed_gradient_accumulation`` is off; see :func:`boundary_is_told` for the exception).
     """
-    if config.overlap_comm and config.zero_stage != 2:
-        raise ConfigError([f"--overlap_comm with --zero_stage {config.zero_stage}: possible with --zero_stage 2 only"])
     zero: dict[str, Any] = {
         "stage": config.zero_stage,
         "overlap_comm": config.overlap_comm,
@@ -28,7 +24,7 @@ def get_ds_train_config(config: StrategyConfig) -> dict[str, Any]:
     accumulate = config.grad_accum_dtype or "fp32"
     return {
         **_common(config),
-        "managed_gradient_accumulation": False,
+        "managed_gradient_accumulation": boundary_is_told(config),
         "zero_optimization": zero,
         "gradient_clipping": config.max_norm,
         "data_types": {"grad_accum_dtype": accumulate},
@@ -37,6 +33,14 @@ def get_ds_train_config(config: StrategyConfig) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
+
+
+def boundary_is_told(config: StrategyConfig) -> bool:
+    """Must the engine know before a backward pass whether it is the last of a step?
+
+    Stage 1 reduces only then, and can overlap that with the pass only if it knows.
+    """
+    return config.zero_stage == 1 and config.overlap_comm
 
 
 def get_ds_eval_config(config: StrategyConfig) -> dict[str, Any]:
@@ -52,7 +56,8 @@ def _common(config: StrategyConfig) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": config.micro_train_batch_size,
         "gradient_accumulation_steps": 1,
         "bf16": {"enabled": config.dtype_name == "bfloat16"},
-        "fp16": {"enabled": config.dtype_name == "float16"},
+        # The scale of fp16 losses is ours, one on every backend: it is set before each backward pass.
+        "fp16": {"enabled": config.dtype_name == "float16", "loss_scale": LossScale(enabled=True).value},
         "steps_per_print": None,
         "wall_clock_breakdown": False,
     }

@@ -7,9 +7,12 @@ import os
 import weakref
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from lightrft.strategy.errors import ConfigError
 
 
 @cache
@@ -31,6 +34,37 @@ def load_deepspeed() -> ModuleType:
 
     logger.setLevel(logging.WARNING)
     return deepspeed
+
+
+def require_dtype(dtype_name: str) -> None:
+    """Refuse a precision that DeepSpeed does not offer on this device.
+
+    :raises ConfigError: fp16 on a CPU without fp16 instructions, and the like.
+    """
+    load_deepspeed()
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator: Any = get_accelerator()
+    if dtype_name == "float16" and not accelerator.is_fp16_supported():
+        raise ConfigError(
+            [f"--fp16: DeepSpeed does not compute in it on this {accelerator.device_name()}; use --bf16, or --fsdp"]
+        )
+    if dtype_name == "bfloat16" and not accelerator.is_bf16_supported():
+        raise ConfigError(
+            [f"--bf16: DeepSpeed does not compute in it on this {accelerator.device_name()}; use --fp16, or --fsdp"]
+        )
+
+
+def make_secondary_group(ranks: int) -> None:
+    """Make the groups of ``--zpg``, once.
+
+    DeepSpeed 0.19 makes them for a model that trains, and calls a missing method for one that does not.
+    """
+    load_deepspeed()
+    from deepspeed.utils import groups
+
+    if groups._get_zero_param_intra_parallel_group() is None:
+        groups._create_zero_param_parallel_group(ranks)
 
 
 def join_process_group() -> None:

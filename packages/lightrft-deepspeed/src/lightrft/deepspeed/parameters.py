@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -74,13 +75,47 @@ def _gather_shards(tensors: Mapping[str, Any], group: Any, dtype: torch.dtype) -
     return result
 
 
-def assign(tensor: torch.Tensor, value: torch.Tensor) -> None:
-    """Set a whole parameter from ``value``, the same on every rank. Collective under ZeRO-3."""
-    if not is_sharded(tensor):
+def set_weight(tensor: torch.Tensor, value: torch.Tensor, zero: Any) -> None:
+    """Set a whole parameter and its master weights from ``value``, the same on every rank. Collective under ZeRO-3.
+
+    :param zero: the engine's ZeRO optimizer, or None for a model that does not train.
+    """
+    from deepspeed.utils import safe_set_full_fp32_param
+
+    gathered = load_deepspeed().zero.GatheredParameters([tensor], modifier_rank=0, enabled=is_sharded(tensor))
+    with gathered:
         tensor.data.copy_(value)
-        return
-    with load_deepspeed().zero.GatheredParameters([tensor], modifier_rank=0):
-        tensor.data.copy_(value)
+    if zero is not None and tensor.requires_grad:
+        safe_set_full_fp32_param(tensor, value.float())
+
+
+class Assembler:
+    """Puts whole hub tensors together into parameters, each of which is set as soon as it is complete.
+
+    At most the parameters whose hub tensors have not all come are held, on the host.
+
+    :param specs: the hub tensors that will come.
+    """
+
+    def __init__(self, model: nn.Module, zero: Any, layout: HubLayout, specs: Iterable[str]) -> None:
+        self._layout, self._tensors, self._zero = layout, dict(hub_sources(model)), zero
+        self._open: dict[str, torch.Tensor] = {}
+        self._left = Counter(layout.by_name[name].source for name in specs)
+
+    def target(self, name: str) -> torch.Tensor:
+        """Where to write the hub tensor ``name``. What was asked for before must be written by now."""
+        self.set_complete()
+        hub = self._layout.by_name[name]
+        self._left[hub.source] -= 1
+        if hub.source not in self._open:
+            tensor = self._tensors[hub.source]
+            self._open[hub.source] = torch.empty(whole_shape(tensor), dtype=tensor.dtype)
+        return hub.view(self._open[hub.source])
+
+    def set_complete(self) -> None:
+        """Set every parameter that is complete. Collective under ZeRO-3."""
+        for source in [source for source in self._open if self._left[source] == 0]:
+            set_weight(self._tensors[source], self._open.pop(source), self._zero)
 
 
 # ---- optimizer state -------------------------------------------------------------------------------------------------
@@ -118,13 +153,12 @@ def load_state(model: nn.Module, zero: Any, items: Iterable[StateItem], *, with_
     :param with_optimizer: take the moments too, else only the (master) weights.
     :raises CheckpointError: names or shapes differ from the model's.
     """
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+    from deepspeed.utils import safe_set_full_optimizer_state
 
     for item, tensor in receive_items(model, items, whole_shape):
-        assign(tensor, item.weight.to(tensor.dtype))
+        set_weight(tensor, item.weight, zero)
         if zero is None or not tensor.requires_grad:
             continue
-        safe_set_full_fp32_param(tensor, item.weight.float())
         if with_optimizer and not item.moments:
             zero.optimizer.state.clear()  # saved before the first step
         if with_optimizer and item.moments:
@@ -154,7 +188,8 @@ def _make_states(zero: Any, step: int) -> None:
         state = inner.state[flat]
         if "exp_avg" not in state:
             state.update({key: torch.zeros_like(flat) for key in MOMENTS})
-        state["step"] = torch.tensor(float(step))
+        # DeepSpeedCPUAdam counts in a plain number.
+        state["step"] = torch.tensor(float(step)) if isinstance(inner, torch.optim.AdamW) else step
     _link_states(zero)
 
 

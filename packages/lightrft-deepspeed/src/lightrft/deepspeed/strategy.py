@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import timedelta
@@ -10,24 +9,24 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from lightrft.strategy import checkpoint, plain_state
+from lightrft.strategy import checkpoint, meta_init, plain_state
 from lightrft.strategy.backend_strategy import BackendStrategy
-from lightrft.strategy.errors import NotBuiltError
 from lightrft.strategy.hub_layout import HubLayout, hub_sources, unwrap
 from lightrft.strategy.memory import MoveReport
 from lightrft.strategy.optimizers import move_optimizer
-from lightrft.strategy.strategy_base import ModelRecord
+from lightrft.strategy.strategy_base import ModelRecord, logger
 from lightrft.strategy.training_state import StateItem
-from lightrft.strategy.weights import UpdatePlan, WeightBucket
+from lightrft.strategy.weights import TensorSpec, UpdatePlan, WeightBucket
 
 from . import parameters
+from .adam import make_adamw
 from .deferred_engine import DeferredEngine
-from .ds_config import get_ds_eval_config, get_ds_train_config
-from .environment import join_process_group, load_deepspeed
+from .ds_config import boundary_is_told, get_ds_eval_config, get_ds_train_config
+from .environment import join_process_group, load_deepspeed, make_secondary_group, require_dtype
+from .sharding import ShardGroup, cast, shard_unfilled
 
 
 class DeepspeedStrategy(BackendStrategy):
@@ -36,9 +35,14 @@ class DeepspeedStrategy(BackendStrategy):
     name = "deepspeed"
     implied: ClassVar[Mapping[str, Any]] = {"fsdp": False, "strategy": None}
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._shard_groups: dict[int, ShardGroup] = {}
+
     def setup_distributed(self, timeout: timedelta | float | None = None) -> None:
         if self._set_up:
             return
+        require_dtype(self.config.dtype_name)
         self.join_ranks(timeout)
         join_process_group()
 
@@ -48,6 +52,13 @@ class DeepspeedStrategy(BackendStrategy):
 
     def _axes(self, parameter: nn.Parameter) -> int:
         return len(parameters.whole_shape(parameter))
+
+    def _make_optimizer(self, groups: list[dict[str, Any]], options: dict[str, Any]) -> Optimizer:
+        def say(line: str) -> None:
+            if self.is_rank_0():
+                logger.warning(line)
+
+        return make_adamw(groups, options, on_host=self.config.adam_offload, say=say)
 
     def _optimizer_made(self, record: ModelRecord) -> None:
         if isinstance(record.model, DeferredEngine):
@@ -60,6 +71,8 @@ class DeepspeedStrategy(BackendStrategy):
             if any(id(parameter) not in known for parameter in group["params"]):
                 raise ValueError("prepare: the optimizer holds a parameter of another model; give each model its own")
         prepared = isinstance(record.model, DeferredEngine)
+        if not prepared:
+            self._fill(model, shard_size)
         wrapper = record.model if prepared else DeferredEngine(model, self.waits_for_ranks)
         assert isinstance(wrapper, DeferredEngine)
         record.model = wrapper
@@ -71,16 +84,29 @@ class DeepspeedStrategy(BackendStrategy):
             if self.config.zero_stage == 3:
                 config = get_ds_eval_config(self.config)
                 wrapper.bind(self._initialize(wrapper.module, None, config, shard_size), None)
-            else:
-                self._place(wrapper.module)
         return wrapper
 
-    def _place(self, module: nn.Module) -> None:
-        """Stages 1 and 2 keep parameters whole: put them where they compute, in the dtype of the forward pass."""
-        dtype = getattr(torch, self.config.dtype_name)
-        module.to(self.device)
-        if not any(p.requires_grad for p in module.parameters()):
-            module.to(dtype)
+    def _fill(self, model: nn.Module, shard_size: int) -> None:
+        """Put a model where it computes, in the dtype that it computes in; one without memory gets it, and values."""
+        dtype = self._held_dtype(model)
+        if self.config.zero_stage == 3:
+            if not meta_init.is_meta(model):
+                cast(model, dtype)
+                return
+            config = get_ds_eval_config(self.config)
+            plan = meta_init.plan_fill(model)
+            self.hub_layout(model)  # traced while shapes are whole
+            shard_unfilled(model, plan, config, self._shard_group(config, shard_size), dtype, self.config.seed)
+            meta_init.materialise(model, self.device)
+        else:
+            plan = meta_init.fill_whole(model, self.device, self.config.seed)
+            cast(model, dtype)
+        self._read_pretrained(model, plan)
+
+    def _held_dtype(self, model: nn.Module) -> torch.dtype | None:
+        """What parameters are held in; None leaves them: in fp32 a frozen model computes in what it was loaded in."""
+        trains = any(parameter.requires_grad for parameter in model.parameters())
+        return None if self.config.dtype_name == "float32" and not trains else getattr(torch, self.config.dtype_name)
 
     def _bind_training(self, wrapper: DeferredEngine, optimizer: Optimizer | None) -> None:
         """Replace what ``prepare`` bound by an engine that trains with ``optimizer``."""
@@ -94,12 +120,23 @@ class DeepspeedStrategy(BackendStrategy):
     def _initialize(
         self, module: nn.Module, optimizer: Optimizer | None, config: dict[str, Any], shard_size: int
     ) -> Any:
-        mpu = None if shard_size == self.layout.world_size else _ShardGroup(self.layout.shard_groups(shard_size))
+        group = self._shard_group(config, shard_size)
         with self.waits_for_ranks("deepspeed.initialize"):
             engine, *_ = load_deepspeed().initialize(
-                model=module, optimizer=optimizer, config=config, dist_init_required=False, mpu=mpu
+                model=module, optimizer=optimizer, config=config, dist_init_required=False, mpu=group
             )
         return engine
+
+    def _shard_group(self, config: dict[str, Any], shard_size: int) -> ShardGroup | None:
+        """The ranks that share a model's shards; None for all of them."""
+        if config["zero_optimization"].get("zero_hpz_partition_size", 1) > 1:
+            make_secondary_group(self.config.zpg)
+            return None  # the secondary shard takes the place of shards over fewer ranks
+        if shard_size == self.layout.world_size:
+            return None
+        if shard_size not in self._shard_groups:
+            self._shard_groups[shard_size] = ShardGroup(self.layout.shard_groups(shard_size))
+        return self._shard_groups[shard_size]
 
     # ---- training ----------------------------------------------------------------------------------------------------
     def _trained_record(self, model: nn.Module, optimizer: Optimizer, method: str) -> ModelRecord:
@@ -120,12 +157,19 @@ class DeepspeedStrategy(BackendStrategy):
         return self.layout.world_size
 
     def _backpropagate(self, record: ModelRecord, loss: torch.Tensor) -> None:
-        _engine(record).backward(loss, scale_wrt_gas=False)
+        engine = _engine(record)
+        if record.loss_scale.enabled:
+            engine.optimizer.loss_scaler.cur_scale = record.loss_scale.value
+        if boundary_is_told(self.config):
+            engine.set_gradient_accumulation_boundary(record.at_boundary)
+        engine.backward(loss, scale_wrt_gas=False)
 
     def _step(self, record: ModelRecord) -> tuple[bool, float]:
         engine = _engine(record)
         engine.step()
-        return engine.was_step_applied(), float(engine.get_global_grad_norm())
+        stepped = engine.was_step_applied()
+        record.loss_scale.update(finite=stepped)
+        return stepped, float(engine.get_global_grad_norm())
 
     def _zero(self, model: nn.Module) -> Any:
         """The ZeRO optimizer of a trained model, None for others."""
@@ -135,25 +179,6 @@ class DeepspeedStrategy(BackendStrategy):
         return wrapper.engine.optimizer
 
     # ---- models ------------------------------------------------------------------------------------------------------
-    @contextlib.contextmanager
-    def init_model_context(self, meta_init: bool = False) -> Iterator[None]:
-        """Build models within it. With ``meta_init`` each parameter is sharded as soon as it is made (stage 3).
-
-        :raises NotBuiltError: ``meta_init`` under stage 1 or 2, which keep parameters whole.
-        """
-        self.setup_distributed()
-        if not meta_init:
-            yield
-            return
-        if self.config.zero_stage != 3:
-            raise NotBuiltError(
-                f"--meta_init with --zero_stage {self.config.zero_stage}: parameters stay whole on every rank; "
-                "use --zero_stage 3, or --fsdp"
-            )
-        dtype = getattr(torch, self.config.dtype_name)
-        with load_deepspeed().zero.Init(config_dict_or_path=get_ds_eval_config(self.config), dtype=dtype):
-            yield
-
     @torch.no_grad()
     def moving_average(self, model: nn.Module, model_ema: nn.Module, beta: float = 0.992, device: Any = None) -> None:
         target = dict(hub_sources(model_ema))
@@ -163,7 +188,8 @@ class DeepspeedStrategy(BackendStrategy):
             with load_deepspeed().zero.GatheredParameters(sharded, modifier_rank=0, enabled=bool(sharded)):
                 if device is not None and not parameters.is_sharded(average):
                     average.data = average.data.to(device)
-                average.data.lerp_(value.detach().to(average.device, average.dtype), 1 - beta)
+                fresh = value.detach().to(average.device, average.dtype)
+                average.data.lerp_(fresh, 1 - beta) if fresh.is_floating_point() else average.data.copy_(fresh)
 
     def move(self, target: nn.Module | Optimizer, device: torch.device | str) -> MoveReport:
         begun, device = time.monotonic(), torch.device(device)
@@ -188,29 +214,24 @@ class DeepspeedStrategy(BackendStrategy):
         return self._layouts[module]
 
     def export_weights(self, model: nn.Module, plan: UpdatePlan) -> Iterator[WeightBucket]:
+        self._unfilled.require_none(model)
         return parameters.export_buckets(model, self.hub_layout(model), plan)
 
     @torch.no_grad()
-    def import_weights(self, model: nn.Module, source: Iterable[tuple[str, torch.Tensor]]) -> None:
-        layout, tensors = self.hub_layout(model), dict(hub_sources(model))
-        waiting: dict[str, torch.Tensor] = {}
-
-        def whole(name: str) -> torch.Tensor:
-            hub = layout.by_name[name]
-            if hub.source not in waiting:
-                shape, dtype = parameters.whole_shape(tensors[hub.source]), tensors[hub.source].dtype
-                waiting[hub.source] = torch.empty(shape, dtype=dtype, device=self.device)
-            return hub.view(waiting[hub.source])
-
-        checkpoint.import_by_name({spec.name: spec for spec in layout.specs}, source, whole)
-        items = (StateItem(name=name, weight=value) for name, value in waiting.items())
-        parameters.load_state(model, self._zero(model), items, with_optimizer=False)
+    def _import(
+        self, model: nn.Module, specs: Mapping[str, TensorSpec], source: Iterable[tuple[str, torch.Tensor]]
+    ) -> None:
+        assembler = parameters.Assembler(model, self._zero(model), self.hub_layout(model), specs)
+        checkpoint.import_by_name(specs, source, assembler.target)
+        assembler.set_complete()
 
     def iter_state(self, model: nn.Module, optimizer: Optimizer | None = None) -> Iterator[StateItem]:
+        self._unfilled.require_none(model)
         return parameters.iter_state(model, self._zero(model) if optimizer is not None else None)
 
     def load_state(self, model: nn.Module, optimizer: Optimizer | None, items: Iterable[StateItem]) -> None:
         parameters.load_state(model, self._zero(model), items, with_optimizer=optimizer is not None)
+        self._unfilled.filled(model)
 
     def write_state(self, record: ModelRecord, folder: Path, *, asynchronous: bool) -> Any:
         return plain_state.write(self, record, folder, asynchronous=asynchronous)
@@ -222,29 +243,3 @@ class DeepspeedStrategy(BackendStrategy):
 def _engine(record: ModelRecord) -> Any:
     assert isinstance(record.model, DeferredEngine), "only a prepared model trains"
     return record.model.engine
-
-
-class _ShardGroup:
-    """The part of a Megatron-style ``mpu`` that DeepSpeed asks for: shards live within neighbouring ranks."""
-
-    def __init__(self, groups: tuple[tuple[int, ...], ...]) -> None:
-        self._group: Any = dist.new_subgroups_by_enumeration([list(group) for group in groups])[0]
-        self._size = len(groups[0])
-
-    def get_data_parallel_group(self) -> Any:
-        return self._group
-
-    def get_data_parallel_rank(self) -> int:
-        return dist.get_rank(self._group)
-
-    def get_data_parallel_world_size(self) -> int:
-        return self._size
-
-    def get_model_parallel_rank(self) -> int:
-        return 0
-
-    def get_model_parallel_world_size(self) -> int:
-        return 1
-
-    def get_model_parallel_group(self) -> Any:
-        return None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from lightrft.strategy.errors import UnfilledModelError
+
 from .fsdpv2 import FSDPV2Strategy
-from .meta_init import UnfilledModelError
 from .optimizer import ShardedAdamW
 
 __all__ = ["FSDPV2Strategy", "ShardedAdamW", "UnfilledModelError"]

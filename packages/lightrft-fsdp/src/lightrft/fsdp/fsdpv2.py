@@ -15,18 +15,19 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
+from lightrft.strategy import meta_init
 from lightrft.strategy.checkpoint import import_by_name
 from lightrft.strategy.hub_layout import HubLayout, hub_sources
 from lightrft.strategy.memory import MoveReport
+from lightrft.strategy.meta_init import FillPlan
 from lightrft.strategy.native_strategy import NativeStrategy
 from lightrft.strategy.strategy_base import ModelRecord, StepResult
 from lightrft.strategy.training_state import StateItem
 from lightrft.strategy.weights import TensorSpec, UpdatePlan, WeightBucket
 
-from . import checkpoints, meta_init, state
+from . import checkpoints, state
 from .export import export_buckets, with_dtypes
 from .gradients import global_norm, widen
-from .meta_init import FillPlan, UnfilledModelError
 from .optimizer import ShardedAdamW
 from .sharding import Unit, cast_trainable, finish_sharding, make_mesh, plan_units, shard, sharded_modules
 from .shards import local
@@ -47,7 +48,6 @@ class FSDPV2Strategy(NativeStrategy):
         super().__init__(*args, **kwargs)
         self._meshes: dict[int, DeviceMesh] = {}
         self._sharded: weakref.WeakKeyDictionary[nn.Module, list[FSDPModule]] = weakref.WeakKeyDictionary()
-        self._unfilled: weakref.WeakKeyDictionary[nn.Module, tuple[FillPlan, Any]] = weakref.WeakKeyDictionary()
         self._background: weakref.WeakKeyDictionary[nn.Module, dist.ProcessGroup] = weakref.WeakKeyDictionary()
 
     # ---- preparing ---------------------------------------------------------------------------------------------------
@@ -66,8 +66,7 @@ class FSDPV2Strategy(NativeStrategy):
             model.to(self.device)
         else:
             self._shard(model, shard_size, trains, fill)
-        if fill is not None:
-            self._read_pretrained(model, fill)
+        self._read_pretrained(model, fill)
         return model
 
     def _waits_in_forward(self, model: nn.Module) -> bool:
@@ -97,7 +96,7 @@ class FSDPV2Strategy(NativeStrategy):
             before=initialise,
         )
         if fill is not None:
-            meta_init.materialise(model, torch.device("cpu") if self.config.fsdp_cpu_offload else self.device)
+            meta_init.materialise(model, torch.device("cpu") if self.config.fsdp_cpu_offload else self.device, local)
         self._layouts[model] = with_dtypes(layout, {name: tensor.dtype for name, tensor in hub_sources(model)})
         self._sharded[model] = sharded_modules(model)
         finish_sharding(model)
@@ -124,26 +123,6 @@ class FSDPV2Strategy(NativeStrategy):
         """Let the modules hold their shards: after a forward pass without a backward, some hold gathered parameters."""
         for module in self._sharded.get(model, ()):
             module.reshard()
-
-    # ---- models that were built on the meta device -------------------------------------------------------------------
-    def _read_pretrained(self, model: nn.Module, fill: FillPlan) -> None:
-        if not fill.files and not fill.unknown:
-            return
-        self._unfilled[model] = fill, meta_init.refuse_forward(model, fill)
-        if fill.files:
-            specs = self.hub_layout(model).by_name
-            self._import(model, {name: specs[name].spec for name in fill.files}, fill.tensors())
-        if not fill.unknown:
-            self._mark_filled(model)
-
-    def _mark_filled(self, model: nn.Module) -> None:
-        _, handle = self._unfilled.pop(model, (None, None))
-        if handle is not None:
-            handle.remove()
-
-    def _require_filled(self, model: nn.Module) -> None:
-        if model in self._unfilled:
-            raise UnfilledModelError(meta_init.unfilled_message(self._unfilled[model][0]))
 
     # ---- training ----------------------------------------------------------------------------------------------------
     def backward(
@@ -224,13 +203,9 @@ class FSDPV2Strategy(NativeStrategy):
 
     # ---- weights and state by name -----------------------------------------------------------------------------------
     def export_weights(self, model: nn.Module, plan: UpdatePlan) -> Iterator[WeightBucket]:
-        self._require_filled(model)
+        self._unfilled.require_none(model)
         self._settle(model)
         return export_buckets(model, self.hub_layout(model), plan, self.device)
-
-    def import_weights(self, model: nn.Module, source: Iterable[tuple[str, torch.Tensor]]) -> None:
-        self._import(model, {spec.name: spec for spec in self.hub_layout(model).specs}, source)
-        self._mark_filled(model)
 
     @torch.no_grad()
     def _import(
@@ -247,7 +222,7 @@ class FSDPV2Strategy(NativeStrategy):
             optimizer.renew_masters()
 
     def iter_state(self, model: nn.Module, optimizer: Optimizer | None = None) -> Iterator[StateItem]:
-        self._require_filled(model)
+        self._unfilled.require_none(model)
         self._settle(model)
         return state.iter_state(model, optimizer, self.device)
 
@@ -256,10 +231,10 @@ class FSDPV2Strategy(NativeStrategy):
         state.load_state(model, optimizer, items)
         if optimizer is None:
             self._renew_masters(model)
-        self._mark_filled(model)
+        self._unfilled.filled(model)
 
     def write_state(self, record: ModelRecord, folder: Path, *, asynchronous: bool) -> checkpoints.PendingWrite | None:
-        self._require_filled(record.model)
+        self._unfilled.require_none(record.model)
         self._settle(record.model)
         if asynchronous and record.model not in self._background:
             # A writer's thread talks to its like on other ranks while training goes on, and while the writers of this
@@ -275,4 +250,4 @@ class FSDPV2Strategy(NativeStrategy):
         checkpoints.read(record.model, record.optimizer if optimizer else None, folder)
         if not optimizer:
             self._renew_masters(record.model)
-        self._mark_filled(record.model)
+        self._unfilled.filled(record.model)

@@ -8,7 +8,8 @@ number of them. Where nothing says how to fill a parameter, the model refuses to
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,18 +17,11 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
-from torch.distributed.tensor import DTensor
 
-from lightrft.strategy.errors import LightRFTError
-from lightrft.strategy.hub_layout import HubLayout, hub_models, hub_sources, is_pretrained_model, unwrap
-
-from .shards import local
+from .errors import UnfilledModelError
+from .hub_layout import HubLayout, hub_models, hub_sources, is_pretrained_model, unwrap
 
 logger = logging.getLogger("lightrft")
-
-
-class UnfilledModelError(LightRFTError, ValueError):
-    """A model was built on the meta device, and nothing says what its parameters are."""
 
 
 @dataclass(kw_only=True)
@@ -96,9 +90,12 @@ def plan_fill(model: nn.Module) -> FillPlan:
     return plan
 
 
-def initialise(model: nn.Module, root: nn.Module, plan: FillPlan, seed: int) -> None:
-    """Give memory and values to the meta tensors of ``model``, a part of ``root``, that nothing is streamed into.
+def initialise(
+    model: nn.Module, root: nn.Module, plan: FillPlan, seed: int, after: Callable[[nn.Module], None] | None = None
+) -> None:
+    """Give host memory and values to the meta tensors of ``model``, a part of ``root``, that nothing is streamed into.
 
+    :param after: called with each module once its own tensors have values.
     :raises UnfilledModelError: a module's own initialisation left a tensor out.
     """
     later = plan.streamed | plan.unknown
@@ -115,16 +112,63 @@ def initialise(model: nn.Module, root: nn.Module, plan: FillPlan, seed: int) -> 
                 if module in owners:
                     owners[module](module)
                 _check_filled(names.get(id(module), ""), fresh)
+            if after is not None:
+                after(module)
 
 
 @torch.no_grad()
-def materialise(model: nn.Module, device: torch.device) -> None:
-    """Give memory to what is still on the meta device: after sharding, a rank's rows alone. Values must follow."""
+def materialise(
+    model: nn.Module, device: torch.device, rows: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
+) -> None:
+    """Give memory to what is still on the meta device: after sharding, a rank's rows alone. Values must follow.
+
+    :param rows: this rank's part of a tensor, sharing its memory.
+    """
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_meta:
             value = torch.empty_like(tensor, device=device)
-            local(value).fill_(_poison(tensor.dtype))
+            rows(value).fill_(_poison(tensor.dtype))
             _swap(tensor, value)
+
+
+def fill_whole(model: nn.Module, device: torch.device, seed: int) -> FillPlan | None:
+    """Give a model that was built on the meta device, and stays whole on each rank, memory on ``device`` and values.
+
+    What the pretrained files hold must follow: see :class:`Unfilled`.
+
+    :return: the plan, or None for a model that has memory already; that one is moved.
+    """
+    plan = plan_fill(model) if is_meta(model) else None
+    if plan is not None:
+        initialise(model, model, plan, seed)
+        materialise(model, device)
+    model.to(device)
+    return plan
+
+
+class Unfilled:
+    """The models that wait for values, and that refuse to be used until they have come."""
+
+    def __init__(self) -> None:
+        self._waiting: weakref.WeakKeyDictionary[nn.Module, tuple[FillPlan, Any]] = weakref.WeakKeyDictionary()
+
+    def expect(self, model: nn.Module, plan: FillPlan | None) -> bool:
+        """Whether any values must follow; the model refuses to be called until :meth:`filled`."""
+        if plan is None or not (plan.files or plan.unknown):
+            return False
+        self._waiting[unwrap(model)] = plan, refuse_forward(unwrap(model), plan)
+        return True
+
+    def filled(self, model: nn.Module) -> None:
+        """Every value has come."""
+        _, handle = self._waiting.pop(unwrap(model), (None, None))
+        if handle is not None:
+            handle.remove()
+
+    def require_none(self, model: nn.Module) -> None:
+        """:raises UnfilledModelError: values of this model have not come."""
+        if unwrap(model) in self._waiting:
+            raise UnfilledModelError(unfilled_message(self._waiting[unwrap(model)][0]))
 
 
 def refuse_forward(model: nn.Module, plan: FillPlan) -> Any:
@@ -204,7 +248,7 @@ def _materialise_own(module: nn.Module, kept: set[int]) -> dict[str, torch.Tenso
     """Give host memory to a module's own meta tensors, filled with what no initialisation leaves behind."""
     fresh: dict[str, torch.Tensor] = {}
     for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-        if tensor.is_meta and id(tensor) not in kept and not isinstance(tensor, DTensor):
+        if tensor.is_meta and id(tensor) not in kept and not hasattr(tensor, "device_mesh"):  # that is FSDP2's shard
             _swap(tensor, torch.full_like(tensor, _poison(tensor.dtype), device="cpu"))
             fresh[name] = tensor
     return fresh

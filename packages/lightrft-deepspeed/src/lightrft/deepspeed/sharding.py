@@ -1,0 +1,76 @@
+"""Cutting a ZeRO-3 model over ranks: over fewer than there are, and one that was built without memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from lightrft.strategy.meta_init import FillPlan, initialise, materialise
+
+from .environment import load_deepspeed
+from .parameters import is_sharded
+
+
+def cast(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Hold floating-point parameters in ``dtype``; None leaves them. Parameter objects stay."""
+    for parameter in model.parameters() if dtype is not None else ():
+        if parameter.is_floating_point() and parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)
+
+
+@torch.no_grad()
+def shard_unfilled(
+    model: nn.Module, plan: FillPlan, config: dict[str, Any], group: ShardGroup | None, dtype: Any, seed: int
+) -> None:
+    """Give a model on the meta device its shards, one module at a time: no rank ever holds more whole parameters.
+
+    What is initialised has its values afterwards; what the plan reads from files waits for them. Collective.
+
+    :param config: DeepSpeed's, of a model that does not train. :param dtype: what to hold parameters in, or None.
+    """
+    ranks = None if group is None else group.get_data_parallel_group()
+
+    def shard(parameters: Sequence[nn.Parameter]) -> None:
+        own = nn.ParameterList(parameters)
+        cast(own, dtype)
+        if parameters:
+            load_deepspeed().zero.Init(module=own, data_parallel_group=ranks, config_dict_or_path=config)
+
+    def after(module: nn.Module) -> None:
+        shard([p for p in module.parameters(recurse=False) if not p.is_meta and not is_sharded(p)])
+
+    initialise(model, model, plan, seed, after)
+    for parameter in model.parameters():
+        if parameter.is_meta:
+            materialise(nn.ParameterList([parameter]), torch.device("cpu"))
+            shard([parameter])
+
+
+class ShardGroup:
+    """The part of a Megatron-style ``mpu`` that DeepSpeed asks for: shards live within neighbouring ranks."""
+
+    def __init__(self, groups: tuple[tuple[int, ...], ...]) -> None:
+        self._group: Any = dist.new_subgroups_by_enumeration([list(group) for group in groups])[0]
+        self._size = len(groups[0])
+
+    def get_data_parallel_group(self) -> Any:
+        return self._group
+
+    def get_data_parallel_rank(self) -> int:
+        return dist.get_rank(self._group)
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._size
+
+    def get_model_parallel_rank(self) -> int:
+        return 0
+
+    def get_model_parallel_world_size(self) -> int:
+        return 1
+
+    def get_model_parallel_group(self) -> Any:
+        return None
