@@ -10,13 +10,18 @@ import torch
 
 @dataclass(frozen=True, kw_only=True)
 class MoveReport:
-    """What moving a model or an optimizer took: bytes moved and seconds."""
+    """What moving a model or an optimizer took: bytes moved and seconds.
+
+    :param note: why nothing can move, where a backend keeps these tensors in one place.
+    """
 
     nbytes: int
     seconds: float
+    note: str = ""
 
     def __str__(self) -> str:
-        return f"{self.nbytes / 2**20:.1f} MiB in {self.seconds:.3f} s"
+        took = f"{self.nbytes / 2**20:.1f} MiB in {self.seconds:.3f} s"
+        return f"{took}: {self.note}" if self.note else took
 
 
 def memory_figures(device: torch.device) -> dict[str, float]:

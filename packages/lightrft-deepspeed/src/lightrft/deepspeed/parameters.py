@@ -63,7 +63,7 @@ def _gather(tensors: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, 
 
 
 def _gather_shards(tensors: Mapping[str, Any], group: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    shards = [tensor.ds_tensor.detach().reshape(-1).to(dtype) for tensor in tensors.values()]
+    shards = [tensor.ds_tensor.detach().reshape(-1).to(tensor.device, dtype) for tensor in tensors.values()]
     mine, ranks = torch.cat(shards), dist.get_world_size(group)
     everyone = mine.new_empty(ranks, mine.numel())
     dist.all_gather_into_tensor(everyone.view(-1), mine, group=group)
@@ -127,7 +127,7 @@ def iter_state(model: nn.Module, zero: Any) -> Iterator[StateItem]:
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     step = adam_step(zero)
-    _link_states(zero)
+    link_states(zero)
     for name, tensor in hub_sources(model):
         if zero is None or not tensor.requires_grad:
             yield StateItem(name=name, weight=_gather({name: tensor}, None)[name].to("cpu", copy=True))
@@ -173,7 +173,7 @@ def adam_step(zero: Any) -> int:
     return int(states[0]["step"]) if states and "step" in states[0] else 0
 
 
-def _flat_partitions(zero: Any) -> list[torch.Tensor]:
+def flat_partitions(zero: Any) -> list[torch.Tensor]:
     """This rank's master weights, flat: the tensors that the inner optimizer steps on."""
     for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat_partition"):
         if hasattr(zero, name):
@@ -184,16 +184,16 @@ def _flat_partitions(zero: Any) -> list[torch.Tensor]:
 def _make_states(zero: Any, step: int) -> None:
     """Give the inner optimizer its moments, as its first step would, so that values can be set."""
     inner = zero.optimizer
-    for flat in _flat_partitions(zero):
+    for flat in flat_partitions(zero):
         state = inner.state[flat]
         if "exp_avg" not in state:
             state.update({key: torch.zeros_like(flat) for key in MOMENTS})
         # DeepSpeedCPUAdam counts in a plain number.
         state["step"] = torch.tensor(float(step)) if isinstance(inner, torch.optim.AdamW) else step
-    _link_states(zero)
+    link_states(zero)
 
 
-def _link_states(zero: Any) -> None:
+def link_states(zero: Any) -> None:
     """Let each parameter find its moments in the flat partitions.
 
     DeepSpeed links stages 1 and 2 during the first step, after the first parameter group alone: the other groups have

@@ -16,12 +16,11 @@ from lightrft.strategy import checkpoint, meta_init, plain_state
 from lightrft.strategy.backend_strategy import BackendStrategy
 from lightrft.strategy.hub_layout import HubLayout, hub_sources, unwrap
 from lightrft.strategy.memory import MoveReport
-from lightrft.strategy.optimizers import move_optimizer
 from lightrft.strategy.strategy_base import ModelRecord, logger
 from lightrft.strategy.training_state import StateItem
 from lightrft.strategy.weights import TensorSpec, UpdatePlan, WeightBucket
 
-from . import parameters
+from . import parameters, residence
 from .adam import make_adamw
 from .deferred_engine import DeferredEngine
 from .ds_config import boundary_is_told, get_ds_eval_config, get_ds_train_config
@@ -166,6 +165,8 @@ class DeepspeedStrategy(BackendStrategy):
 
     def _step(self, record: ModelRecord) -> tuple[bool, float]:
         engine = _engine(record)
+        if record.optimizer is not None:
+            self.maybe_load_optimizer(record.optimizer)  # the step runs where the parameters are
         engine.step()
         stepped = engine.was_step_applied()
         record.loss_scale.update(finite=stepped)
@@ -191,17 +192,26 @@ class DeepspeedStrategy(BackendStrategy):
                 fresh = value.detach().to(average.device, average.dtype)
                 average.data.lerp_(fresh, 1 - beta) if fresh.is_floating_point() else average.data.copy_(fresh)
 
+    # ---- memory ------------------------------------------------------------------------------------------------------
     def move(self, target: nn.Module | Optimizer, device: torch.device | str) -> MoveReport:
+        """Move a model's parameters, or its optimizer's moments and master weights. No collective.
+
+        With ``--adam_offload`` DeepSpeed keeps the optimizer's on the host; the report's note says so.
+        """
         begun, device = time.monotonic(), torch.device(device)
-        if isinstance(target, Optimizer):
-            nbytes = 0 if self.config.adam_offload else move_optimizer(target, device, pin=self.device.type != "cpu")
+        pin = self.device.type != "cpu"
+        if isinstance(target, nn.Module):
+            nbytes = residence.move_parameters(target, self._zero(target), device, pin=pin)
+        elif self.config.adam_offload:
+            note = "with --adam_offload DeepSpeed keeps these states on the host, where they stay"
+            logger.info("optimizer states: %s", note)
+            return MoveReport(nbytes=0, seconds=0.0, note=note)
         else:
-            nbytes = 0
-            for _, tensor in hub_sources(target):
-                held: torch.Tensor = getattr(tensor, "ds_tensor", tensor)
-                if held.device.type != device.type:
-                    nbytes += held.nbytes
-                    held.data = held.data.to(device)
+            models = [record.model for record in self._records.values() if record.optimizer is target]
+            zero = self._zero(models[0]) if models else None
+            if zero is None:
+                return super().move(target, device)
+            nbytes = residence.move_optimizer_states(zero, device, pin=pin)
         self.sync_and_clear_cache()
         return MoveReport(nbytes=nbytes, seconds=time.monotonic() - begun)
 
