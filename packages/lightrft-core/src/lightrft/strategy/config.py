@@ -138,7 +138,7 @@ class StrategyConfig:
     enable_ema: bool = option(False, "Keep an exponential moving average of the actor and save it too.", group=MODEL)
     ema_beta: float = option(0.992, "Decay of the moving average.", group=MODEL, rule=share)
     mixed_mm_data: bool = option(
-        False, "Batches mix prompts with and without images, unevenly over ranks.", group=MODEL
+        False, "FSDP: batches mix prompts with and without images, unevenly over ranks.", group=MODEL
     )
     packing_samples: bool = option(
         False, "Pack several samples into one row.", group=MODEL, later="packing is not built yet"
