@@ -4,8 +4,8 @@
     uv run --no-sync --with trl==1.16.0 --with liger-kernel python tools/bench/fused_logprob.py --grow
 
 Each way runs in a process of its own, one after the other in turns, so that its peak memory is its own and whatever
-else the machine does meets all alike. Printed are the medians of the seconds, the ratio of each turn's seconds to
-plain torch's, and what the peak of the process's memory rose by.
+else the machine does meets all alike. Printed are the medians of the seconds (of the processor, on one thread), the
+ratio of each turn's seconds to plain torch's, and what the peak of the process's memory rose by.
 
 plain: ``log_softmax`` of the logits. chunked: the same in slices of 1024 tokens with logits recomputed in the backward
 pass (``torch.utils.checkpoint``), as several trainers do. selective: TRL's selective_log_softmax. liger: its chunked
@@ -89,6 +89,7 @@ CHUNK = 4096
 
 def measure(name: str, tokens: int, width: int, vocabulary: int, dtype: str, rounds: int) -> tuple[list[float], float]:
     """Seconds of each round and MiB by which the process's peak rose, in this process."""
+    torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
     kind = getattr(torch, dtype)
     hidden = torch.randn(tokens, width, generator=generator).to(kind).requires_grad_()
@@ -99,9 +100,9 @@ def measure(name: str, tokens: int, width: int, vocabulary: int, dtype: str, rou
     way(*few).sum().backward()  # threads and libraries have started
     before, seconds = peak(), []
     for _ in range(rounds):
-        begun = time.perf_counter()
+        begun = time.process_time()
         way(hidden, weight, labels).sum().backward()
-        seconds.append(time.perf_counter() - begun)
+        seconds.append(time.process_time() - begun)
         hidden.grad = weight.grad = None
     return seconds, peak() - before
 

@@ -114,3 +114,22 @@ def test_no_rank_outlives_a_killed_launcher(tiny: Tiny, tmp_path: Path) -> None:
     while command.rank_pids() and next(deadline_checks) < 5999:
         signal.sigtimedwait([], 0.01)
     assert command.rank_pids() == []
+
+
+def test_packed_fused_and_cut_sequences_train_as_plain_ones(tiny: Tiny, tmp_path: Path, uninterrupted: Path) -> None:
+    flags = ["--sp_size", "2", "--packing_samples", "--fused_linear_logprob", "--chunk_size", "7"]
+    first = tiny(tmp_path, *flags, "--max_tokens_per_micro_batch", "40")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    assert first.wait_until(lambda: len(read_metrics(metrics)) >= 1)
+    first.process.send_signal(signal.SIGTERM)
+    assert first.finish() in (0, 130), first.output()
+    # The two ranks held the same samples, and on one rank each has them whole again.
+    second = tiny(tmp_path, "--resume", "--nproc_per_node", "1", "--sp_size", "1")
+    assert second.finish() == 0, second.output()
+    cut, plain = read_metrics(metrics), read_metrics(uninterrupted / "metrics.jsonl")
+    assert [line["step"] for line in cut] == list(range(1, 9))
+    for one, two in zip(cut[:2], plain[:2], strict=True):
+        assert one["reward_mean"] == pytest.approx(two["reward_mean"], abs=1e-9)
+        assert one["response_length_mean"] == two["response_length_mean"]
+        for name in ("loss", "grad_norm", "policy_kl"):
+            assert one[name] == pytest.approx(two[name], rel=2e-3, abs=2e-5)

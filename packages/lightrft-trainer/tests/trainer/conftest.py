@@ -43,10 +43,16 @@ def even_digits(prompts: list[str], responses: list[str], labels: list[Any], **e
 
 @pytest.fixture
 def make(tmp_path: Path) -> Callable[..., Setup]:
-    """Builds a :class:`Setup`; keywords are settings, ``trainer_class`` and ``reward_fn`` are what they say."""
+    """Builds a :class:`Setup`; keywords are settings, ``trainer_class`` and ``reward_fn`` are what they say.
+
+    ``model_options`` are those of the models; without them the models get what the settings ask for.
+    """
 
     def build(
-        trainer_class: type[SPMDPPOTrainer] = SPMDPPOTrainer, reward_fn: Any = even_digits, **settings: Any
+        trainer_class: type[SPMDPPOTrainer] = SPMDPPOTrainer,
+        reward_fn: Any = even_digits,
+        model_options: Any = None,
+        **settings: Any,
     ) -> Setup:
         config = StrategyConfig(
             **{
@@ -72,14 +78,18 @@ def make(tmp_path: Path) -> Callable[..., Setup]:
             }
         )
         strategy = FakeStrategy(args=config)
+        options = {"packing_samples": config.packing_samples} if model_options is None else model_options
         tokenizer = build_tokenizer()
         records = [Record(dataclasses.asdict(e), str(i)) for i, e in enumerate(reverse_digits().train[:PROMPTS])]
         prompts = PromptDataset(records, tokenizer, input_key="prompt")
 
         def policy() -> ActorLanguage:
-            return ActorLanguage(build_model(layers=1, width=64))
+            fused = {"fused_linear_logprob": config.fused_linear_logprob, "chunk_size": config.chunk_size}
+            return ActorLanguage(build_model(layers=1, width=64), **(options | fused if options else {}))
 
-        critic = CriticLanguage(build_model(layers=1, width=64).model) if config.advantage_estimator == "gae" else None
+        critic = None
+        if config.advantage_estimator == "gae":
+            critic = CriticLanguage(build_model(layers=1, width=64).model, **options)
         reference = policy() if config.init_kl_coef > 0 else None
         average = strategy.prepare_model(policy()) if config.enable_ema else None
         (actor, optim, schedule), (critic, critic_optim, critic_schedule), _, reference = (

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightrft.trainer.minibatches import cut_microbatches, plan_minibatches
+from lightrft.trainer.minibatches import SampleTooLongError, balance, cut_microbatches, plan_minibatches
 
 
 def plan(prompts: int, n: int, batch: int, epoch: int = 0, step: int = 3) -> list[list[int]]:
@@ -47,3 +48,53 @@ def test_micro_batches_hold_similar_lengths() -> None:
     lengths = {0: 9, 1: 1, 2: 8, 3: 2}
     (cut,) = cut_microbatches([0, 1, 2, 3], dict.fromkeys(range(4), 0), lengths, world_size=1, size=2)
     assert [b.indices for b in cut] == [(1, 3), (2, 0)]
+
+
+@given(
+    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=40),
+    ranks=st.integers(1, 3),
+    limit=st.integers(30, 90),
+    packed=st.booleans(),
+)
+@settings(max_examples=80, deadline=None)
+def test_micro_batches_by_tokens_stay_within_the_limit_and_lose_nothing(
+    lengths: list[int], ranks: int, limit: int, packed: bool
+) -> None:
+    by_index = dict(enumerate(lengths))
+    owners = {index: index % ranks for index in by_index}
+    options = {"world_size": ranks, "size": 1, "max_tokens": limit, "packed": packed}
+    cut = cut_microbatches(list(by_index), owners, by_index, **options)  # type: ignore[arg-type]
+    assert len({len(batches) for batches in cut}) == 1
+    for rank, batches in enumerate(cut):
+        assert sorted(i for b in batches for i in b.indices) == [i for i in by_index if owners[i] == rank]
+        for batch in batches:
+            sizes = [lengths[index] for index in batch.indices]
+            assert (sum(sizes) if packed else len(sizes) * max(sizes, default=0)) <= limit
+
+
+def test_packed_rows_are_nearly_full() -> None:
+    lengths = dict(enumerate([70, 30, 60, 40, 55, 45, 20, 20, 20, 20, 20]))
+    (cut,) = cut_microbatches(
+        list(lengths), dict.fromkeys(lengths, 0), lengths, world_size=1, size=1, max_tokens=100, packed=True
+    )
+    assert [sum(lengths[index] for index in batch.indices) for batch in cut] == [100] * 4
+
+
+def test_a_sample_above_the_limit_is_named_with_its_length() -> None:
+    with pytest.raises(SampleTooLongError, match=r"max_tokens_per_micro_batch 10: sample 1 of this step has 12 tokens"):
+        cut_microbatches([0, 1], {0: 0, 1: 1}, {0: 3, 1: 12}, world_size=2, size=1, max_tokens=10)
+
+
+@given(st.lists(st.integers(1, 100), min_size=8, max_size=32), st.sampled_from([2, 4]), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_ranks_get_about_as_many_tokens_as_each_other(lengths: list[int], ranks: int, equally_many: bool) -> None:
+    by_index = dict(enumerate(lengths))
+    steps = [list(by_index)[0::2], list(by_index)[1::2]]
+    owners = balance(steps, by_index, ranks=ranks, equally_many=equally_many)
+    for step in steps:
+        tokens = [sum(by_index[i] for i in step if owners[i] == rank) for rank in range(ranks)]
+        counts = [sum(owners[i] == rank for i in step) for rank in range(ranks)]
+        if equally_many:
+            assert max(counts) <= -(-len(step) // ranks)
+        else:
+            assert max(tokens) - min(tokens) <= max(by_index[i] for i in step)

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from lightrft.trainer.experience import TOKEN_FIELDS, Experience, make_batch, pack, split_rows, unpack
-from lightrft.trainer.replay_buffer import ReplayBuffer, SampleRecord
+from lightrft.trainer.replay_buffer import OptimizerBatch, ReplayBuffer, SampleRecord
 
 CPU = torch.device("cpu")
 
@@ -86,17 +88,19 @@ def filled(ranks: int, prompts: int = 4, n: int = 2) -> list[ReplayBuffer]:
     return buffers
 
 
-OPTIONS = {"n_samples": 2, "batch_size": 4, "micro_batch_size": 1, "seed": 0, "step": 0, "epoch": 0}
+def plan(buffer: ReplayBuffer, rank: int = 0, ranks: int = 1) -> list[OptimizerBatch]:
+    steps = buffer.steps(n_samples=2, batch_size=4, seed=0, step=0, epoch=0)
+    return buffer.plan(steps, micro_batch_size=1, rank=rank, ranks=ranks)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_optimizer_steps_hold_the_same_samples_at_any_world_size(ranks: int) -> None:
-    alone = filled(1)[0].plan(**OPTIONS, rank=0, ranks=1)
-    plans = [buffer.plan(**OPTIONS, rank=rank, ranks=ranks) for rank, buffer in enumerate(filled(ranks))]
+    alone = plan(filled(1)[0])
+    plans = [plan(buffer, rank, ranks) for rank, buffer in enumerate(filled(ranks))]
     for step, whole in enumerate(alone):
-        parts = [index for plan in plans for micro in plan[step].microbatches for index in micro.indices]
+        parts = [index for mine in plans for micro in mine[step].microbatches for index in micro.indices]
         assert sorted(parts) == list(whole.indices)
-        assert all(plan[step].tokens == whole.tokens for plan in plans)
+        assert all(mine[step].tokens == whole.tokens for mine in plans)
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 1), (1, 2), (2, 4), (4, 2)])
@@ -113,9 +117,23 @@ def test_holes_that_dynamic_sampling_leaves_are_skipped() -> None:
     buffer = ReplayBuffer()
     samples = [sample(index) for index in (0, 1, 6, 7)]
     buffer.fill(samples, {s.index: SampleRecord(0, s.length, s.response_length) for s in samples})
-    plan = buffer.plan(**OPTIONS, rank=0, ranks=1)
-    assert sorted(index for step in plan for index in step.indices) == [0, 1, 6, 7]
+    assert sorted(index for step in plan(buffer) for index in step.indices) == [0, 1, 6, 7]
 
 
 def test_an_empty_buffer_has_no_optimizer_steps() -> None:
-    assert ReplayBuffer().plan(**OPTIONS, rank=0, ranks=1) == []
+    assert plan(ReplayBuffer()) == []
+
+
+def test_samples_go_to_their_new_owners_whole() -> None:
+    buffers = filled(2)
+    everything = {s.index: s for buffer in buffers for s in buffer.items}
+    leaving: list[list[Any]] = []
+    owners = {index: (index + 1) % 2 for index in everything}
+    for rank, buffer in enumerate(buffers):  # what the ranks have to give, before any of them takes
+        copy = ReplayBuffer(dict(buffer.samples), dict(buffer.records))
+        copy.exchange(owners, rank=rank, gather=lambda mine: leaving.append(mine) or [])
+    for rank, buffer in enumerate(buffers):
+        buffer.exchange(owners, rank=rank, gather=lambda mine: leaving)
+        assert list(buffer.samples) == [index for index in sorted(everything) if owners[index] == rank]
+        assert all(same(s, everything[s.index]) for s in buffer.items)
+        assert {index: record.owner for index, record in buffer.records.items()} == owners

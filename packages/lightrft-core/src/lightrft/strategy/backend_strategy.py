@@ -184,7 +184,11 @@ class BackendStrategy(StrategyBase):
         """``record.optimizer`` is new; the model may have been prepared before."""
 
     def _averaging_ranks(self, record: ModelRecord) -> int:
-        """Over how many ranks the backend averages gradients."""
+        """Over how many ranks' data the backend averages gradients.
+
+        A model that cuts sequences over ranks counts each rank's part as often as there are parts, so that averaging
+        over all ranks gives the mean over those that hold different data.
+        """
         return 1
 
 

@@ -84,7 +84,6 @@ class StrategyConfig:
         "Ranks that share one sequence.",
         group=BACKEND,
         rule=at_least_1,
-        later="sequence parallelism is not built yet",
     )
     meta_init: bool = option(False, "Build models on the meta device; each rank fills only its shard.", group=BACKEND)
     initial_model_shard_size: int | None = option(
@@ -140,9 +139,7 @@ class StrategyConfig:
     mixed_mm_data: bool = option(
         False, "FSDP: batches mix prompts with and without images, unevenly over ranks.", group=MODEL
     )
-    packing_samples: bool = option(
-        False, "Pack several samples into one row.", group=MODEL, later="packing is not built yet"
-    )
+    packing_samples: bool = option(False, "Pack the samples of a micro-batch into one row.", group=MODEL)
     fused_linear_logprob: bool = option(
         False,
         "Logprobs straight from hidden states, without all the logits at one time.",
@@ -198,6 +195,12 @@ class StrategyConfig:
     train_batch_size: int = option(128, "Samples an optimizer step, over all ranks.", group=TRAIN, rule=at_least_1)
     micro_train_batch_size: int = option(
         1, "Samples a forward and backward pass on one rank.", group=TRAIN, rule=at_least_1
+    )
+    max_tokens_per_micro_batch: int | None = option(
+        None,
+        "Form micro-batches by tokens: as many samples as have at most this many; default: by their number.",
+        group=TRAIN,
+        rule=at_least_1,
     )
     max_norm: float = option(
         1.0, "Clip the global gradient norm to this; 0: no clipping.", group=TRAIN, rule=at_least_0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -198,20 +199,37 @@ class EngineHost:
             sampling_params, token_ids, texts, images, images_num, prompt_indices
         )
         # One small collective carries the counts and any rank's refusal, so that all ranks go on, or none.
+        layout = self.strategy.layout
+        shared = _fingerprint(prompts) if layout.sp_size > 1 else ""
         with self.strategy.waits_for_ranks("gather_and_generate"):
-            counts = self.strategy.all_gather_object((len(prompts), _describe(problem)))
-        self._raise_if_any([text for _, text in counts], problem)
+            told = self.strategy.all_gather_object((len(prompts), shared, _describe(problem)))
+        self._raise_if_any([text for _, _, text in told], problem)
+        for group in layout.sequence_groups if layout.sp_size > 1 else ():
+            if len({told[rank][:2] for rank in group}) > 1:
+                raise ValueError(
+                    f"gather_and_generate: ranks {', '.join(map(str, group))} share their sequences (--sp_size "
+                    f"{layout.sp_size}) and brought different prompts; shard the data by strategy.data_parallel_rank"
+                )
         if prompt_indices is None:
-            offset = sum(count for count, _ in counts[: self.strategy.rank])
+            data_rank = layout.data_parallel_rank(self.strategy.rank)
+            offset = sum(count for count, _, _ in told[:: layout.sp_size][:data_rank])
             prompts = [replace(prompt, index=offset + i) for i, prompt in enumerate(prompts)]
         if step is None:
             step, self.rollout_step = self.rollout_step, self.rollout_step + 1
         self.wake()
-        outputs = self._generate_in_group(prompts, sampling, step)
+        # Ranks that share a sequence share the work: each generates for some of the prompts, and all get all outputs.
+        place, size = self.strategy.rank % layout.sp_size, layout.sp_size
+        outputs = self._generate_in_group(prompts[place::size], sampling, step)
         if sleep_engine:
             self.sleep()
         self._record_lengths(outputs)
-        return outputs
+        return outputs if size == 1 else self._share_in_sequence(outputs, len(prompts), sampling.n)
+
+    def _share_in_sequence(self, outputs: list[GenerationOutput], prompts: int, n: int) -> list[GenerationOutput]:
+        """The outputs for all prompts of a sequence group, in their order, from the parts that its ranks generated."""
+        with self.strategy.waits_for_ranks("share outputs"):
+            parts = [iter(part) for part in all_gather_object(outputs, self.strategy.sequence_group)]
+        return [next(parts[prompt % len(parts)]) for prompt in range(prompts) for _ in range(n)]
 
     def generate_local(self, sampling_params: Any, token_ids: Any, multi_modal_inputs: Any) -> list[GenerationOutput]:
         self._require("engine_generate_local")
@@ -391,6 +409,12 @@ def _compare_bucket(engine: RolloutEngine, bucket: WeightBucket) -> None:
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Bitwise equality: NaN equals NaN, so that a broken model is reported as such and not as a lost tensor."""
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def _fingerprint(prompts: Sequence[Prompt]) -> str:
+    """Tells whether two ranks brought the same prompts."""
+    named = repr([(prompt.prompt_token_ids, prompt.prompt, len(prompt.images), prompt.index) for prompt in prompts])
+    return hashlib.blake2b(named.encode(), digest_size=16).hexdigest()
 
 
 def _describe(problem: Exception | None) -> str | None:

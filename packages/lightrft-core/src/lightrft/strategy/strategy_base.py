@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy
 import torch
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from .engine import GenerationOutput
 
 logger = logging.getLogger("lightrft")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,6 +257,12 @@ class StrategyBase(ABC):
         self.setup_distributed()
         return self.groups.engine
 
+    @property
+    def sequence_group(self) -> dist.ProcessGroup | None:
+        """Ranks that share each sequence (``--sp_size``) and so hold the same data; None where each has its own."""
+        self.setup_distributed()
+        return self.groups.sequence
+
     def get_rank(self) -> int:
         return dist.get_rank() if self.distributed and dist.is_initialized() else 0
 
@@ -329,6 +336,45 @@ class StrategyBase(ABC):
         """Any picklable object from each rank, in rank order."""
         with self.waits_for_ranks("all_gather_object"):
             return collectives.all_gather_object(data, self._everyone)
+
+    def reduce_over_data(self, data: Any, op: str = "mean") -> Any:
+        """:meth:`all_reduce` in which ranks that share their sequences, and so their data, count once."""
+        with self.waits_for_ranks("reduce_over_data"):
+            return collectives.all_reduce(data, op, self._data_ranks, device=self.device)
+
+    def gather_over_data(self, data: Any) -> Any:
+        """:meth:`all_gather` from one rank of each sequence group, in the order of their data ranks; a list or a tuple
+        comes back as a list with one entry a data rank.
+        """
+        with self.waits_for_ranks("gather_over_data"):
+            return collectives.all_gather(data, self._data_ranks)
+
+    def once_a_sequence(self, act: Callable[[], T]) -> T:
+        """``act()`` on one rank of each sequence group; all its ranks get the result, or raise.
+
+        For what may differ from call to call, or costs: the grading of responses.
+        """
+        if self.sequence_group is None:
+            return act()
+        result, problem = None, None
+        if self.rank % self.layout.sp_size == 0:
+            try:
+                result = act()
+            except Exception as error:  # noqa: BLE001 - raised again once the group's other ranks know of it
+                problem = error
+        told = None if problem is None else f"{type(problem).__name__}: {problem}"
+        with self.waits_for_ranks("once_a_sequence"):
+            shared, text = collectives.all_gather_object((result, told), self.sequence_group)[0]
+        if problem is not None:
+            raise problem
+        if text is not None:
+            raise LightRFTError(f"rank {self.rank - self.rank % self.layout.sp_size}: {text}")
+        return shared
+
+    @property
+    def _data_ranks(self) -> Any:
+        """The group that "all data" means: this rank and its like of every other sequence group."""
+        return collectives.ALONE if self.data_parallel_size == 1 else self.groups.data
 
     def barrier(self) -> None:
         """Wait until every rank is here."""

@@ -153,7 +153,7 @@ class DeepspeedStrategy(BackendStrategy):
         return record
 
     def _averaging_ranks(self, record: ModelRecord) -> int:
-        return self.layout.world_size
+        return self.data_parallel_size
 
     def _backpropagate(self, record: ModelRecord, loss: torch.Tensor) -> None:
         engine = _engine(record)

@@ -147,7 +147,7 @@ class FSDPV2Strategy(NativeStrategy):
         return super().optimizer_step(optimizer, model, scheduler, name, **kwargs)
 
     def _averaging_ranks(self, record: ModelRecord) -> int:
-        return self.layout.world_size
+        return self.data_parallel_size
 
     def _before_backward(self, record: ModelRecord) -> None:
         # Gradients are cut at every micro-batch, for memory's sake; replicas need only agree on the last one's sum.

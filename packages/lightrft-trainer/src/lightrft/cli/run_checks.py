@@ -25,6 +25,8 @@ def run_faults(config: StrategyConfig, *, multimodal: bool = False, world_size: 
         found.append(
             "--pretrain and --prompt_data: train-vl has no built-in task; name a vision-language model and its data"
         )
+    if multimodal and config.sp_size > 1:
+        found.append(f"--sp_size {config.sp_size}: sequences with images cannot be cut over ranks; leave it at 1")
     if world_size is not None and not broken & {"rollout_batch_size", "sp_size"}:
         ranks = max(1, world_size // config.sp_size)
         if config.rollout_batch_size % ranks:
@@ -52,6 +54,17 @@ def _whole_optimizer_steps(c: StrategyConfig) -> str | None:
     return (
         f"--train_batch_size {c.train_batch_size}: must divide a step's samples, "
         f"rollout_batch_size × n_samples_per_prompt = {c.rollout_batch_size} × {c.n_samples_per_prompt} = {samples}"
+    )
+
+
+@between("max_tokens_per_micro_batch", "prompt_max_len", "generate_max_len")
+def _room_for_a_sample(c: StrategyConfig) -> str | None:
+    longest = c.prompt_max_len + c.generate_max_len
+    if c.max_tokens_per_micro_batch is None or c.max_tokens_per_micro_batch >= longest:
+        return None
+    return (
+        f"--max_tokens_per_micro_batch {c.max_tokens_per_micro_batch}: a sample may have prompt_max_len + "
+        f"generate_max_len = {c.prompt_max_len} + {c.generate_max_len} = {longest} tokens; raise it, or lower those"
     )
 
 

@@ -115,7 +115,7 @@ class Actor(TokenModel):
                 with_entropy=with_entropy,
                 chunk_size=self.chunk_size,
             )
-            given.append(torch.stack([part for part in found if part is not None], dim=-1)[None])
+            given.append(torch.stack([part[None] for part in found if part is not None], dim=-1))
             return given[0]
 
         with computing(head, forward):

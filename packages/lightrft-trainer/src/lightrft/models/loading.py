@@ -107,3 +107,17 @@ def multimodal_inputs(config: Any, input_ids: torch.Tensor, extras: dict[str, An
             types += 2 * (input_ids == video_token).int()
         given["mm_token_type_ids"] = types
     return given
+
+
+def positions_of(
+    model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, extras: dict[str, Any]
+) -> torch.Tensor:
+    """Position of each token within its row, ``[B, T]``, or ``[3, B, T]`` for models that place images in a plane.
+
+    :param extras: what :func:`multimodal_inputs` gave.
+    """
+    if {"image_grid_thw", "video_grid_thw"} & extras.keys() and hasattr(model.base_model, "get_rope_index"):
+        grids = {name: extras[name] for name in ("image_grid_thw", "video_grid_thw") if name in extras}
+        types = extras["mm_token_type_ids"]
+        return model.base_model.get_rope_index(input_ids, types, **grids, attention_mask=attention_mask)[0]
+    return torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)

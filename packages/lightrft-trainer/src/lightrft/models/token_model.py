@@ -8,7 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .loading import load_model, multimodal_inputs
+from . import row_attention
+from .loading import is_vision_language, load_model, multimodal_inputs, positions_of
+from .row_layout import RowLayout, SequenceRanks
 from .rows import check_right_padded, trimmed_length
 
 
@@ -18,18 +20,22 @@ class Question:
 
     :param inputs: keywords of the model's forward. :param asked: ``[R, L]`` bool over the positions that the model
         sees: true where the *next* token is wanted. :param labels: ``[N]``, those next tokens.
+    :param layout: how the model's rows came from the caller's; None: they are the same.
     :param shape: of the caller's rows, ``[B, T]``.
     """
 
     inputs: dict[str, Any]
     asked: Tensor
     labels: Tensor
+    layout: RowLayout | None
     shape: torch.Size
 
     def answer(self, values: Tensor) -> Tensor:
         """``[R, L]`` figures at the model's positions as ``[B, T]`` at the tokens that follow, 0 where not asked."""
         # where(), not a product: a figure at padding may be anything, NaN included
         kept = torch.where(self.asked, values, torch.zeros_like(values))
+        if self.layout is not None:
+            kept = self.layout.restore(kept)
         return nn.functional.pad(kept[:, :-1], (1, self.shape[1] - kept.shape[1]))
 
     def spread(self, values: Tensor) -> Tensor:
@@ -49,7 +55,11 @@ class TokenModel(nn.Module):
     :param use_flash_attention_2: refused where the package is not installed.
     :param gradient_checkpointing: recompute activations in the backward pass.
     :param trust_remote_code: run code that a hub model brings along.
-    :raises ValueError: see :func:`lightrft.models.loading.load_model`.
+    :param packing_samples: let the model see the rows of a batch as one, without padding.
+    :param sequence_group: process group of the ranks that share each row; all of them must be given the same rows.
+        ``strategy.sequence_group`` is it; None: each rank has rows of its own.
+    :raises ValueError: see :func:`lightrft.models.loading.load_model`; or a model whose samples would see each other,
+        or whose attention heads the ranks cannot share.
     """
 
     def __init__(
@@ -61,6 +71,8 @@ class TokenModel(nn.Module):
         use_flash_attention_2: bool = False,
         gradient_checkpointing: bool = False,
         trust_remote_code: bool = False,
+        packing_samples: bool = False,
+        sequence_group: Any = None,
     ) -> None:
         super().__init__()
         self.model: Any = load_model(
@@ -70,6 +82,16 @@ class TokenModel(nn.Module):
             use_flash_attention_2=use_flash_attention_2,
             trust_remote_code=trust_remote_code,
         )
+        self.packing_samples, self.sequence_ranks = packing_samples, SequenceRanks.of(sequence_group)
+        if self.sequence_ranks is not None:
+            row_attention.check_heads(self.model, self.sequence_ranks)
+            if is_vision_language(self.config):
+                raise ValueError(
+                    f"--sp_size {self.sequence_ranks.size}: {type(self.model).__name__} takes images, which cannot be "
+                    "cut over ranks; leave it at 1"
+                )
+        if packing_samples or self.sequence_ranks is not None:
+            row_attention.install(self.model, "--packing_samples" if packing_samples else "--sp_size")
         if gradient_checkpointing:
             self.gradient_checkpointing_enable()
 
@@ -105,8 +127,20 @@ class TokenModel(nn.Module):
         wanted = (trimmed if response_mask is None else response_mask[:, :length]).bool()
         asked, following = nn.functional.pad(wanted[:, 1:], (0, 1)), nn.functional.pad(tokens[:, 1:], (0, 1))
         extras = multimodal_inputs(self.config, tokens, multimodal)
-        inputs = {"input_ids": tokens, "attention_mask": trimmed, "use_cache": False, **extras}
-        return Question(inputs, asked, following[asked], sequences.shape)
+        if not self.packing_samples and self.sequence_ranks is None:
+            inputs = {"input_ids": tokens, "attention_mask": trimmed, "use_cache": False, **extras}
+            return Question(inputs, asked, following[asked], None, sequences.shape)
+        layout = RowLayout.of(trimmed, packed=self.packing_samples, ranks=self.sequence_ranks)
+        asked = layout.place(asked)
+        inputs = {
+            "input_ids": layout.place(tokens),
+            "attention_mask": row_attention.NO_MASK,
+            "position_ids": layout.place(positions_of(self.model, tokens, trimmed, extras)),
+            "use_cache": False,
+            "row_layout": layout,
+            **{name: value for name, value in extras.items() if name != "mm_token_type_ids"},
+        }
+        return Question(inputs, asked, layout.place(following)[asked], layout, sequences.shape)
 
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
         """Recompute activations in the backward pass (non-reentrant, which sharded models need)."""

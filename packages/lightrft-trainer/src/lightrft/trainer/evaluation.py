@@ -40,8 +40,10 @@ def evaluate(
     outputs = maker.generate(mine, sampling, step)
     samples = [maker.to_sample(output, prompt) for output, prompt in zip(outputs, mine, strict=True)]
     graded = grader(mine, samples, 1, step, trajectories=shown)
-    totals = strategy.all_reduce({"right": sum(graded.right), "reward": sum(graded.rewards), "count": len(mine)}, "sum")
-    parts = strategy.all_gather_object(graded.trajectories)
+    totals = strategy.reduce_over_data(
+        {"right": sum(graded.right), "reward": sum(graded.rewards), "count": len(mine)}, "sum"
+    )
+    parts = strategy.gather_over_data(graded.trajectories)
     answers = [answer for together in zip(*parts, strict=False) for answer in together] or [
         a for part in parts for a in part
     ]

@@ -19,6 +19,7 @@ from .forward import token_statistics, token_values
 from .grading import Grader
 from .kl import approximate_kl
 from .kl_controller import FixedKLController
+from .minibatches import cut_microbatches
 from .replay_buffer import SampleRecord
 from .reward_shaping import RewardShaping, RunningMoments
 
@@ -184,17 +185,17 @@ class ExperienceMaker:
                 if round_ == 0:
                     return None
                 break
-            wanted = wanted or self.strategy.all_reduce(len(prompts), "sum") if config.dynamic_sampling else 0
+            wanted = wanted or self.strategy.reduce_over_data(len(prompts), "sum") if config.dynamic_sampling else 0
             groups = self._draw_groups(prompts, step, round_, rollout)
             if not config.dynamic_sampling:
                 return groups
             mixed = [group for group in groups if len({sample.reward for sample in group.samples}) > 1]
             kept += mixed
-            counts = self.strategy.all_reduce({"kept": len(kept), "dropped": len(groups) - len(mixed)}, "sum")
+            counts = self.strategy.reduce_over_data({"kept": len(kept), "dropped": len(groups) - len(mixed)}, "sum")
             rollout.groups_dropped += counts["dropped"]
             if counts["kept"] >= wanted:
                 break
-        places = sorted(place for part in self.strategy.all_gather_object([g.place for g in kept]) for place in part)
+        places = sorted(place for part in self.strategy.gather_over_data([g.place for g in kept]) for place in part)
         if len(places) < wanted:
             self.strategy.print(
                 f"step {step + 1}: dynamic sampling found {len(places)} of {wanted} prompts with mixed rewards in "
@@ -255,14 +256,13 @@ class ExperienceMaker:
             (group.place, rank, [(s.length, s.response_length, s.reward) for s in group.samples]) for group in groups
         ]
         told = all(s.engine_logprobs is not None for group in groups for s in group.samples)
-        parts = self.strategy.all_gather_object((mine, told))
+        parts = self.strategy.gather_over_data((mine, told))
         self.has_engine_logprobs = all(told for _, told in parts)
         if not self.has_engine_logprobs:
             for group in groups:
                 for sample in group.samples:
                     sample.engine_logprobs = None
-        # Ranks that share a sequence bring the same groups: each counts once.
-        everyone = sorted({item[0]: item for part, _ in parts for item in part}.values())
+        everyone = sorted(item for part, _ in parts for item in part)
         position = {place: number for number, (place, _, _) in enumerate(everyone)}
         n = self.sampling.n
         for place, owner, figures in everyone:
@@ -277,14 +277,18 @@ class ExperienceMaker:
     # ---- the models' view -------------------------------------------------------------------------------------------
     def _microbatches(self, rollout: Rollout) -> Iterator[list[Experience]]:
         """This rank's samples in micro-batches of similar length; as many as the rank with the most has."""
-        size = self.micro_batch_size
-        counts: dict[int, int] = {}
-        for record in rollout.records.values():
-            counts[record.owner] = counts.get(record.owner, 0) + 1
-        rounds = max((-(-count // size) for count in counts.values()), default=0)
-        ordered = sorted(rollout.samples, key=lambda sample: (sample.length, sample.index))
-        for i in range(rounds):
-            yield ordered[i * size : (i + 1) * size]
+        config, samples = self.config, {sample.index: sample for sample in rollout.samples}
+        cut = cut_microbatches(
+            sorted(rollout.records),
+            {index: record.owner for index, record in rollout.records.items()},
+            {index: record.length for index, record in rollout.records.items()},
+            world_size=self.strategy.data_parallel_size,
+            size=self.micro_batch_size,
+            max_tokens=config.max_tokens_per_micro_batch,
+            packed=config.packing_samples,
+        )
+        for batch in cut[self.strategy.data_parallel_rank]:
+            yield [samples[index] for index in batch.indices]
 
     @torch.no_grad()
     def _look(self, rollout: Rollout, batches: Sequence[list[Experience]]) -> None:
@@ -314,7 +318,7 @@ class ExperienceMaker:
 
     # ---- rewards to advantages --------------------------------------------------------------------------------------
     def _sum_over_ranks(self, vector: Tensor) -> Tensor:
-        return self.strategy.all_reduce(vector, "sum")
+        return self.strategy.reduce_over_data(vector, "sum")
 
     def _shape(self, rollout: Rollout) -> None:
         rewards = torch.tensor([sample.reward for sample in rollout.samples], dtype=torch.float32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -73,7 +74,7 @@ class Grader:
         metrics: dict[str, float] = {}
         first: list[float] | None = None
         for reward in self.rewards:
-            output = self._ask(reward, repeated, texts, samples)
+            output = self.strategy.once_a_sequence(partial(self._ask, reward, repeated, texts, samples))
             columns.append([float(value) for value in output.rewards])
             metrics |= {name: sum(map(float, values)) for name, values in output.metrics.items()}
             first = _first_part(reward, output) if first is None else first

@@ -48,25 +48,100 @@ class MicroBatch:
     indices: tuple[int, ...]
 
 
+class SampleTooLongError(ValueError):
+    """A sample has more tokens than ``--max_tokens_per_micro_batch`` allows."""
+
+
+def balance(
+    steps: Sequence[Sequence[int]], lengths: Mapping[int, int], *, ranks: int, equally_many: bool
+) -> dict[int, int]:
+    """The data rank that is to train on each sample, so that in every optimizer step all have about as many tokens.
+
+    Longest first, each to the rank with the least: within a third of the best there is (Graham, 1969).
+
+    :param steps: the samples of each optimizer step.
+    :param equally_many: ranks also get as many samples as each other, to within one.
+    """
+    owners: dict[int, int] = {}
+    for step in steps:
+        tokens, counts = [0] * ranks, [0] * ranks
+        most = -(-len(step) // ranks) if equally_many else len(step)
+        for index in sorted(step, key=lambda index: (-lengths[index], index)):
+            rank = min((r for r in range(ranks) if counts[r] < most), key=lambda r: (tokens[r], r))
+            owners[index] = rank
+            tokens[rank] += lengths[index]
+            counts[rank] += 1
+    return owners
+
+
 def cut_microbatches(
-    minibatch: Sequence[int], owners: Mapping[int, int], lengths: Mapping[int, int], *, world_size: int, size: int
+    minibatch: Sequence[int],
+    owners: Mapping[int, int],
+    lengths: Mapping[int, int],
+    *,
+    world_size: int,
+    size: int,
+    max_tokens: int | None = None,
+    packed: bool = False,
 ) -> list[list[MicroBatch]]:
     """Each rank's micro-batches of one optimizer step: equally many on every rank, of similar lengths within each.
 
     :param owners: data rank that holds each sample. :param lengths: tokens of each sample, to keep padding low.
+    :param size: samples of a micro-batch. :param max_tokens: tokens of a micro-batch instead; padding counts, unless
+        samples are ``packed``.
     :return: one list for each rank; short ones are filled up with empty micro-batches.
+    :raises SampleTooLongError: a sample has more than ``max_tokens``; raised alike on every rank.
     """
+    if max_tokens is not None and minibatch:
+        longest = max(minibatch, key=lambda index: lengths[index])
+        if lengths[longest] > max_tokens:
+            raise SampleTooLongError(
+                f"--max_tokens_per_micro_batch {max_tokens}: sample {longest} of this step has {lengths[longest]} "
+                f"tokens; raise it to at least {lengths[longest]}, or lower --prompt_max_len or --generate_max_len"
+            )
     shares: list[list[int]] = [[] for _ in range(world_size)]
     for index in minibatch:
         shares[owners[index]].append(index)
     cut: list[list[MicroBatch]] = []
     for share in shares:
         share.sort(key=lambda index: (lengths[index], index))
-        cut.append([MicroBatch(tuple(share[i : i + size])) for i in range(0, len(share), size)])
+        if max_tokens is None:
+            parts = [share[i : i + size] for i in range(0, len(share), size)]
+        elif packed:
+            parts = _first_fit(share[::-1], lengths, max_tokens)
+        else:
+            parts = _padded_fit(share, lengths, max_tokens)
+        cut.append([MicroBatch(tuple(part)) for part in parts])
     most = max((len(batches) for batches in cut), default=0)
     for batches in cut:
         batches.extend([MicroBatch(())] * (most - len(batches)))
     return cut
+
+
+def _first_fit(samples: Sequence[int], lengths: Mapping[int, int], limit: int) -> list[list[int]]:
+    """Rows of at most ``limit`` tokens; each sample, longest first, goes into the first row with room for it."""
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for index in samples:
+        row = next((row for row, left in enumerate(room) if lengths[index] <= left), None)
+        if row is None:
+            row = len(rows)
+            rows.append([])
+            room.append(limit)
+        rows[row].append(index)
+        room[row] -= lengths[index]
+    return rows
+
+
+def _padded_fit(samples: Sequence[int], lengths: Mapping[int, int], limit: int) -> list[list[int]]:
+    """Batches of at most ``limit`` tokens when padded to their longest; samples come shortest first."""
+    batches: list[list[int]] = []
+    for index in samples:
+        if batches and (len(batches[-1]) + 1) * lengths[index] <= limit:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
 
 
 def _seed(*parts: object) -> int:

@@ -179,7 +179,7 @@ class PolicyUpdater:
             if (entropies := buffer.samples[index].entropies) is not None
         ]
         mine = (torch.cat(parts) if parts else torch.zeros(0)).to(self.strategy.device)
-        everyone = self.strategy.all_gather(mine)
+        everyone = self.strategy.gather_over_data(mine)
         threshold = entropy_threshold(everyone, share)
         return threshold, int((everyone >= threshold).sum())
 
@@ -207,5 +207,5 @@ class DeviceSums:
             names = [name for name in self.values if name.endswith("_max") == (op == "max")]
             if names:
                 packed = torch.stack([self.values[name] for name in names])
-                totals |= dict(zip(names, strategy.all_reduce(packed, op).tolist(), strict=True))
+                totals |= dict(zip(names, strategy.reduce_over_data(packed, op).tolist(), strict=True))
         return totals

@@ -6,8 +6,9 @@ epoch) each rank derives the same plan without talking to the others, also after
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -63,35 +64,67 @@ class ReplayBuffer:
         """This rank's samples in the order of their global indices."""
         return [self.samples[index] for index in sorted(self.samples)]
 
-    def plan(
-        self,
-        *,
-        n_samples: int,
-        batch_size: int,
-        micro_batch_size: int,
-        seed: int,
-        step: int,
-        epoch: int,
-        rank: int,
-        ranks: int,
-    ) -> list[OptimizerBatch]:
-        """The optimizer steps of one epoch over the buffer. The same on every rank but for ``microbatches``."""
+    def steps(self, *, n_samples: int, batch_size: int, seed: int, step: int, epoch: int) -> list[list[int]]:
+        """The samples of each optimizer step of one epoch over the buffer, the same on every rank."""
         # Dynamic sampling may have left holes: samples are laid out without them.
         held = sorted(self.records)
         prompts = len({index // n_samples for index in held})
+        planned = plan_minibatches(
+            prompts=prompts, n_samples=n_samples, batch_size=batch_size, seed=seed, step=step, epoch=epoch
+        )
+        return [[held[place] for place in places] for places in planned]
+
+    def exchange(self, owners: Mapping[int, int], *, rank: int, gather: Callable[[Any], Any]) -> None:
+        """Bring each sample to its new owner. A collective.
+
+        :param owners: the data rank of every sample. :param gather: what every data rank has to give, as a list.
+        """
+        leaving = [sample for sample in self.samples.values() if owners[sample.index] != rank]
+        for sample in (sample for part in gather(leaving) for sample in part):
+            if owners[sample.index] == rank:
+                self.samples[sample.index] = sample
+        self.samples = {index: self.samples[index] for index in sorted(self.samples) if owners[index] == rank}
+        self.records = {index: replace(record, owner=owners[index]) for index, record in self.records.items()}
+
+    def plan(
+        self,
+        steps: Sequence[Sequence[int]],
+        *,
+        micro_batch_size: int,
+        rank: int,
+        ranks: int,
+        max_tokens: int | None = None,
+        packed: bool = False,
+    ) -> list[OptimizerBatch]:
+        """Optimizer steps with their micro-batches; the same on every rank but for those.
+
+        :param steps: from :meth:`steps`. The other parameters are those of
+            :func:`lightrft.trainer.minibatches.cut_microbatches`.
+        """
         batches = []
         owners = {index: record.owner for index, record in self.records.items()}
-        lengths = {index: record.length for index, record in self.records.items()}
-        for places in plan_minibatches(
-            prompts=prompts, n_samples=n_samples, batch_size=batch_size, seed=seed, step=step, epoch=epoch
-        ):
-            indices = [held[place] for place in places]
-            cut = cut_microbatches(indices, owners, lengths, world_size=ranks, size=micro_batch_size)
+        for indices in steps:
+            cut = cut_microbatches(
+                indices,
+                owners,
+                self.lengths,
+                world_size=ranks,
+                size=micro_batch_size,
+                max_tokens=max_tokens,
+                packed=packed,
+            )
             responses = [self.records[index].response_length for index in indices]
             batches.append(
-                OptimizerBatch(cut[rank], indices, sum(responses), sum(1 for response in responses if response > 0))
+                OptimizerBatch(
+                    cut[rank], list(indices), sum(responses), sum(1 for response in responses if response > 0)
+                )
             )
         return batches
+
+    @property
+    def lengths(self) -> dict[int, int]:
+        """Tokens of every rank's samples."""
+        return {index: record.length for index, record in self.records.items()}
 
     # ---- checkpoint -------------------------------------------------------------------------------------------------
     def state_tensors(self) -> dict[str, Tensor]:

@@ -263,8 +263,13 @@ def build_models(
         "use_flash_attention_2": config.flash_attn,
         "trust_remote_code": config.trust_remote_code,
     }
-    trained = {
+    asked = {
         **options,
+        "packing_samples": config.packing_samples,
+        "sequence_group": strategy.sequence_group,
+    }
+    trained = {
+        **asked,
         "dtype": compute if config.use_mp_opt else torch.float32,
         "gradient_checkpointing": config.gradient_checkpointing,
     }
@@ -278,6 +283,6 @@ def build_models(
         reward_models = None
         if config.reward_pretrain:
             reward_models = [RewardModel(name.strip(), **options) for name in config.reward_pretrain.split(",")]
-        reference = actor_class(config.pretrain, **options, **policy) if config.init_kl_coef > 0 else None
+        reference = actor_class(config.pretrain, **asked, **policy) if config.init_kl_coef > 0 else None
         average = actor_class(config.pretrain, **options) if config.enable_ema else None
     return actor, critic, reward_models, reference, average

@@ -30,6 +30,7 @@ from .interruption import Interruption
 from .kl_controller import make_kl_controller
 from .losses import PolicyObjective
 from .metrics import METRICS_FILE, MetricSink, make_sinks, read_metrics
+from .minibatches import balance
 from .plots import plot_curves
 from .policy_update import PolicyUpdater
 from .progress import Progress, make_progress
@@ -216,6 +217,14 @@ class SPMDPPOTrainer:
             )
         if config.fused_linear_logprob and not getattr(unwrap(self.actor), "fused_linear_logprob", False):
             problems.append("--fused_linear_logprob: pass fused_linear_logprob=True to Actor(...) as well")
+        for name, model in (("Actor", self.actor), ("Critic", self.critic), ("Actor", self.initial_model)):
+            module = None if model is None else unwrap(model)
+            if config.packing_samples and module is not None and not getattr(module, "packing_samples", False):
+                problems.append(f"--packing_samples: pass packing_samples=True to {name}(...) as well")
+            if config.sp_size > 1 and module is not None and getattr(module, "sequence_ranks", None) is None:
+                problems.append(
+                    f"--sp_size {config.sp_size}: pass sequence_group=strategy.sequence_group to {name}(...) as well"
+                )
         if self.tokenizer is None:
             problems.append("no tokenizer was given; pass tokenizer=...")
         return problems
@@ -375,7 +384,7 @@ class SPMDPPOTrainer:
         rewards = torch.tensor([record.reward for record in records], dtype=torch.float64)
         lengths = torch.tensor([float(record.response_length) for record in records], dtype=torch.float64)
         samples = rollout.samples
-        summed = self.strategy.all_reduce(
+        summed = self.strategy.reduce_over_data(
             {
                 "tokens": rollout.generated_tokens,
                 "finished": sum(sample.finished for sample in samples),
@@ -409,16 +418,7 @@ class SPMDPPOTrainer:
         """
         state = self.state
         while state.epoch < self.max_epochs:
-            plan = self.replay_buffer.plan(
-                n_samples=self.sampling.n,
-                batch_size=self.config.train_batch_size,
-                micro_batch_size=self.micro_train_batch_size,
-                seed=self.config.seed,
-                step=global_steps,
-                epoch=state.epoch,
-                rank=self.strategy.data_parallel_rank,
-                ranks=self.strategy.data_parallel_size,
-            )
+            plan = self._plan_epoch(global_steps, state.epoch)
             while state.batch < len(plan):
                 if (state.epoch or state.batch) and self._interrupted():
                     return {}
@@ -433,6 +433,28 @@ class SPMDPPOTrainer:
                 state.batch += 1
             state.epoch, state.batch = state.epoch + 1, 0
         return self._status()
+
+    def _plan_epoch(self, step: int, epoch: int) -> list[OptimizerBatch]:
+        """The optimizer steps of one epoch. Where samples are packed, or micro-batches formed by tokens, samples first
+        change ranks, so that all ranks have about as many tokens in each step; a collective.
+        """
+        config, buffer = self.config, self.replay_buffer
+        rank, ranks = self.strategy.data_parallel_rank, self.strategy.data_parallel_size
+        steps = buffer.steps(
+            n_samples=self.sampling.n, batch_size=config.train_batch_size, seed=config.seed, step=step, epoch=epoch
+        )
+        by_tokens = config.max_tokens_per_micro_batch is not None
+        if ranks > 1 and (config.packing_samples or by_tokens):
+            owners = balance(steps, buffer.lengths, ranks=ranks, equally_many=not by_tokens)
+            buffer.exchange(owners, rank=rank, gather=self.strategy.gather_over_data)
+        return buffer.plan(
+            steps,
+            micro_batch_size=self.micro_train_batch_size,
+            rank=rank,
+            ranks=ranks,
+            max_tokens=config.max_tokens_per_micro_batch,
+            packed=config.packing_samples,
+        )
 
     def training_step(self, batch: OptimizerBatch, global_steps: int) -> dict[str, float]:
         """One optimizer step of the actor, and of the critic where there is one; returns its figures, alike on all
@@ -570,6 +592,7 @@ class SPMDPPOTrainer:
                 "kl": self.kl_ctl.state_dict(),
                 "moments": self.experience_maker.moments.state_dict(),
                 "engine": self.strategy.engine_host.state_dict(),
+                "sp_size": self.config.sp_size,
             },
             rank_state=self.replay_buffer.state_tensors() if state.training else {},
             asynchronous=self.config.async_save and not self._stopping,
@@ -595,11 +618,13 @@ class SPMDPPOTrainer:
         self.strategy.engine_host.load_state_dict(version)
         stream.load_state_dict(self.state.stream)
         if self.state.training:
+            # Ranks that shared a sequence saved the same samples.
+            states = loaded.rank_states[:: saved.get("sp_size", 1)]
             self.experience_maker.has_engine_logprobs = all(
-                bool(state["has.engine_logprobs"].all()) for state in loaded.rank_states
+                bool(state["has.engine_logprobs"].all()) for state in states
             )
             self.replay_buffer = ReplayBuffer.restore(
-                loaded.rank_states,
+                states,
                 n_samples=self.sampling.n,
                 rank=self.strategy.data_parallel_rank,
                 ranks=self.strategy.data_parallel_size,

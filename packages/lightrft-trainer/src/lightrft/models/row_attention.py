@@ -1,0 +1,221 @@
+"""Attention that knows how rows are laid out: samples of a packed row do not see each other, ranks exchange heads.
+
+It is reached through transformers' own attention interface, so that no model's code is touched. A model that was given
+a :class:`~lightrft.models.row_layout.RowLayout` hands it to each of its layers, also where gradient checkpointing runs
+them again; a call without one is transformers' own attention.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .row_layout import RowLayout, SequenceRanks
+
+# What our attention computes with, by the name of the implementation that the model was loaded with.
+KERNELS = {"sdpa": "sdpa", "eager": "sdpa", "flash_attention_2": "flash_attention_2"}
+# Layers that mix tokens through attention alone, which is what is replaced here.
+LAYER_TYPES = {"full_attention", "sliding_attention"}
+# Variants of attention that change the result and that are not computed here.
+REFUSED = ("position_bias", "s_aux", "softcap")
+# A mask that transformers passes on as it is instead of making one; it is not read.
+NO_MASK = torch.ones(1, 1, 1, 1)
+
+
+def install(model: Any, flag: str) -> None:
+    """Let the model's text layers attend by a row layout.
+
+    :param flag: who asks, for the message.
+    :raises ValueError: the model mixes tokens in a way that would let packed samples see each other.
+    """
+    text, name = model.config.get_text_config(decoder=True), type(model).__name__
+    implementation = text._attn_implementation
+    if implementation.removeprefix("lightrft_") in KERNELS.values():
+        implementation = implementation.removeprefix("lightrft_")
+    others = sorted(set(getattr(text, "layer_types", None) or LAYER_TYPES) - LAYER_TYPES)
+    if others:
+        raise ValueError(
+            f"{flag}: {name} has {', '.join(others)} layers, which carry state from one sample of a row to the next; "
+            "leave the flag away"
+        )
+    if not getattr(model, "_supports_attention_backend", False):
+        raise ValueError(
+            f"{flag}: {name} computes attention by itself, over whole rows, so that the samples of a row would see "
+            "each other; leave the flag away"
+        )
+    if implementation not in KERNELS:
+        raise ValueError(
+            f"{flag}: attention implementation {implementation!r} would let the samples of a row see each other; load "
+            f"{name} with one of {', '.join(KERNELS)}, or leave the flag away"
+        )
+    text._attn_implementation = _register(KERNELS[implementation])
+
+
+def check_heads(model: Any, ranks: SequenceRanks, flag: str = "--sp_size") -> None:
+    """:raises ValueError: the attention heads cannot be shared out evenly; the sizes that would do are named."""
+    heads = model.config.get_text_config(decoder=True).num_attention_heads
+    if heads % ranks.size:
+        possible = ", ".join(str(size) for size in range(1, heads + 1) if heads % size == 0)
+        raise ValueError(
+            f"{flag} {ranks.size}: {type(model).__name__} has {heads} attention heads, which {ranks.size} ranks cannot "
+            f"share; possible are {possible}"
+        )
+
+
+def _register(kernel: str) -> str:
+    from transformers import AttentionInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+
+    name = f"lightrft_{kernel}"
+    AttentionInterface.register(name, partial(attend, kernel=kernel))
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[kernel])
+    return name
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    *,
+    kernel: str,
+    row_layout: RowLayout | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """``[R, L, heads, width]`` from ``[R, heads, L, width]``, L being this rank's part of a row.
+
+    :raises ValueError: the model asks for a variant of attention that is not computed here.
+    """
+    if row_layout is None:
+        from transformers import AttentionInterface
+
+        own = AttentionInterface()[kernel]
+        options = {"dropout": dropout, "scaling": scaling, "sliding_window": sliding_window, **kwargs}
+        return own(module, query, key, value, attention_mask, **options)
+    if wrong := [name for name in REFUSED if kwargs.get(name) is not None]:
+        raise ValueError(
+            f"{type(module).__name__} attends with {', '.join(wrong)}, which is not computed for packed samples nor "
+            "for sequence parallelism; leave --packing_samples and --sp_size away"
+        )
+    ranks = row_layout.ranks
+    if ranks is not None:
+        key, value = (_with_heads_for(part, query.shape[1], ranks.size) for part in (key, value))
+        query, key, value = (_tokens_for_heads(part, ranks) for part in (query, key, value))
+    segments = row_layout.segments
+    causal = bool(getattr(module, "is_causal", True))
+    options = {"dropout": dropout, "scaling": scaling, "window": sliding_window, "causal": causal}
+    if kernel == "flash_attention_2":
+        out = _flash(query, key, value, segments, **options)
+    elif len(segments) == 1:
+        out = _sdpa(query, key, value, **options)
+    else:
+        parts = zip(*(part.split(segments, dim=2) for part in (query, key, value)), strict=True)
+        out = torch.cat([_sdpa(*part, **options) for part in parts], dim=2)
+    if ranks is not None:
+        out = _Exchange.apply(out, ranks, 2, 1)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    dropout: float,
+    scaling: float | None,
+    window: int | None,
+    causal: bool,
+) -> Tensor:
+    """Attention within one segment."""
+    length, grouped = query.shape[2], query.shape[1] // key.shape[1]
+    mask = None
+    if causal and window is not None and window < length:
+        distance = torch.arange(length, device=query.device)[:, None] - torch.arange(length, device=query.device)
+        mask, causal = (distance >= 0) & (distance < window), False
+    native = query.device.type == "cuda" and mask is None  # elsewhere grouped heads take the slow path
+    if grouped > 1 and not native:
+        key, value = (part.repeat_interleave(grouped, dim=1) for part in (key, value))
+    return nn.functional.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        dropout_p=dropout,
+        scale=scaling,
+        is_causal=causal,
+        enable_gqa=grouped > 1 and native,
+    )
+
+
+def _flash(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: tuple[int, ...],
+    *,
+    dropout: float,
+    scaling: float | None,
+    window: int | None,
+    causal: bool,
+) -> Tensor:
+    """Attention within each segment, in one kernel of variable lengths."""
+    from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
+
+    rows, _, length, _ = query.shape
+    lengths = segments * rows
+    ends = torch.tensor((0, *lengths), device=query.device).cumsum(0).int()
+    flat = [part.transpose(1, 2).reshape(rows * length, part.shape[1], -1) for part in (query, key, value)]
+    out = flash_attn_varlen_func(
+        *flat,
+        cu_seqlens_q=ends,
+        cu_seqlens_k=ends,
+        max_seqlen_q=max(lengths),
+        max_seqlen_k=max(lengths),
+        dropout_p=dropout,
+        softmax_scale=scaling,
+        causal=causal,
+        window_size=(-1, -1) if window is None else (window - 1, 0 if causal else window - 1),
+    )
+    return out.view(rows, length, query.shape[1], -1).transpose(1, 2)
+
+
+# ---- ranks that share a sequence -------------------------------------------------------------------------------------
+def _with_heads_for(part: Tensor, queries: int, ranks: int) -> Tensor:
+    """Keys or values with each head repeated as often as it takes to share them out, and no oftener."""
+    heads = part.shape[1]
+    groups = queries // heads
+    times = next(n for n in range(1, groups + 1) if groups % n == 0 and heads * n % ranks == 0)
+    return part if times == 1 else part.repeat_interleave(times, dim=1)
+
+
+def _tokens_for_heads(part: Tensor, ranks: SequenceRanks) -> Tensor:
+    """``[R, heads, L, width]`` of this rank's tokens as ``[R, heads / size, L * size, width]`` of its heads."""
+    return _Exchange.apply(part, ranks, 1, 2)
+
+
+class _Exchange(torch.autograd.Function):
+    """Each rank gives away its part of one axis, cut over the ranks, and collects all parts of another."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, ranks: SequenceRanks, cut: int, collected: int) -> Tensor:
+        ctx.ranks, ctx.cut, ctx.collected = ranks, cut, collected
+        return _exchange(values, ranks, cut, collected)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        return _exchange(gradient, ctx.ranks, ctx.collected, ctx.cut), None, None, None
+
+
+def _exchange(values: Tensor, ranks: SequenceRanks, cut: int, collected: int) -> Tensor:
+    outgoing = torch.stack(values.chunk(ranks.size, dim=cut))
+    incoming = torch.empty_like(outgoing)
+    dist.all_to_all_single(incoming, outgoing, group=ranks.group)
+    return torch.cat(incoming.unbind(0), dim=collected)

@@ -1,0 +1,142 @@
+"""Samples of a packed row: the numbers of each alone, and nothing of its neighbours."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightrft.models import Actor, ActorVL, Critic, pad_rows
+from lightrft.testing.tiny_models import TEXT_KINDS, tiny_config, tiny_model
+
+PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [4], [3, 3, 3, 9, 9, 8]]
+RESPONSES = [[20, 21, 2], [30, 31, 32, 33, 2], [40, 2], [7, 8, 9, 7, 8, 9, 7, 8, 9, 2]]
+ROWS = pad_rows(PROMPTS, RESPONSES, pad_token_id=0)
+# Sliding windows of 8 tokens, shorter than the longest sample.
+KINDS = [*TEXT_KINDS, "qwen2_sliding", "mistral"]
+
+
+def gradients(module: Any, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """What a model says of the rows, and the gradient of a weighted sum of it."""
+    values = module(ROWS.sequences, ROWS.attention_mask, ROWS.response_mask, **options)
+    weights = torch.randn(values.shape, generator=torch.Generator().manual_seed(0))
+    (values * weights).sum().backward()
+    return values.detach(), {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+
+
+def assert_same(ours: tuple[Tensor, dict[str, Tensor]], theirs: tuple[Tensor, dict[str, Tensor]]) -> None:
+    assert torch.allclose(ours[0], theirs[0], atol=5e-6), (ours[0] - theirs[0]).abs().max()
+    assert ours[1].keys() == theirs[1].keys()
+    for name, gradient in theirs[1].items():
+        assert (ours[1][name] - gradient).abs().max() <= 1e-5 * max(1.0, float(gradient.abs().max())), name
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_rows_have_the_logprobs_and_gradients_of_padded_ones(kind: str, checkpointing: bool):
+    model = tiny_model(kind)
+    packed = Actor(copy.deepcopy(model), packing_samples=True, gradient_checkpointing=checkpointing).train()
+    assert_same(gradients(packed, temperature=0.7), gradients(Actor(model).train(), temperature=0.7))
+
+
+def test_packed_rows_have_the_values_of_padded_ones():
+    torch.manual_seed(0)
+    plain = Critic(tiny_config("qwen2"))
+    nn.init.normal_(plain.value_head.weight)
+    packed = Critic(copy.deepcopy(plain.model), packing_samples=True)
+    packed.value_head.load_state_dict(plain.value_head.state_dict())
+    assert_same(gradients(packed), gradients(plain))
+
+
+def test_the_model_sees_one_row_without_padding():
+    actor = Actor(tiny_model("qwen2"), packing_samples=True)
+    seen: list[tuple[int, ...]] = []
+    actor.model.get_input_embeddings().register_forward_hook(lambda m, args, out: seen.append(tuple(args[0].shape)))
+    with torch.no_grad():
+        actor(ROWS.sequences, ROWS.attention_mask, ROWS.response_mask)
+    assert seen == [(1, sum(map(len, PROMPTS)) + sum(map(len, RESPONSES)))]
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3_moe", "mistral"])
+def test_a_sample_moves_none_of_its_neighbours(kind: str):
+    actor = Actor(tiny_model(kind), packing_samples=True)
+    other = ROWS.sequences.clone()
+    other[1, :10] = torch.randint(3, 500, (10,), generator=torch.Generator().manual_seed(1))
+    neighbours = [0, 2, 3]
+    embedding = actor.model.get_input_embeddings().weight
+    found = []
+    for sequences in (ROWS.sequences, other):
+        logprobs = actor(sequences, ROWS.attention_mask, ROWS.response_mask)
+        # Through the loss as well: the neighbours' gradient does not know the sample.
+        (gradient,) = torch.autograd.grad(logprobs[neighbours].sum(), embedding)
+        found.append((logprobs.detach(), gradient))
+    (before, gradient), (after, moved) = found
+    assert torch.equal(before[neighbours], after[neighbours]) and torch.equal(gradient, moved)
+    assert not torch.equal(before[1], after[1])
+
+
+def test_a_row_without_response_tokens_still_reaches_every_parameter():
+    actor = Actor(tiny_model("qwen2"), packing_samples=True)
+    actor(ROWS.sequences, ROWS.attention_mask, torch.zeros_like(ROWS.response_mask)).sum().backward()
+    assert all(p.grad is not None and (p.grad == 0).all() for p in actor.parameters())
+
+
+def test_the_model_itself_still_attends_as_transformers_does():
+    model = tiny_model("qwen2")
+    padded_left = {"input_ids": ROWS.sequences.flip(1), "attention_mask": ROWS.attention_mask.flip(1)}
+    with torch.no_grad():
+        expected = model(**padded_left).logits
+        actor = Actor(copy.deepcopy(model), packing_samples=True)
+        assert torch.equal(actor.model(**padded_left).logits, expected)
+        assert torch.equal(copy.deepcopy(actor).model(**padded_left).logits, expected)
+
+
+def test_attention_that_would_leak_is_refused_by_name():
+    for change, words in [
+        ({"_attn_implementation": "flex_attention"}, "attention implementation 'flex_attention' would let the samples"),
+        ({"layer_types": ["linear_attention", "full_attention"]}, "has linear_attention layers, which carry state"),
+    ]:
+        model = tiny_model("qwen2")
+        for name, value in change.items():
+            setattr(model.config, name, value)
+        with pytest.raises(ValueError, match=f"--packing_samples: .*{words}"):
+            Actor(model, packing_samples=True)
+    model = tiny_model("qwen2")
+    model._supports_attention_backend = False
+    with pytest.raises(ValueError, match=r"--packing_samples: Qwen2ForCausalLM computes attention by itself"):
+        Actor(model, packing_samples=True)
+
+
+def test_a_variant_of_attention_that_is_not_computed_is_refused_by_name():
+    from transformers import Gemma2Config
+
+    shape = tiny_config("qwen2").to_dict()
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    config = Gemma2Config(**{n: shape[n] for n in names}, num_key_value_heads=2, head_dim=32)
+    with pytest.raises(ValueError, match=r"Gemma2Attention attends with softcap.*leave --packing_samples"):
+        Actor(config, packing_samples=True)(ROWS.sequences, ROWS.attention_mask, ROWS.response_mask)
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl"])
+def test_images_keep_their_samples_and_their_places(kind: str):
+    model = tiny_model(kind)
+    config = model.config
+    grid = torch.tensor([[1, 4, 4], [1, 4, 8]])
+    patch = config.vision_config.patch_size
+    depth = 3 * config.vision_config.temporal_patch_size * patch * patch
+    pixels = torch.randn(16 + 32, depth, generator=torch.Generator().manual_seed(1))
+    image, start, end = config.image_token_id, config.vision_start_token_id, config.vision_end_token_id
+    prompts = [[start, *[image] * 4, end, 20, 21], [9, 9], [30, start, *[image] * 8, end, 31]]
+    rows = pad_rows(prompts, [[40, 41, 42], [7, 7, 7], [50]], pad_token_id=0)
+    found = []
+    for packing in (False, True):
+        actor = ActorVL(copy.deepcopy(model), packing_samples=packing)
+        for images in ({"pixel_values": pixels, "image_grid_thw": grid}, {}):
+            sequences = rows.sequences if images else rows.sequences.masked_fill(rows.sequences == image, 9)
+            with torch.no_grad():
+                found.append(actor(sequences, rows.attention_mask, rows.response_mask, **images))
+    for plain, packed in ((found[0], found[2]), (found[1], found[3])):
+        assert torch.allclose(plain, packed, atol=1e-5), (plain - packed).abs().max()
