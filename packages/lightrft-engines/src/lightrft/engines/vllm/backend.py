@@ -1,0 +1,216 @@
+"""All that touches vLLM itself: start, its groups, its caches, its end. Imported only once an engine starts."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import vllm.distributed.parallel_state as parallel_state  # pyright: ignore[reportMissingImports]
+from vllm import ModelRegistry  # pyright: ignore[reportMissingImports]
+from vllm import SamplingParams as VLLMSamplingParams  # pyright: ignore[reportMissingImports]
+from vllm.engine.arg_utils import EngineArgs  # pyright: ignore[reportMissingImports]
+from vllm.v1.engine.llm_engine import LLMEngine  # pyright: ignore[reportMissingImports]
+
+from lightrft.strategy.device import empty_cache
+from lightrft.strategy.engine import EngineSpec
+from lightrft.strategy.errors import NotBuiltError
+from lightrft.strategy.weights import sample_positions
+
+from . import memory as memories
+from .options import engine_arguments, field_names
+from .weights import WeightMap, plain_layers_on_cpu
+
+
+def start(spec: EngineSpec, folder: str, *, distributed: bool) -> tuple[Any, Any, Any]:
+    """A running ``LLMEngine``, the model's transformers configuration, and its generation settings (or None).
+
+    :raises NotBuiltError: vLLM has no class for the model.
+    """
+    from transformers import AutoConfig, GenerationConfig
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
+    try:
+        generation = GenerationConfig.from_pretrained(folder)
+    except OSError:
+        generation = None
+    _know_in_this_process(config)
+    arguments = engine_arguments(spec, folder, config, field_names(EngineArgs), distributed=distributed)
+    with plain_layers_on_cpu():
+        llm = LLMEngine.from_engine_args(EngineArgs(**arguments))
+    return llm, config, generation
+
+
+def save_config(config: Any, folder: str) -> None:
+    """Write a model's configuration as a folder that vLLM reads; the trainer's own object is left as it is."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
+
+    config = copy.deepcopy(config)
+    if not config.architectures:
+        classes = {**MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, **MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}
+        config.architectures = [classes[config.model_type]]
+    config.save_pretrained(folder)
+
+
+def _know_in_this_process(config: Any) -> None:
+    """Look at the model's class here. vLLM would do it in a new process, half a minute for each rank."""
+    names = list(getattr(config, "architectures", None) or [])
+    supported = ModelRegistry.get_supported_archs()
+    known = [name for name in names if name in supported]
+    if names and not known:
+        raise NotBuiltError(
+            f'engine "vllm" has no model class for {", ".join(names)}; take --engine_type hf, which serves any causal '
+            "language model of transformers"
+        )
+    for name in known:
+        ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
+
+
+def worker(llm: Any) -> Any:
+    """The one worker that runs in this process."""
+    return llm.engine_core.engine_core.model_executor.driver_worker.worker
+
+
+def model_runner(llm: Any) -> Any:
+    """vLLM's model runner."""
+    return worker(llm).model_runner
+
+
+def model(llm: Any) -> Any:
+    """vLLM's module."""
+    return model_runner(llm).get_model()
+
+
+def architecture(llm: Any) -> str:
+    """The name of vLLM's model class."""
+    return type(model(llm)).__name__
+
+
+def context(llm: Any) -> int:
+    """Most tokens of prompt and response."""
+    return llm.model_config.max_model_len
+
+
+def image_placeholder(config: Any) -> int | None:
+    """The token id that stands for an image in a prompt."""
+    for name in ("image_token_id", "image_token_index"):
+        if (token := getattr(config, name, None)) is not None:
+            return int(token)
+    return None
+
+
+def sampling_params(arguments: dict[str, Any]) -> Any:
+    """vLLM's own object."""
+    return VLLMSamplingParams(**arguments)
+
+
+def check_groups(group: Any, size: int) -> None:
+    """:raises NotBuiltError: vLLM splits the model over other ranks than the strategy sends prompts to."""
+    theirs = list(parallel_state.get_tp_group().ranks)
+    if group is not None:
+        ours = dist.get_process_group_ranks(group)
+    else:
+        ours = [dist.get_rank() if dist.is_initialized() else 0]
+    if theirs != ours or len(theirs) != size:
+        raise NotBuiltError(f'engine "vllm" splits the model over ranks {theirs}, the strategy over ranks {ours}')
+
+
+def check_whole(weights: WeightMap) -> None:
+    """:raises NotBuiltError: some elements of a tensor lie on no rank of the tensor-parallel group."""
+    names = list(weights.manifest.shapes)
+    held = torch.tensor([weights.counts()[name] for name in names])
+    dist.all_reduce(held, group=parallel_state.get_tp_group().cpu_group)
+    sizes = [torch.Size(weights.manifest.shapes[name]).numel() for name in names]
+    if lost := [name for name, count, size in zip(names, held.tolist(), sizes, strict=True) if count < size]:
+        raise NotBuiltError(
+            f'engine "vllm" holds only a part of {", ".join(lost[:5])}; weights cannot be streamed into it: '
+            "take --engine_type hf for this model"
+        )
+
+
+def any_rank(answer: bool) -> bool:
+    """True where one rank of the tensor-parallel group says so. A collective of that group, on the CPU."""
+    flag = torch.tensor([int(answer)])
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=parallel_state.get_tp_group().cpu_group)
+    return bool(flag.item())
+
+
+def caches(llm: Any) -> list[torch.Tensor]:
+    """The tensors of the KV cache."""
+    return [tensor for cache in model_runner(llm).kv_caches for tensor in _tensors(cache)]
+
+
+def _tensors(cache: Any) -> Iterable[torch.Tensor]:
+    return [cache] if isinstance(cache, torch.Tensor) else [tensor for part in cache for tensor in _tensors(part)]
+
+
+def memory(llm: Any, device: torch.device) -> memories.EngineMemory:
+    """What can be given back, on this device."""
+    if device.type == "cpu":
+        return memories.CPUMemory(model(llm), caches(llm))
+    return memories.DeviceMemory(worker(llm), device)
+
+
+def reset_caches(llm: Any, *, zero: bool) -> None:
+    """Forget all results of the old weights. :param zero: the KV cache's memory is there and must be cleared too."""
+    llm.reset_prefix_cache()
+    llm.reset_mm_cache()
+    llm.reset_encoder_cache()
+    if zero:
+        memories.zero_caches(caches(llm))
+
+
+def check_loaded(weights: WeightMap, folder: str, dtype: torch.dtype) -> None:
+    """Some elements of each tensor that vLLM read from a folder, against the folder.
+
+    :raises NotBuiltError: vLLM keeps a weight in another form than it was loaded in, so that a sync would garble it.
+    """
+    from safetensors import safe_open
+
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(file, framework="pt") as saved:
+            for name in saved.keys():  # noqa: SIM118 - no mapping
+                if name not in weights.manifest.shapes or (shape := weights.manifest.shapes[name]) == ():
+                    continue
+                first = saved.get_slice(name)[:1].reshape(-1)
+                if tuple(saved.get_slice(name).get_shape()) != tuple(shape):
+                    continue
+                mine = weights.local({name: sample_positions(first.numel())})[name]
+                held = weights.sample({name: mine})[name]
+                if not torch.equal(held, first[mine].to(held.dtype)):
+                    raise NotBuiltError(
+                        f'engine "vllm" keeps {name} in another form than the checkpoint on this device; weights '
+                        "cannot be streamed into it: take --engine_type hf for this model"
+                    )
+
+
+def end(llm: Any, *, own_world: bool) -> None:
+    """End the engine. The trainer's process group stays; vLLM's own teardown would destroy it.
+
+    :param own_world: the process group is vLLM's, made because there was none; it goes too.
+    """
+    core_client = llm.engine_core
+    core_client._finalizer.detach()  # it would call dist.destroy_process_group()
+    core = core_client.engine_core
+    core.structured_output_manager.clear_backend()
+    core.model_executor.shutdown()
+    core.scheduler.shutdown()
+    llm.renderer.shutdown()
+    gc.unfreeze()
+    parallel_state.destroy_model_parallel()
+    if parallel_state._WORLD is not None:
+        parallel_state._WORLD.destroy()
+        parallel_state._WORLD = None
+    if own_world and dist.is_initialized():
+        dist.destroy_process_group()
+    device = worker(llm).device
+    del core, core_client, llm
+    gc.collect()
+    empty_cache(torch.device(device))

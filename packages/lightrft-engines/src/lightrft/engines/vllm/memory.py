@@ -1,0 +1,101 @@
+"""The memory of weights and KV cache: on a GPU by vLLM's own sleep mode, on a CPU by emptying the storages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import torch
+
+
+class EngineMemory(Protocol):
+    """What can be given back and taken again."""
+
+    def release_cache(self) -> int:
+        """Free the KV cache; returns bytes."""
+        ...
+
+    def restore_cache(self) -> None:
+        """Take it again, empty."""
+        ...
+
+    def release_weights(self, keep: bool) -> int:
+        """Free the weights' memory on the device, with or without keeping their values on the host; returns bytes."""
+        ...
+
+    def restore_weights(self) -> None:
+        """Take it again, with the values that were kept."""
+        ...
+
+
+class CPUMemory:
+    """vLLM has no sleep mode on a CPU: the storages behind its tensors are emptied, and filled again in place."""
+
+    def __init__(self, model: torch.nn.Module, caches: Iterable[torch.Tensor]) -> None:
+        self._caches = _Storages(caches)
+        self._weights = _Storages(parameter.data for parameter in model.parameters())
+
+    def release_cache(self) -> int:
+        return self._caches.empty()
+
+    def restore_cache(self) -> None:
+        self._caches.fill()
+
+    def release_weights(self, keep: bool) -> int:
+        return 0 if keep else self._weights.empty()  # kept on the host is where they are
+
+    def restore_weights(self) -> None:
+        self._weights.fill()
+
+
+class _Storages:
+    """The storages behind some tensors, each once."""
+
+    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+        found = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}
+        self._storages = [(storage, storage.nbytes()) for storage in found.values()]
+
+    def empty(self) -> int:
+        freed = sum(storage.nbytes() for storage, _ in self._storages)
+        for storage, _ in self._storages:
+            storage.resize_(0)
+        return freed
+
+    def fill(self) -> None:
+        """Zeros: padding that no weight fills must be zero, and a cache must not hold a NaN."""
+        for storage, size in self._storages:
+            if storage.nbytes() != size:
+                storage.resize_(size)
+                torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage).zero_()
+
+
+class DeviceMemory:
+    """vLLM's sleep mode: a pool for each of weights and KV cache, whose addresses stay."""
+
+    def __init__(self, worker: Any, device: torch.device) -> None:
+        self._worker, self._device = worker, device
+
+    def release_cache(self) -> int:
+        before = self._free()
+        self._worker.discard(("kv_cache",))
+        return max(0, self._free() - before)
+
+    def restore_cache(self) -> None:
+        self._worker.wake_up(["kv_cache"])
+
+    def release_weights(self, keep: bool) -> int:
+        before = self._free()
+        self._worker.sleep(1 if keep else 2)
+        return max(0, self._free() - before)
+
+    def restore_weights(self) -> None:
+        self._worker.wake_up(["weights"])
+
+    def _free(self) -> int:
+        return torch.accelerator.get_memory_info(self._device)[0]
+
+
+def zero_caches(caches: Iterable[torch.Tensor]) -> None:
+    """A NaN that old weights wrote would outlive them: a slot's stale content is masked by a product with 0."""
+    for cache in caches:
+        cache.zero_()

@@ -1,0 +1,135 @@
+"""From an engine's spec to vLLM's own arguments. Pure: nothing is started."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import psutil
+import torch
+
+from lightrft.strategy.engine import EngineSpec
+from lightrft.strategy.errors import NotBuiltError
+
+SEQUENCES_ON_CPU = 64
+# Set by the spec, or by what this engine is: a second way to say them would be a way to break it.
+_OURS = (
+    "disable_log_stats",
+    "distributed_executor_backend",
+    "dtype",
+    "enable_lora",
+    "enable_sleep_mode",
+    "load_format",
+    "logprobs_mode",
+    "model",
+    "pipeline_parallel_size",
+    "quantization",
+    "runner",
+    "seed",
+    "speculative_config",
+    "tensor_parallel_size",
+    "trust_remote_code",
+)
+
+
+def engine_arguments(
+    spec: EngineSpec, folder: str, config: Any, known: Mapping[str, Any], *, distributed: bool
+) -> dict[str, Any]:
+    """Keyword arguments of vLLM's ``EngineArgs``.
+
+    :param folder: where the configuration, and with ``spec.pretrain`` the weights, lie.
+    :param config: the transformers configuration of the model.
+    :param known: the fields that ``EngineArgs`` has, to check ``spec.extra``.
+    :param distributed: the ranks of a launcher run this, not one process alone.
+    :raises ValueError: ``spec.extra`` names what vLLM does not have, or what the spec itself says.
+    """
+    if unknown := sorted(set(spec.extra) - set(known)):
+        raise ValueError(f'engine "vllm" has no option {", ".join(unknown)}; it has those of vLLM\'s EngineArgs')
+    if ours := sorted(set(spec.extra) & set(_OURS)):
+        raise ValueError(f'engine "vllm": {", ".join(ours)} follow from the flags; leave them out of the extra options')
+    on_cpu = spec.device.type == "cpu"
+    context = context_length(config, spec.max_model_len)
+    sequences = spec.max_batch_size or (SEQUENCES_ON_CPU if on_cpu else None)
+    arguments: dict[str, Any] = {
+        "model": folder,
+        "skip_tokenizer_init": not takes_images(config),
+        "dtype": str(spec.dtype).removeprefix("torch."),
+        "seed": spec.seed % 2**32,
+        "trust_remote_code": spec.trust_remote_code,
+        "tensor_parallel_size": spec.tensor_parallel_size,
+        "distributed_executor_backend": "external_launcher" if distributed else "uni",
+        "load_format": "auto" if spec.pretrain is not None else "dummy",
+        "gpu_memory_utilization": spec.memory_utilization,
+        "max_model_len": context,
+        "max_num_seqs": sequences,
+        "logprobs_mode": "processed_logprobs",
+        "generation_config": "vllm",
+        "disable_log_stats": True,
+        "enforce_eager": on_cpu,
+        "enable_sleep_mode": not on_cpu,
+        "async_scheduling": False,
+    }
+    if takes_images(config):
+        arguments["limit_mm_per_prompt"] = {"image": 999 if spec.max_images is None else spec.max_images, "video": 0}
+        arguments["skip_mm_profiling"] = on_cpu
+    if on_cpu:
+        arguments["kv_cache_memory_bytes"] = cache_bytes_on_cpu(spec, config, context, sequences or SEQUENCES_ON_CPU)
+    else:
+        arguments["moe_backend"] = "triton"  # keeps the experts in the layout in which they are loaded
+    if spec.call_timeout is not None:
+        arguments["distributed_timeout_seconds"] = max(1, math.ceil(spec.call_timeout))
+        arguments["cpu_distributed_timeout_seconds"] = max(1, math.ceil(spec.call_timeout))
+    arguments = {name: value for name, value in arguments.items() if value is not None and name in known}
+    return arguments | dict(spec.extra)
+
+
+def text_config(config: Any) -> Any:
+    """The configuration of the language model inside ``config``."""
+    return config.get_text_config(decoder=True)
+
+
+def takes_images(config: Any) -> bool:
+    """Has the model a vision tower?"""
+    return getattr(config, "vision_config", None) is not None
+
+
+def context_length(config: Any, asked: int | None) -> int | None:
+    """Most tokens of prompt and response: what was asked for, bounded by the model's positions."""
+    own = getattr(text_config(config), "max_position_embeddings", None)
+    known = [limit for limit in (asked, own) if isinstance(limit, int) and limit > 0]
+    return min(known) if known else None
+
+
+def cache_bytes_on_cpu(spec: EngineSpec, config: Any, context: int | None, sequences: int) -> int:
+    """Bytes for the KV cache of one rank: what full sequences need, within this rank's share of the free memory."""
+    text = text_config(config)
+    heads = text.num_attention_heads
+    key_heads = getattr(text, "num_key_value_heads", None) or heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    per_token = 2 * text.num_hidden_layers * max(1, key_heads // spec.tensor_parallel_size) * head_dim
+    one = per_token * spec.dtype.itemsize * (math.ceil((context or 2048) / 128) + 1) * 128
+    free = int(psutil.virtual_memory().available * spec.memory_utilization / int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return max(2 * one, min(sequences * one, free))
+
+
+def end_tokens(config: Any, generation_config: Any) -> tuple[int, ...]:
+    """The model's own end tokens: those of its generation settings, else of its configuration."""
+    for source in (generation_config, config, text_config(config)):
+        ids = getattr(source, "eos_token_id", None)
+        if ids is not None:
+            return tuple(ids) if isinstance(ids, (list, tuple)) else (int(ids),)
+    return ()
+
+
+def field_names(cls: Any) -> dict[str, Any]:
+    """The fields of a dataclass, by name."""
+    return {field.name: field for field in dataclasses.fields(cls)}
+
+
+def check_dtype(spec: EngineSpec) -> None:
+    """:raises NotBuiltError: vLLM computes in none but the usual three."""
+    if spec.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise NotBuiltError(f'engine "vllm" computes in float32, bfloat16 or float16, not in {spec.dtype}')

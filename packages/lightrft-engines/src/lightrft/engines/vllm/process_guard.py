@@ -1,0 +1,97 @@
+"""The trainer's process as it was before vLLM came, between any two calls into vLLM.
+
+vLLM expects a process of its own: it overwrites environment variables, replaces functions of torch on a CPU, draws from
+the global random state, freezes the garbage collector. All of that is in place while vLLM runs, and only then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from lightrft.strategy.rng import preserved_rng
+
+# What it must find when it is imported and started. A user's own setting wins, but for the first, which is our design.
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+# Functions that vLLM's CPU worker replaces with ones that do nothing.
+_REPLACED: tuple[tuple[Any, str], ...] = (
+    (torch, "set_num_threads"),
+    (torch.accelerator, "synchronize"),
+    (torch.accelerator, "empty_cache"),
+)
+
+
+class ProcessGuard:
+    """``with guard:`` around every call into vLLM: its environment goes in, the trainer's comes back."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._environment: dict[str, str | None] = {
+            name: value if name == "VLLM_ENABLE_V1_MULTIPROCESSING" else os.environ.get(name, value)
+            for name, value in ENVIRONMENT.items()
+        }
+        self._functions: dict[str, Any] = {}
+        self._stack: contextlib.ExitStack | None = None
+
+    def __enter__(self) -> ProcessGuard:
+        assert self._stack is None, "a call into vLLM inside another"
+        self._stack = contextlib.ExitStack()
+        self._stack.enter_context(preserved_rng(self._device))
+        self._stack.enter_context(self._swapped())
+        if self._device.type == "cpu":
+            # What vLLM compiles on a CPU is two lines of its sampler: not worth a C++ compiler and half a minute.
+            self._stack.enter_context(torch.compiler.set_stance("force_eager"))
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        assert self._stack is not None
+        stack, self._stack = self._stack, None
+        stack.__exit__(*error)
+
+    @contextlib.contextmanager
+    def _swapped(self) -> Iterator[None]:
+        environment, functions = dict(os.environ), [getattr(owner, name) for owner, name in _REPLACED]
+        threads, affinity = torch.get_num_threads(), _affinity()
+        _set_environment(self._environment)
+        for owner, name in _REPLACED:
+            setattr(owner, name, self._functions.get(name, getattr(owner, name)))
+        try:
+            yield
+        finally:
+            self._environment = _difference(environment, dict(os.environ))
+            _set_environment(_difference(dict(os.environ), environment))
+            for (owner, name), original in zip(_REPLACED, functions, strict=True):
+                self._functions[name] = getattr(owner, name)
+                setattr(owner, name, original)
+            if torch.get_num_threads() != threads:
+                torch.set_num_threads(threads)
+            if affinity != _affinity():
+                os.sched_setaffinity(0, affinity)
+            gc.unfreeze()
+
+
+def _affinity() -> set[int]:
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+
+
+def _difference(before: dict[str, str], after: dict[str, str]) -> dict[str, str | None]:
+    """What turns one environment into the other; None: the name goes."""
+    gone: dict[str, str | None] = {name: None for name in before if name not in after}
+    return gone | {name: value for name, value in after.items() if before.get(name) != value}
+
+
+def _set_environment(changes: dict[str, str | None]) -> None:
+    for name, value in changes.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value

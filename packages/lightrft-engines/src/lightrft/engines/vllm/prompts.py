@@ -1,0 +1,111 @@
+"""From requests to vLLM's inputs, and from its outputs to ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from lightrft.strategy.engine import GenerationRequest
+from lightrft.strategy.sampling import SamplingParams
+
+
+class PromptReader:
+    """Turns a request into token ids, with one placeholder for each image.
+
+    The tokenizer is loaded when the first text asks for it: token ids alone need none.
+
+    :param placeholder: the id that stands for an image; None where the model takes none.
+    :param context: most tokens of prompt and response.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        load_tokenizer: Callable[[], Any],
+        *,
+        placeholder: int | None,
+        context: int | None,
+        max_images: int | None,
+    ) -> None:
+        self._model_name = model_name
+        self._load_tokenizer = load_tokenizer
+        self._placeholder = placeholder
+        self._context = context
+        self._max_images = max_images
+        self._tokenizer: Any = None
+
+    def read(self, request: GenerationRequest) -> dict[str, Any]:
+        """vLLM's prompt.
+
+        :raises ValueError: it leaves no room for a response, or brings images that do not fit the model or the text.
+        """
+        if request.prompt_token_ids is not None:
+            ids = list(request.prompt_token_ids)
+        else:
+            self._tokenizer = self._tokenizer or self._load_tokenizer()
+            ids = list(self._tokenizer(request.prompt)["input_ids"])
+        if not ids:
+            raise ValueError("a prompt is empty: it must have at least one token")
+        if self._context is not None and len(ids) >= self._context:
+            raise ValueError(too_long(len(ids), self._context))
+        prompt: dict[str, Any] = {"prompt_token_ids": ids}
+        if request.images:
+            self._check_images(ids, request.images)
+            prompt["multi_modal_data"] = {"image": list(request.images)}
+        return prompt
+
+    def _check_images(self, ids: list[int], images: tuple[Any, ...]) -> None:
+        if self._placeholder is None:
+            raise ValueError(
+                f"{self._model_name} takes no images: send text only, or set --pretrain to a vision-language model"
+            )
+        if self._max_images is not None and len(images) > self._max_images:
+            raise ValueError(
+                f"a prompt brings {len(images)} images, at most {self._max_images} are allowed: "
+                "send fewer, or raise max_images"
+            )
+        if (placeholders := ids.count(self._placeholder)) != len(images):
+            raise ValueError(
+                f"a prompt has {placeholders} image placeholders (token {self._placeholder}) and {len(images)} images: "
+                "write one placeholder for each image"
+            )
+
+
+def too_long(length: int, context: int) -> str:
+    """What is wrong with a prompt that fills the context."""
+    return (
+        f"a prompt of {length} tokens leaves no room for a response in a context of {context}: shorten it "
+        "(--prompt_max_len) or give the engine a longer context (--max_model_len)"
+    )
+
+
+def sampling_arguments(sampling: SamplingParams, ends: tuple[int, ...], seed: int) -> dict[str, Any]:
+    """Keyword arguments of vLLM's ``SamplingParams``.
+
+    :param ends: the model's own end tokens. vLLM is told to ignore the one that it knows: every engine must agree.
+    """
+    stops = dict.fromkeys((*(() if sampling.ignore_eos else ends), *sampling.stop_token_ids))
+    return {
+        "n": 1,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": max(0, sampling.top_k),
+        "min_p": sampling.min_p,
+        "max_tokens": sampling.max_tokens,
+        "min_tokens": sampling.min_tokens,
+        "stop_token_ids": list(stops),
+        "ignore_eos": True,
+        "seed": seed,
+        "logprobs": 0 if sampling.logprobs else None,
+        "detokenize": False,
+    }
+
+
+def chosen_logprobs(tokens: list[int], rows: list[Mapping[int, Any]]) -> list[float]:
+    """The logprob of each token, of vLLM's one row a token."""
+    return [float(row[token].logprob) for token, row in zip(tokens, rows, strict=True)]
+
+
+def finish_reason(text: str | None) -> Literal["stop", "length", "abort"]:
+    """Ours for vLLM's."""
+    return "stop" if text == "stop" else "length" if text == "length" else "abort"

@@ -1,0 +1,253 @@
+"""Where each hub tensor lies in vLLM's parameters, learnt from vLLM's own loaders.
+
+vLLM fuses modules (qkv, gate-up, an expert set), splits them over ranks and renames them. Rather than to know how, its
+``load_weights`` is run once on meta tensors, and every copy that it would have made is written down: which slice of
+which hub tensor goes to which slice of which parameter. From then on a sync is these copies, one tensor at a time and
+in any order, and reading back is the same copies the other way round.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightrft.strategy.errors import NotBuiltError, WeightSyncError
+from lightrft.strategy.hub_layout import HubLayout, hub_sources
+from lightrft.strategy.weights import TensorSpec
+
+from ..manifest import Manifest, read_manifest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """A part of a hub tensor (``shape``, ``stride``, ``offset`` within it) and its place in the engine."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    target: torch.Tensor
+
+    def source(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This part of a whole, contiguous hub tensor."""
+        return tensor.as_strided(self.shape, self.stride, tensor.storage_offset() + self.offset)
+
+
+class WeightMap:
+    """The weights of vLLM's model by hub name.
+
+    :param model: vLLM's module. :param config: the transformers configuration. :param dtype: in which weights come.
+    :raises NotBuiltError: vLLM keeps some weights in a form that cannot be streamed into.
+    """
+
+    def __init__(self, model: torch.nn.Module, config: Any, dtype: torch.dtype) -> None:
+        self.manifest = expected_manifest(config)
+        self._dtype = dtype
+        self._written: set[str] = set()
+        self._pieces = trace_copies(model, self.manifest.shapes, dtype)
+        self._check_targets(model)
+
+    def counts(self) -> dict[str, int]:
+        """Elements of each tensor on this rank."""
+        return {name: sum(piece.target.numel() for piece in pieces) for name, pieces in self._pieces.items()}
+
+    def check(self, specs: Sequence[TensorSpec]) -> None:
+        """:raises WeightSyncError: the announced manifest is not the model's."""
+        self.manifest.check(specs)
+        self._written.clear()
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Copy whole tensors in. :raises WeightSyncError: two names of one tied weight came with different values."""
+        for name, tensor in tensors.items():
+            owner = self.manifest.aliases.get(name, name)
+            tensor = tensor.contiguous()
+            for piece in self._pieces[owner]:
+                part = piece.source(tensor)
+                if owner in self._written:
+                    if not torch.equal(piece.target, part.to(piece.target.device, piece.target.dtype)):
+                        raise WeightSyncError(
+                            f"{name} is tied to {owner} in the engine's model, but another value was sent for it: "
+                            "give the engine a model with tie_word_embeddings=False, or tie the trainer's"
+                        )
+                    continue
+                piece.target.copy_(part)
+            self._written.add(owner)
+
+    def local(self, positions: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Those flat positions that lie on this rank."""
+        self.manifest.check_known(list(positions))
+        result = {}
+        for name, at in positions.items():
+            here = torch.zeros(at.shape, dtype=torch.bool)
+            for _, index in self._lookups(name, at):
+                here |= index >= 0
+            result[name] = at[here]
+        return result
+
+    def sample(self, positions: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Elements at flat positions, on the CPU. :raises WeightSyncError: unknown, or on another rank."""
+        self.manifest.check_known(list(positions))
+        return {name: self._read(name, at) for name, at in positions.items()}
+
+    def _read(self, name: str, at: torch.Tensor) -> torch.Tensor:
+        values: torch.Tensor | None = None
+        here = torch.zeros(at.shape, dtype=torch.bool)
+        for piece, index in self._lookups(name, at):
+            inside = index >= 0
+            if not inside.any():
+                continue
+            place = torch.unravel_index(index[inside].to(piece.target.device), piece.target.shape)
+            found = piece.target.detach()[place].cpu() if piece.target.ndim else piece.target.detach().cpu().view(1)
+            values = torch.empty(at.shape, dtype=found.dtype) if values is None else values
+            values[inside] = found
+            here |= inside
+        if values is None and not at.numel():
+            return torch.empty(0, dtype=self._dtype)
+        if values is None or not here.all():
+            raise WeightSyncError(f"{name}: {int((~here).sum())} of the elements asked for lie on another rank")
+        # vLLM keeps a few weights in float32 whatever was asked; what came for them was in the engine's dtype.
+        return values.to(self._dtype) if values.is_floating_point() else values
+
+    def _lookups(self, name: str, at: torch.Tensor) -> Iterator[tuple[Piece, torch.Tensor]]:
+        owner = self.manifest.aliases.get(name, name)
+        shape = self.manifest.shapes[owner]
+        for piece in self._pieces[owner]:
+            yield piece, find_in_piece(piece, shape, at)
+
+    def _check_targets(self, model: torch.nn.Module) -> None:
+        """Every hub tensor has a place, every parameter is reached, and all are vLLM's live parameters."""
+        live = {tensor.untyped_storage()._cdata for _, tensor in hub_sources(model)}
+        reached = {piece.target.untyped_storage()._cdata for pieces in self._pieces.values() for piece in pieces}
+        problems = [f"{name} has no place in it" for name in self.manifest.shapes if not self._pieces.get(name)]
+        if not reached <= live:
+            problems.append("some weights were repacked after loading")
+        problems += [
+            f"its {name} is filled by no tensor of the hub"
+            for name, parameter in model.named_parameters()
+            if parameter.untyped_storage()._cdata not in reached
+        ]
+        if problems:
+            raise NotBuiltError(
+                f'engine "vllm": the weights of {type(model).__name__} cannot be streamed: {"; ".join(problems[:5])}; '
+                "take --engine_type hf for this model"
+            )
+
+
+def expected_manifest(config: Any) -> Manifest:
+    """Hub names and shapes of the model that ``config`` describes, from transformers, without any memory."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    vision = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    auto: Any = transformers.AutoModelForImageTextToText if vision else transformers.AutoModelForCausalLM
+    with torch.device("meta"):
+        model = auto.from_config(config)
+    return read_manifest(model, HubLayout(model), dict(hub_sources(model)))
+
+
+def trace_copies(model: Any, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, list[Piece]]:
+    """Run ``model.load_weights`` on meta tensors and note each copy; nothing is written.
+
+    :return: for each name the pieces of it that this rank holds.
+    """
+    whole = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
+    recorder = _CopyRecorder(whole)
+    with recorder, torch.no_grad():
+        model.load_weights(iter(whole.items()))
+    return recorder.pieces
+
+
+class _CopyRecorder(TorchDispatchMode):
+    """Within it a copy out of one of the given meta tensors is noted instead of made."""
+
+    def __init__(self, whole: Mapping[str, torch.Tensor]) -> None:
+        super().__init__()
+        self._owner = {tensor.untyped_storage()._cdata: name for name, tensor in whole.items()}
+        self.pieces: dict[str, list[Piece]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        copies = func is torch.ops.aten.copy_.default and args[1].device.type == "meta" != args[0].device.type
+        if not copies:
+            return func(*args, **(kwargs or {}))
+        target, source = args[0], args[1]
+        name = self._owner.get(source.untyped_storage()._cdata)
+        if name is None:
+            raise NotBuiltError('engine "vllm": a weight is computed from others while it loads; it cannot be streamed')
+        source = source.expand(target.shape)
+        piece = Piece(
+            shape=tuple(source.shape),
+            stride=tuple(source.stride()),
+            offset=int(source.storage_offset()),
+            target=target.detach(),
+        )
+        self.pieces.setdefault(name, []).append(piece)
+        return target
+
+
+def find_in_piece(piece: Piece, shape: tuple[int, ...], at: torch.Tensor) -> torch.Tensor:
+    """Flat index into the piece's target of each flat position of the whole tensor; -1 where it lies elsewhere.
+
+    :param shape: of the whole tensor. :param at: int64 ``[n]``. :return: int64 ``[n]``.
+    """
+    numel = 1
+    for size in shape:
+        numel *= size
+    if piece.target.numel() == numel and piece.offset == 0 and _is_contiguous(piece):
+        return at
+    own = [(size, stride) for size, stride in zip(piece.shape, piece.stride, strict=True) if size > 1]
+    strides = [stride for _, stride in own]
+    if strides != sorted(strides, reverse=True) or 0 in strides:
+        return _find_densely(piece, numel, at)
+    # Mixed radix: the position relative to the first element, divided by each stride in turn.
+    rest, inside, index = at - piece.offset, at >= piece.offset, torch.zeros_like(at)
+    for size, stride in own:
+        place = rest.div(stride, rounding_mode="floor")
+        inside &= place < size
+        index = index * size + place
+        rest = rest - place * stride
+    inside &= rest == 0
+    return torch.where(inside, index, -1)
+
+
+def _is_contiguous(piece: Piece) -> bool:
+    expected = 1
+    for size, stride in zip(reversed(piece.shape), reversed(piece.stride), strict=True):
+        if size > 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _find_densely(piece: Piece, numel: int, at: torch.Tensor) -> torch.Tensor:
+    """The same for a transposed or repeated part, by a table of the whole tensor."""
+    table = torch.full((numel,), -1, dtype=torch.int64)
+    count = piece.target.numel()
+    table.as_strided(piece.shape, piece.stride, piece.offset).copy_(torch.arange(count).view(piece.shape))
+    return table[at]
+
+
+@contextlib.contextmanager
+def plain_layers_on_cpu() -> Iterator[None]:
+    """Within it vLLM's CPU layers keep their weights as they were loaded.
+
+    Otherwise it repacks them for oneDNN and throws the originals away, so that nothing could be updated in place or
+    read back. torch's own linear calls oneDNN too.
+    """
+    from vllm.model_executor.layers import utils  # pyright: ignore[reportMissingImports]
+
+    def keep(layer: Any, remove_weight: bool) -> None:
+        if layer.weight.ndim != 2:
+            original(layer, remove_weight)
+        else:
+            layer.cpu_linear = torch.nn.functional.linear
+
+    original, utils.dispatch_cpu_unquantized_gemm = utils.dispatch_cpu_unquantized_gemm, keep
+    try:
+        yield
+    finally:
+        utils.dispatch_cpu_unquantized_gemm = original
