@@ -26,7 +26,17 @@ from .options import engine_arguments, field_names
 from .weights import WeightMap, plain_layers_on_cpu
 
 
-def start(spec: EngineSpec, folder: str, *, distributed: bool) -> tuple[Any, Any, Any]:
+class _World:
+    """vLLM's groups, of which a process has one set for all of its engines.
+
+    :cvar engines: how many are alive. :cvar ours: the process group under them is vLLM's, made because there was none.
+    """
+
+    engines = 0
+    ours = False
+
+
+def start(spec: EngineSpec, folder: str) -> tuple[Any, Any, Any]:
     """A running ``LLMEngine``, the model's transformers configuration, and its generation settings (or None).
 
     :raises NotBuiltError: vLLM has no class for the model.
@@ -39,9 +49,16 @@ def start(spec: EngineSpec, folder: str, *, distributed: bool) -> tuple[Any, Any
     except OSError:
         generation = None
     _know_in_this_process(config)
-    arguments = engine_arguments(spec, folder, config, field_names(EngineArgs), distributed=distributed)
-    with plain_layers_on_cpu():
-        llm = LLMEngine.from_engine_args(EngineArgs(**arguments))
+    if _World.engines == 0:
+        _World.ours = not dist.is_initialized()
+    arguments = engine_arguments(spec, folder, config, field_names(EngineArgs), distributed=not _World.ours)
+    _World.engines += 1
+    try:
+        with plain_layers_on_cpu():
+            llm = LLMEngine.from_engine_args(EngineArgs(**arguments))
+    except BaseException:
+        _leave_world()
+        raise
     return llm, config, generation
 
 
@@ -191,26 +208,30 @@ def check_loaded(weights: WeightMap, folder: str, dtype: torch.dtype) -> None:
                     )
 
 
-def end(llm: Any, *, own_world: bool) -> None:
-    """End the engine. The trainer's process group stays; vLLM's own teardown would destroy it.
-
-    :param own_world: the process group is vLLM's, made because there was none; it goes too.
-    """
+def end(llm: Any) -> None:
+    """End the engine. The trainer's process group stays; vLLM's own teardown would destroy it."""
     core_client = llm.engine_core
     core_client._finalizer.detach()  # it would call dist.destroy_process_group()
     core = core_client.engine_core
+    device = worker(llm).device
     core.structured_output_manager.clear_backend()
     core.model_executor.shutdown()
     core.scheduler.shutdown()
     llm.renderer.shutdown()
-    gc.unfreeze()
+    _leave_world()
+    del core, core_client, llm
+    gc.collect()
+    empty_cache(torch.device(device))
+
+
+def _leave_world() -> None:
+    """The last engine takes vLLM's groups with it, and the process group where that is vLLM's too."""
+    _World.engines -= 1
+    if _World.engines:
+        return
     parallel_state.destroy_model_parallel()
     if parallel_state._WORLD is not None:
         parallel_state._WORLD.destroy()
         parallel_state._WORLD = None
-    if own_world and dist.is_initialized():
+    if _World.ours and dist.is_initialized():
         dist.destroy_process_group()
-    device = worker(llm).device
-    del core, core_client, llm
-    gc.collect()
-    empty_cache(torch.device(device))

