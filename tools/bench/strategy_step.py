@@ -3,9 +3,9 @@
     python tools/bench/strategy_step.py --model tiny smollm2 --backend fsdp zero1 zero2 zero3
 
 The raw loop is what one writes without a strategy: ``fully_shard`` on every layer and on the root, fused AdamW and
-``clip_grad_norm_``; or ``deepspeed.initialize`` with a fused AdamW. Both train the same weights on the same rows, in
-fp32, one thread a rank. Steps alternate between the two, so that whatever else the machine does meets both alike, and
-the medians are compared.
+``clip_grad_norm_``; or ``deepspeed.initialize`` with a fused AdamW. Both have the same decay groups and train the same
+weights on the same rows, in fp32, one thread a rank. Steps alternate between the two, so that whatever else the machine
+does meets both alike, and the medians are compared.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ BACKENDS: dict[str, dict[str, Any]] = {
     "zero2": {"zero_stage": 2},
     "zero3": {"zero_stage": 3},
 }
-ADAM: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True}
+ADAM: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.95), "fused": True}
+WEIGHT_DECAY = 0.1
 Step = Callable[[torch.Tensor], float]
 
 
@@ -53,13 +54,22 @@ def loss_of(model: Any, rows: torch.Tensor) -> torch.Tensor:
     return model(input_ids=rows, labels=rows, use_cache=False).loss
 
 
+def groups_of(model: Any) -> list[dict[str, Any]]:
+    """Matrices decay, biases and norms do not, in every loop: DeepSpeed flattens and communicates group by group."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    return [
+        {"params": matrices, "weight_decay": WEIGHT_DECAY},
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
 def strategy_loop(name: str, backend: str, accumulation: int) -> Step:
     """One optimizer step through the strategy; returns the gradient norm."""
     batch = ROWS * dist.get_world_size() * accumulation
     settings = {"max_norm": MAX_NORM, "micro_train_batch_size": ROWS, "train_batch_size": batch}
     strategy = get_strategy({**settings, **BACKENDS[backend]})
     model = strategy.prepare(build(name))
-    optimizer = strategy.create_optimizer(model, lr=ADAM["lr"], betas=ADAM["betas"], weight_decay=0.0)
+    optimizer = strategy.create_optimizer(model, lr=ADAM["lr"], betas=ADAM["betas"], weight_decay=WEIGHT_DECAY)
 
     def step(rows: torch.Tensor) -> float:
         norm = None
@@ -84,7 +94,7 @@ def raw_fsdp(name: str, accumulation: int) -> Step:
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    optimizer = torch.optim.AdamW(model.parameters(), **ADAM)
+    optimizer = torch.optim.AdamW(groups_of(model), **ADAM)
 
     def step(rows: torch.Tensor) -> float:
         for part in rows.chunk(accumulation):
@@ -110,7 +120,7 @@ def raw_zero(name: str, stage: int, accumulation: int) -> Step:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
-    optimizer = torch.optim.AdamW(model.parameters(), **ADAM)
+    optimizer = torch.optim.AdamW(groups_of(model), **ADAM)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
 
     def step(rows: torch.Tensor) -> float:
