@@ -64,3 +64,12 @@ def test_a_rank_killed_in_the_middle_of_a_save(
     again = tiny(tmp_path, "--resume")
     assert again.finish() == 0, again.output()
     same_weights(tmp_path / "run", uninterrupted)
+
+
+def test_ranks_that_all_die_at_once_leave_word_how_to_go_on(tiny: Tiny, tmp_path: Path) -> None:
+    """None of them lives to report an error, so the launcher must know the run's folder already."""
+    command = tiny(tmp_path)
+    assert command.wait_until((tmp_path / "run" / "checkpoints" / "latest").exists)
+    for pid in command.rank_pids():
+        os.kill(pid, signal.SIGKILL)
+    check_the_aftermath(command)

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from lightrft.models import Critic, RewardModel, get_llm_for_sequence_regression, pad_rows
-from lightrft.testing.tiny_models import tiny_config
+from lightrft.models.critic import ValueHead
+from lightrft.strategy import FakeStrategy
+from lightrft.testing.tiny_models import tiny_config, tiny_model
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [4]]
 RESPONSES = [[20, 21, 2], [30, 31, 32, 33, 2], [40, 2]]
@@ -60,3 +64,21 @@ def test_the_factory_knows_both_kinds():
     assert isinstance(get_llm_for_sequence_regression(tiny_config("qwen2"), "reward"), RewardModel)
     with pytest.raises(ValueError, match=r"'critic' and 'reward'"):
         get_llm_for_sequence_regression(tiny_config("qwen2"), "judge")  # type: ignore[arg-type]
+
+
+def test_a_saved_critic_says_the_same(critic: Critic, tmp_path: Path):
+    FakeStrategy().save_model(critic, None, tmp_path)
+    read = get_llm_for_sequence_regression(tmp_path, "critic").eval()
+    with torch.no_grad():
+        assert torch.equal(read(ROWS.sequences, ROWS.attention_mask), critic(ROWS.sequences, ROWS.attention_mask))
+
+
+def test_a_language_model_makes_a_critic_that_expects_nothing(tmp_path: Path):
+    tiny_model("qwen2").save_pretrained(tmp_path)
+    assert (Critic(tmp_path)(ROWS.sequences, ROWS.attention_mask) == 0).all()
+
+
+def test_a_head_of_another_width_is_refused(critic: Critic, tmp_path: Path):
+    FakeStrategy().save_model(critic, None, tmp_path)
+    with pytest.raises(ValueError, match=r"value_head.weight is \(1, \d+\), but this model needs \(1, 8\)"):
+        ValueHead(8, dtype=torch.float32, source=str(tmp_path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -62,6 +63,30 @@ def heads(strategy: Any) -> list[torch.Tensor]:
         ]
 
 
+def save_heads(folder: Path) -> list[torch.Tensor]:
+    """Train a critic for a step, save it and a reward model, and say what both say of the rows."""
+    strategy = get_strategy(config(RANKS, fsdp=True))
+    torch.manual_seed(1)
+    critic = strategy.prepare(Critic(tiny_config("qwen2")))
+    optimizer = strategy.create_optimizer(critic)
+    strategy.backward((critic(ROWS.sequences, ROWS.attention_mask) - 1).square().mean(), critic, optimizer)
+    strategy.optimizer_step(optimizer, critic, None)
+    scorer = strategy.prepare_model(RewardModel(tiny_config("qwen2")))
+    strategy.save_model(critic, None, folder / "critic", bucket_bytes=2**14)
+    strategy.save_model(scorer, None, folder / "scorer", bucket_bytes=2**14)
+    with torch.no_grad():
+        return [critic.eval()(ROWS.sequences, ROWS.attention_mask), scorer.eval()(ROWS.sequences, ROWS.attention_mask)]
+
+
+def read_heads(folder: Path, meta_init: bool) -> list[torch.Tensor]:
+    strategy = get_strategy(config(RANKS, fsdp=True))
+    with strategy.init_model_context(meta_init=meta_init):
+        critic, scorer = Critic(folder / "critic"), RewardModel(folder / "scorer")
+    with torch.no_grad():
+        critic, scorer = strategy.prepare(critic.eval(), scorer.eval())
+        return [critic(ROWS.sequences, ROWS.attention_mask), scorer(ROWS.sequences, ROWS.attention_mask)]
+
+
 def sharded_heads() -> list[torch.Tensor]:
     return heads(get_strategy(config(RANKS, fsdp=True)))
 
@@ -81,3 +106,14 @@ def test_sharded_heads_say_the_same(ranks: Any) -> None:
     for found in ranks.run(sharded_heads):
         for ours, theirs in zip(found, expected, strict=True):
             assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_saved_heads_are_read_back(ranks: Any, tmp_path: Path) -> None:
+    values, scores = ranks.run(save_heads, tmp_path)[0]
+    assert (values != 0).any()
+    alone = Critic(tmp_path / "critic").eval(), RewardModel(tmp_path / "scorer").eval()
+    with torch.no_grad():
+        read = [model(ROWS.sequences, ROWS.attention_mask) for model in alone]
+    for found in (read, *ranks.run(read_heads, tmp_path, False), *ranks.run(read_heads, tmp_path, True)):
+        assert torch.allclose(found[0], values, atol=1e-6)
+        assert torch.allclose(found[1], scores, atol=1e-6)

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from torch import nn
 
 from .errors import UnfilledModelError
+from .hub_files import pretrained_files
 from .hub_layout import HubLayout, hub_models, hub_sources, is_pretrained_model, unwrap
 
 logger = logging.getLogger("lightrft")
@@ -190,30 +191,6 @@ def unfilled_message(plan: FillPlan) -> str:
         "strategy.import_weights(model, tensors) or strategy.load_ckpt, or build the model from a configuration whose "
         "name_or_path is a folder with safetensors files"
     )
-
-
-def pretrained_files(name: str) -> dict[str, Path]:
-    """Hub name to safetensors file, of a folder or of a hub name in the local cache; empty where there is none."""
-    if not name:
-        return {}
-    folder = Path(name)
-    if not folder.is_dir():
-        from transformers.utils.hub import cached_file
-
-        found = None
-        for file in ("model.safetensors.index.json", "model.safetensors"):
-            try:
-                found = found or cached_file(name, file, local_files_only=True)
-            except OSError:  # not in the cache
-                continue
-        if found is None:
-            return {}
-        folder = Path(found).parent
-    files: dict[str, Path] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            files |= dict.fromkeys(file.keys(), path)
-    return files
 
 
 def _spellings(name: str, base: str) -> Iterator[str]:

@@ -188,9 +188,10 @@ def _report(folder: Path, failures: dict[int, Any] | None) -> int:
         )
         return EXIT_INTERRUPTED
     if (folder / "signal").exists():
+        saved = output_dir is not None and (Path(output_dir) / "checkpoints" / "latest").exists()
         sys.stderr.write(
             "lightrft: stopped before there was anything to save\n"
-            if resume is None
+            if not saved
             else f"lightrft: stopped. Go on from the last checkpoint with:\n  {resume}\n"
         )
         return EXIT_INTERRUPTED

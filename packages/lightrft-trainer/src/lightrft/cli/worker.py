@@ -46,10 +46,16 @@ def run_rank(config: StrategyConfig, *, multimodal: bool) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     rank = int(os.environ.get("RANK", "0"))
     output: list[str] = []
+
+    def known(output_dir: str) -> None:
+        output.append(output_dir)
+        if rank == 0:  # at once: a rank that dies with its peers says nothing more
+            _leave_word({"output_dir": output_dir}, multimodal=multimodal)
+
     try:
         from lightrft.trainer.run import train
 
-        result = train(config, multimodal=multimodal, on_output_dir=output.append)
+        result = train(config, multimodal=multimodal, on_output_dir=known)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except Exception as error:  # noqa: BLE001 - the last frame of a rank: whatever it is, it is reported, and the rank fails
