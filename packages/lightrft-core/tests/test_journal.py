@@ -160,14 +160,15 @@ def test_an_exception_that_was_handled_is_no_cause(ranks: RankPool) -> None:
 
 def libraries_own_groups() -> list[float]:
     mine = strategy(timeout=40.0)
-    group: Any = dist.new_group(backend="gloo")  # with half an hour of patience
-    mine.all_reduce(1)
-    both: Any = [dist.group.WORLD, group]
-    return [one._get_backend(mine.device).options._timeout.total_seconds() for one in both]
+    before: Any = dist.new_group(backend="gloo")  # with half an hour of patience
+    with mine.waits_for_ranks("a library's work"):
+        within: Any = dist.new_group(backend="gloo")
+        groups: Any = [dist.group.WORLD, before, within]
+        return [one._get_backend(mine.device).options._timeout.total_seconds() for one in groups]
 
 
 def test_a_group_that_a_library_made_keeps_the_deadline_too(ranks: RankPool) -> None:
-    assert ranks.run(libraries_own_groups) == [[35.0, 35.0]] * 2, "the rest is for finding out who is at fault"
+    assert ranks.run(libraries_own_groups) == [[35.0] * 3] * 2, "the rest is for finding out who is at fault"
 
 
 def does_not_come_back(folder: Any) -> None:

@@ -14,6 +14,7 @@ import pytest
 from lightrft.deepspeed import DeepspeedStrategy
 from lightrft.testing import StrategySuite
 from lightrft.testing.strategy_claims.checkpoints import CheckpointClaims
+from lightrft.testing.strategy_claims.deadlines import DeadlineClaims
 from lightrft.testing.strategy_claims.failing_saves import FailingSaveClaims
 from lightrft.testing.strategy_claims.preparing import PreparingClaims
 from lightrft.testing.strategy_claims.training import TrainingClaims
@@ -51,16 +52,26 @@ class TestTrajectoryOnZero1(_OnZero, TrajectoryClaims):
     zero_stage = 1
 
 
-class TestTrajectoryOnZero2(_OnZero, TrajectoryClaims):
+class TestTrajectoryOnZero2(_OnZero, TrajectoryClaims, DeadlineClaims):
     """Gradients too."""
 
     zero_stage = 2
+    deadline_turn = 1
 
 
 class TestZero3InBrief(
-    _OnZero, _CannotHold, TrajectoryClaims, PreparingClaims, TrainingClaims, CheckpointClaims, FailingSaveClaims
+    _OnZero,
+    _CannotHold,
+    TrajectoryClaims,
+    PreparingClaims,
+    TrainingClaims,
+    CheckpointClaims,
+    FailingSaveClaims,
+    DeadlineClaims,
 ):
     """Parameters too."""
+
+    deadline_turn = 2
 
 
 @pytest.mark.full
@@ -82,4 +93,12 @@ class TestZero3(_OnZero, _CannotHold, StrategySuite):
     """Every claim."""
 
 
-del StrategySuite, CheckpointClaims, FailingSaveClaims, PreparingClaims, TrainingClaims, TrajectoryClaims
+del (
+    StrategySuite,
+    CheckpointClaims,
+    FailingSaveClaims,
+    DeadlineClaims,
+    PreparingClaims,
+    TrainingClaims,
+    TrajectoryClaims,
+)

@@ -59,14 +59,16 @@ class BackendStrategy(StrategyBase):
             model = item[0] if isinstance(item, tuple) else item
             if trainable is not None and model is not None and not any(model is other for other in trainable):
                 model.requires_grad_(False).eval()
-        prepared = tuple(self._prepare_item(item) for item in models)
+        with self.waits_for_ranks("prepare"):
+            prepared = tuple(self._prepare_item(item) for item in models)
         return prepared[0] if len(prepared) == 1 else prepared
 
     def prepare_model(self, model: nn.Module, shard_size: int | None = None, is_training: bool = False) -> nn.Module:
         self.setup_distributed()
         if not is_training:
             model.requires_grad_(False).eval()
-        return self._prepare(model, self.layout.shard_size(shard_size))
+        with self.waits_for_ranks("prepare_model"):
+            return self._prepare(model, self.layout.shard_size(shard_size))
 
     def _prepare_item(self, item: Any) -> Any:
         if not isinstance(item, tuple):

@@ -6,7 +6,12 @@ from collections.abc import Sequence
 
 
 class LightRFTError(Exception):
-    """Base of LightRFT's own errors."""
+    """Base of LightRFT's own errors.
+
+    ``of_another_rank``: this rank did its part, and raises because another one failed.
+    """
+
+    of_another_rank: bool = False
 
 
 class ConfigError(LightRFTError, ValueError):

@@ -7,6 +7,7 @@ Ranks that share a sequence (sequence-parallel) or an engine (tensor-parallel) a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cached_property
 from typing import Any
 
@@ -88,8 +89,8 @@ class RankLayout:
 class ProcessGroups:
     """torch process groups of a layout, made on first use and by all ranks together."""
 
-    def __init__(self, layout: RankLayout, rank: int) -> None:
-        self.layout, self.rank = layout, rank
+    def __init__(self, layout: RankLayout, rank: int, timeout: timedelta | None = None) -> None:
+        self.layout, self.rank, self.timeout = layout, rank, timeout
 
     @cached_property
     def engine(self) -> dist.ProcessGroup | None:
@@ -109,5 +110,5 @@ class ProcessGroups:
             return None
         if len(groups) == 1:
             return dist.group.WORLD
-        mine: Any = dist.new_subgroups_by_enumeration([list(group) for group in groups])[0]
+        mine: Any = dist.new_subgroups_by_enumeration([list(group) for group in groups], timeout=self.timeout)[0]
         return mine

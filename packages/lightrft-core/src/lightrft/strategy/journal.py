@@ -181,6 +181,7 @@ class RankJournal:
         entry = Entry(sequence=mine.sequence, name=name, site=_call_site())
         self._post(entry)
         mine.stack.append(entry)
+        patience = _default_patience(timedelta(seconds=mine.group_timeout))
         begun = mine.since = time.monotonic()
         try:
             yield
@@ -192,6 +193,7 @@ class RankJournal:
             self._tell(explained, entry)
             raise explained from error
         finally:
+            _default_patience(*patience)
             mine.stack.pop()
             mine.since = time.monotonic()
 
@@ -411,6 +413,19 @@ def bound_waits(mine: _Self) -> None:
     for group in list(groups):
         if isinstance(group, dist.ProcessGroup):
             group.set_timeout(timedelta(seconds=mine.group_timeout))
+
+
+def _default_patience(seconds: timedelta, nccl: timedelta | None = None) -> tuple[timedelta, Any]:
+    """Set how long ranks wait for each other to make a group, where a library does not say; returns what was set.
+
+    torch has no setting for it, and half an hour for gloo.
+    """
+    c10d: Any = dist.distributed_c10d
+    before = c10d.default_pg_timeout, c10d.default_pg_nccl_timeout
+    c10d.default_pg_timeout = seconds
+    if before[1] is not None:  # None where torch has no NCCL
+        c10d.default_pg_nccl_timeout = nccl or seconds
+    return before
 
 
 def collectives_started() -> dict[str, int]:

@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("lightrft")
 T = TypeVar("T")
+# Joining takes as long as the slowest process needs to start, however short the deadline of a collective is.
+JOIN_SECONDS = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,14 +204,14 @@ class StrategyBase(ABC):
             return
         seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout or self.config.dist_timeout
         if self.distributed and not dist.is_initialized():
-            self._init_process_group(timedelta(seconds=seconds))
+            self._init_process_group(timedelta(seconds=max(seconds, JOIN_SECONDS)))
         world_size = dist.get_world_size() if self.distributed else 1
         self.rank = dist.get_rank() if self.distributed else 0
         self.config = self.config.checked(world_size)
         self.layout = RankLayout(
             world_size=world_size, engine_tp_size=self.config.engine_tp_size, sp_size=self.config.sp_size
         )
-        self.groups = ProcessGroups(self.layout, self.rank)
+        self.groups = ProcessGroups(self.layout, self.rank, timedelta(seconds=seconds))
         # NCCL ends no wait by an exception: there the journal ends the process.
         self._journal = RankJournal(self.rank, world_size, seconds, ends_process=self.device.type != "cpu")
         self._set_up = True
@@ -308,7 +310,9 @@ class StrategyBase(ABC):
                     self._journal.agree(describe(error))
                 raise
             if (problem := self._journal.agree(None)) is not None:
-                raise kind(problem)
+                told = kind(problem)
+                told.of_another_rank = True
+                raise told
 
     def all_are_done(self, seconds: float) -> bool:
         """After :meth:`together` failed here: have the others done their part? Waits for them up to ``seconds``."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -100,7 +101,22 @@ def start_all_gather(slot: torch.Tensor, cut: Cut, tag: int = 0) -> list[Any]:
     # four times as fast.
     others = [rank for rank in range(cut.ranks) if rank != cut.index]
     work: list[Any] = [dist.irecv(parts[rank], group=cut.group, group_src=rank, tag=tag) for rank in others]
-    return work + [dist.isend(parts[cut.index], group=cut.group, group_dst=rank, tag=tag) for rank in others]
+    work += [dist.isend(parts[cut.index], group=cut.group, group_dst=rank, tag=tag) for rank in others]
+    # What two ranks send each other waits as long as the group was first told; the deadline may be shorter by now.
+    group: Any = dist.group.WORLD if cut.group is None else cut.group
+    timeout = group._get_backend(slot.device).options._timeout
+    return [_Bounded(item, timeout) for item in work]
+
+
+@dataclass(frozen=True)
+class _Bounded:
+    """Work that is waited for up to ``timeout``."""
+
+    work: Any
+    timeout: timedelta
+
+    def wait(self) -> None:
+        self.work.wait(self.timeout)
 
 
 def start_gather(slot: torch.Tensor, rows: torch.Tensor, cut: Cut, tag: int = 0) -> list[Any]:
