@@ -4,7 +4,8 @@ A checkpoint is a folder ``save_dir/TAG``::
 
     manifest.json        what it is: format, world size, parameter names and shapes, a digest of each file
     client_state.json    the caller's own state
-    MODEL/               one folder a model: its weights and optimizer in the backend's format, scheduler.json, ...
+    MODEL/               one folder a model: its weights and optimizer in the backend's format; scalars.json, what its
+                         optimizer and scheduler hold besides tensors; layout.json and hub/, what the hub calls it
     ranks/RANK.json|.safetensors   random state and the caller's tensors of each rank
 
 What is in ``MODEL/`` is the backend's affair (:meth:`StrategyBase.write_state`); everything else is done here.
@@ -28,10 +29,13 @@ import xxhash
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from . import hub_files, hub_record
 from .disk import explain_write, folder_size
 from .errors import CheckpointError
 from .hub_layout import hub_sources
 from .rng import restore_rng, rng_state
+from .state_formats import format_of, open_state
+from .state_source import match_names
 from .weights import TensorSpec
 
 if TYPE_CHECKING:
@@ -96,6 +100,7 @@ def save(
     scheduler: Any = None,
     rank_state: Mapping[str, torch.Tensor] | None = None,
     asynchronous: bool = False,
+    tokenizer: Any = None,
 ) -> None:
     """Write a checkpoint. Every rank must call.
 
@@ -107,6 +112,7 @@ def save(
     :param client_state: JSON-able state of the caller.
     :param optimizer: and ``scheduler``: of a single model, where the strategy has not seen them yet.
     :param rank_state: this rank's own tensors by name, such as its part of a rollout buffer.
+    :param tokenizer: a tokenizer or processor to keep beside the configuration, for ``lightrft convert``.
     :param asynchronous: return once the state is copied; ``finish_checkpoint`` completes it (as the next save does).
     :raises ValueError: max_num below 1, or a client_state that is not JSON.
     """
@@ -144,6 +150,7 @@ def save(
                 futures += [] if future is None else [future]
                 if strategy.is_rank_0():
                     _write_scalars(record, staging / key)
+                    hub_record.write_record(strategy, record.model, staging / key, tokenizer)
             _write_rank(strategy, staging / RANKS, rank_state or {})
     strategy._pending_save = PendingSave(
         staging=staging,
@@ -247,6 +254,9 @@ def load(
     """Read the newest whole checkpoint, or the one named ``tag``. Every rank must call.
 
     Digests are checked first. A damaged one is passed over, with a warning, for the next older; a named one is not.
+    Whichever backend wrote it, at whichever number of ranks, optimizer states included; ``load_dir`` may also be one
+    checkpoint's own folder, a hub folder (weights alone), or what another library wrote: PyTorch's DCP, or DeepSpeed's
+    ``engine.save_checkpoint`` where lightrft-deepspeed is installed.
 
     :param load_module_strict: parameter names and shapes must be equal; False is refused: half a model is no model.
     :param load_module_only: weights alone: no optimizer, scheduler, random state.
@@ -258,15 +268,21 @@ def load(
     finish(strategy)
     records = _records(strategy, model, optimizer, scheduler)
     skipped: list[str] = []
+    if tag is None and _is_ours(load_dir):
+        load_dir, tag = load_dir.parent, load_dir.name
     with strategy.together("load_ckpt", CheckpointError):
         found = _candidates(load_dir, tag) if strategy.is_rank_0() else []
-    candidates = strategy.all_gather_object(found)[0]
+        foreign = _foreign(load_dir, tag) if strategy.is_rank_0() and not found else None
+    candidates, foreign = strategy.all_gather_object((found, foreign))[0]
+    if foreign is not None:
+        with strategy.together("load_ckpt", CheckpointError):
+            return _read_foreign(strategy, records, foreign, load_optimizer_states and not load_module_only)
     if not candidates:
         wanted = f"no checkpoint {tag!r}" if tag else "no checkpoint"
-        raise CheckpointError(f"{load_dir}: {wanted} here; present: {', '.join(_names(load_dir)) or 'nothing'}")
+        raise CheckpointError(f"{load_dir}: {wanted} here; present: {', '.join(names(load_dir)) or 'nothing'}")
     for name in candidates:
         folder = load_dir / name
-        problems = [p for p in strategy.all_gather_object(_damage(strategy, folder)) if p]
+        problems = [p for p in strategy.all_gather_object(_damage(folder, strategy.rank, strategy.world_size)) if p]
         if not problems:
             with strategy.together("load_ckpt", CheckpointError):
                 return _read(
@@ -290,6 +306,32 @@ def whole_checkpoints(folder: Path) -> list[str]:
     return [name for _, name in sorted(found, reverse=True) if not name.startswith(".") and _is_ours(folder / name)]
 
 
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files, or None: every digest is checked, in this process."""
+    return _damage(folder, 0, 1)
+
+
+def write_manifest(
+    folder: Path, *, tag: str, strategy: str, world_size: int, models: Mapping[str, Mapping[str, list[int]]]
+) -> None:
+    """Mark a folder that one process has filled as a whole checkpoint.
+
+    :param world_size: ranks whose random states it holds. :param models: shapes by name of each model.
+    """
+    about = {"format": FORMAT, "tag": tag, "strategy": strategy, "world_size": world_size, "models": models}
+    (folder / MANIFEST).write_text(json.dumps({**about, "files": _digest_files(folder, 0, 1, flush=False)}, indent=1))
+
+
+def publish(staging: Path, final: Path) -> None:
+    """Flush a folder and put it in its place at once; what was there goes last."""
+    for path in staging.rglob("*"):
+        if path.is_file():
+            _flush(path)
+    _flush_folders(staging)
+    _swap(staging, final)
+    _flush(final.parent)
+
+
 def _read(
     strategy: StrategyBase,
     records: Mapping[str, ModelRecord],
@@ -301,7 +343,7 @@ def _read(
 ) -> LoadedCheckpoint:
     manifest = json.loads((folder / MANIFEST).read_text())
     for name, record in records.items():
-        _check_same_model(folder, name, manifest["models"], _shapes(record.model))
+        _check_same_model(folder, name, manifest["models"], record.model)
         if not module_only:
             _check_receivers(record, folder / name, optimizer=optimizer, scheduler=scheduler)
     for name, record in records.items():
@@ -385,7 +427,13 @@ def _read_scalars(record: ModelRecord, folder: Path, *, optimizer: bool, schedul
     record.loss_scale.load_state_dict(state["loss_scale"])
     record.skipped_steps = state["skipped_steps"]
     if optimizer and record.optimizer is not None and "param_groups" in state:
-        for group, saved in zip(record.optimizer.param_groups, state["param_groups"], strict=True):
+        groups = record.optimizer.param_groups
+        if len(groups) != len(state["param_groups"]):
+            raise CheckpointError(
+                f"{folder}: its optimizer has {len(state['param_groups'])} parameter groups, this one {len(groups)}: "
+                "make it with as many, or pass load_optimizer_states=False"
+            )
+        for group, saved in zip(groups, state["param_groups"], strict=True):
             group.update({key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()})
     if scheduler and record.scheduler is not None and "scheduler" in state:
         record.scheduler.load_state_dict(state["scheduler"])
@@ -416,36 +464,62 @@ def _write_rank(strategy: StrategyBase, folder: Path, rank_state: Mapping[str, t
     (folder / f"{strategy.rank}.json").write_text(json.dumps(state))
 
 
-def _check_same_model(folder: Path, name: str, saved: Mapping[str, Any], mine: Mapping[str, list[int]]) -> None:
+def _check_same_model(folder: Path, name: str, saved: Mapping[str, Any], model: nn.Module) -> None:
     if name not in saved:
         raise CheckpointError(f"{folder}: holds no model {name!r}; it holds {', '.join(saved)}")
-    theirs = saved[name]
-    for key in [*mine, *theirs]:
-        if mine.get(key) != theirs.get(key):
-            raise CheckpointError(
-                f"{folder}: a checkpoint of another model: {key} is {theirs.get(key, 'absent')} there, "
-                f"{mine.get(key, 'absent')} here"
-            )
+    stored = hub_record.HubRecord.read(folder / name)
+    prefix = stored.prefix if stored is not None else None
+    match_names(folder, saved[name], prefix, _shapes(model), hub_record.inner_prefix(model))
+
+
+def _foreign(load_dir: Path, tag: str | None) -> Path | None:
+    """A folder that holds one model's state in a format that somebody knows, or a hub folder."""
+    folder = load_dir if tag is None else load_dir / tag
+    return folder if folder.is_dir() and (format_of(folder) or hub_files.is_hub_folder(folder)) else None
+
+
+def _read_foreign(
+    strategy: StrategyBase, records: Mapping[str, ModelRecord], folder: Path, optimizer: bool
+) -> LoadedCheckpoint:
+    """Take weights, optimizer states where there are any, and scheduler from another library's files."""
+    if len(records) > 1:
+        raise CheckpointError(f"{folder}: holds one model, {', '.join(records)} were asked for; load them one by one")
+    (record,) = records.values()
+    if format_of(folder) is None:
+        strategy.import_weights(record.model, hub_files.hub_tensors(folder))
+    else:
+        source = open_state(folder)
+        receiver = record.optimizer if optimizer and any(e.moments for e in source.entries.values()) else None
+        strategy.take_state(record.model, receiver, source)
+        scheduler = source.scalars.get("scheduler")
+        if optimizer and record.scheduler is not None and scheduler is not None:
+            record.scheduler.load_state_dict(scheduler)
+    return LoadedCheckpoint(path=folder, client_state={}, rank_states=[], world_size=0)
 
 
 def _digests(strategy: StrategyBase, folder: Path) -> dict[str, dict[str, Any]]:
     """Size and digest of this rank's share of the files, which it flushes; the manifest is not among them."""
+    return _digest_files(folder, strategy.rank, strategy.world_size, flush=True)
+
+
+def _digest_files(folder: Path, index: int, shares: int, *, flush: bool) -> dict[str, dict[str, Any]]:
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-    mine = {}
-    for path in files[strategy.rank :: strategy.world_size]:
-        mine[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "xxh3": _digest(path)}
-        _flush(path)
-    return mine
+    found = {}
+    for path in files[index::shares]:
+        found[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "xxh3": _digest(path)}
+        if flush:
+            _flush(path)
+    return found
 
 
-def _damage(strategy: StrategyBase, folder: Path) -> str | None:
-    """What is wrong with a checkpoint, of the files that this rank checks."""
+def _damage(folder: Path, index: int, shares: int) -> str | None:
+    """What is wrong with a checkpoint, of this share of its files."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         files = sorted(manifest["files"].items())
     except (OSError, ValueError, KeyError) as error:
         return f"{MANIFEST}: {error}"
-    for name, item in files[strategy.rank :: strategy.world_size]:
+    for name, item in files[index::shares]:
         path = folder / name
         try:
             if path.stat().st_size != item["bytes"]:
@@ -478,7 +552,7 @@ def _candidates(folder: Path, tag: str | None) -> list[str]:
     return [newest, *(name for name in found if name != newest)] if (folder / newest).is_dir() else found
 
 
-def _names(folder: Path) -> list[str]:
+def names(folder: Path) -> list[str]:
     """Folders there, with what keeps their manifest from being read."""
 
     def named(path: Path) -> str:

@@ -94,12 +94,12 @@ def _write_rest(
         total = sum(spec.nbytes for specs in buckets for spec in specs)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    _save_configuration(model, folder)
+    save_configuration(model, folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
 
-def _save_configuration(model: nn.Module, folder: Path) -> None:
+def save_configuration(model: nn.Module, folder: Path) -> None:
     """The configuration and generation defaults of the transformers model inside, where there is one."""
     for _, inner in hub_models(unwrap(model))[:1]:
         config: Any = inner.config

@@ -1,10 +1,51 @@
-"""Where the tensors of a saved model lie."""
+"""Hugging Face model folders: safetensors shards with an index, read and written tensor by tensor."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
+
+from .errors import CheckpointError
+from .hub_layout import HubTensor
+from .state_source import WEIGHT, StateSource, TensorEntry, read_json
+from .tensor_files import StoredTensor, TensorFileWriter, stored_tensors
+
+WEIGHTS_INDEX, CONFIG = "model.safetensors.index.json", "config.json"
+
+
+def is_hub_folder(folder: Path) -> bool:
+    """Does it hold a configuration and safetensors?"""
+    return (folder / CONFIG).is_file() and next(folder.glob("*.safetensors"), None) is not None
+
+
+def hub_index(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a hub folder, by name.
+
+    :raises CheckpointError: a file is missing or damaged, or lacks a tensor that the index promises.
+    """
+    if not (folder / WEIGHTS_INDEX).is_file():
+        names = sorted(path.name for path in folder.glob("*.safetensors"))
+        if not names:
+            raise CheckpointError(f"{folder}: holds no safetensors file")
+        return {key: tensor for name in names for key, tensor in stored_tensors(folder / name)[0].items()}
+    index = read_json(folder / WEIGHTS_INDEX)
+    if not isinstance(index, dict) or not isinstance(weight_map := index.get("weight_map"), dict):
+        raise CheckpointError(f"{folder / WEIGHTS_INDEX}: not an index of safetensors files: it has no weight_map")
+    for name in set(weight_map.values()):
+        if Path(name).name != name:
+            raise CheckpointError(f"{folder / WEIGHTS_INDEX}: names {name!r}, outside this folder")
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder / name}: is missing, and {WEIGHTS_INDEX} lists it")
+    files = {name: stored_tensors(folder / name)[0] for name in sorted(set(weight_map.values()))}
+    for key, name in weight_map.items():
+        if key not in files[name]:
+            raise CheckpointError(f"{folder / name}: lacks {key}, which {WEIGHTS_INDEX} promises")
+    return {key: files[name][key] for key, name in weight_map.items()}
 
 
 def pretrained_files(name: str) -> dict[str, Path]:
@@ -29,3 +70,117 @@ def pretrained_files(name: str) -> dict[str, Path]:
         with safe_open(path, framework="pt") as file:
             files |= dict.fromkeys(file.keys(), path)
     return files
+
+
+def hub_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """(hub name, whole tensor), one at a time."""
+    for name, stored in hub_index(folder).items():
+        yield name, stored.read().view(stored.shape)
+
+
+# ---- as training state -----------------------------------------------------------------------------------------------
+@dataclass(frozen=True, kw_only=True)
+class _Assembled:
+    """A module tensor that several hub tensors make up."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    parts: tuple[tuple[HubTensor, StoredTensor], ...]
+
+    @property
+    def numel(self) -> int:
+        return torch.Size(self.shape).numel()
+
+    def read(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        whole = torch.empty(self.shape, dtype=self.dtype)
+        for hub, stored in self.parts:
+            hub.view(whole).copy_(stored.read().view(stored.shape))
+        return whole.view(-1)[start:stop]
+
+
+def open_hub(folder: Path, tensors: Sequence[HubTensor], shapes: Mapping[str, Sequence[int]]) -> StateSource:
+    """A hub folder as training state under module names; weights alone.
+
+    :param tensors: the model's hub tensors. :param shapes: whole shape of each of its module tensors.
+    :raises CheckpointError: the first hub tensor that is absent or has another shape.
+    """
+    index = hub_index(folder)
+    parts: dict[str, list[tuple[HubTensor, StoredTensor]]] = {name: [] for name in shapes}
+    for hub in tensors:
+        stored = index.get(hub.name)
+        if stored is None or stored.shape != hub.shape:
+            there = "absent" if stored is None else list(stored.shape)
+            raise CheckpointError(
+                f"{folder}: another model's weights: {hub.name} is {there} there, {list(hub.shape)} here"
+            )
+        parts[hub.source].append((hub, stored))
+    entries, pieces = {}, {}
+    for name, shape in shapes.items():
+        # A tensor without hub names cannot be: every module tensor is in the layout.
+        dtype = parts[name][0][1].dtype
+        entries[name] = TensorEntry(shape=tuple(shape), dtypes={WEIGHT: dtype})
+        pieces[name, WEIGHT] = [(0, _Assembled(shape=tuple(shape), dtype=dtype, parts=tuple(parts[name])))]
+    return StateSource(folder, "hf", entries, pieces, prefix="")
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+def plan_files(
+    tensors: Sequence[HubTensor], max_bytes: int, dtypes: Mapping[str, torch.dtype]
+) -> dict[str, list[HubTensor]]:
+    """Which tensors go into which file; a tensor above the limit has a file of its own.
+
+    :param dtypes: by source.
+    """
+    groups: list[list[HubTensor]] = []
+    room = 0
+    for tensor in tensors:
+        size = torch.Size(tensor.shape).numel() * dtypes[tensor.source].itemsize
+        if not groups or size > room:
+            groups.append([])
+            room = max_bytes
+        groups[-1].append(tensor)
+        room -= size
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    return {f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups)}
+
+
+def write_hub(
+    source: StateSource,
+    tensors: Sequence[HubTensor],
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_bytes: int = 5 * 10**9,
+    progress: Callable[[str, int], None] = lambda name, nbytes: None,
+) -> None:
+    """Write the weights under their hub names, one module tensor at a time.
+
+    :param dtype: cast floating-point tensors; None keeps the precision that they are stored in.
+    :param max_bytes: of one file. :param progress: told each tensor's name and bytes.
+    """
+    dtypes = {name: cast_dtype(entry.dtypes[WEIGHT], dtype) for name, entry in source.entries.items()}
+    files = plan_files(tensors, max_bytes, dtypes)
+    whole, of = torch.empty(0), None
+    for name, group in files.items():
+        by_name = {hub.name: hub for hub in group}
+        specs = {hub.name: (dtypes[hub.source], hub.shape) for hub in group}
+        with TensorFileWriter(folder / name, specs, metadata={"format": "pt"}) as writer:
+            for key in writer.order:
+                hub = by_name[key]
+                if hub.source != of:
+                    del whole  # before the next is read: one module tensor is held at a time
+                    whole, of = source.whole(hub.source), hub.source
+                tensor = hub.view(whole).to(dtypes[hub.source]).contiguous()
+                writer.write(key, tensor)
+                progress(key, tensor.nbytes)
+    if len(files) > 1:
+        weight_map = {hub.name: name for name, group in files.items() for hub in group}
+        total = sum(torch.Size(hub.shape).numel() * dtypes[hub.source].itemsize for hub in tensors)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2))
+
+
+def cast_dtype(own: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+    """What a tensor is written in: casts touch floating-point tensors only."""
+    return wanted if wanted is not None and own.is_floating_point else own

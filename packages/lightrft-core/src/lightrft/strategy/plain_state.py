@@ -1,29 +1,19 @@
-"""Training state of plain (unsharded) modules, and its codec in safetensors.
-
-One file holds ``weight/NAME`` and ``moment/KIND/NAME`` tensors; ``step`` is in the file's own metadata. Any backend can
-write and read it through :class:`StateItem`, which makes it the portable form too.
-"""
+"""Training state of plain (unsharded) modules."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch.optim import Optimizer
 
 from .hub_layout import hub_sources
+from .state_source import WEIGHT, Fragment, TensorEntry, share_of
 from .training_state import StateItem, receive_items
 
-if TYPE_CHECKING:
-    from .strategy_base import ModelRecord, StrategyBase
-
-STATE_FILE = "state.safetensors"
+STEP = "step"
 
 
 def iter_state(model: nn.Module, optimizer: Optimizer | None = None) -> Iterator[StateItem]:
@@ -54,40 +44,44 @@ def load_state(model: nn.Module, optimizer: Optimizer | None, items: Iterable[St
             optimizer.state[tensor] = {"step": torch.tensor(float(item.step)), **state}
 
 
-def write(strategy: StrategyBase, record: ModelRecord, folder: Path, *, asynchronous: bool) -> Any:
-    """Write the state as one safetensors file, from rank 0. With ``asynchronous`` the file is written by a thread."""
-    tensors: dict[str, torch.Tensor] = {}
-    steps: dict[str, int] = {}
-    for item in strategy.iter_state(record.model, record.optimizer):
-        tensors[f"weight/{item.name}"] = item.weight
-        tensors |= {f"moment/{kind}/{item.name}": moment for kind, moment in item.moments.items()}
-        steps[item.name] = item.step
-    if not strategy.is_rank_0():
-        return None
-    if not asynchronous:
-        return save_file(tensors, folder / STATE_FILE, metadata={"step": json.dumps(steps)})
-    from concurrent.futures import ThreadPoolExecutor
+def local_state(model: nn.Module, optimizer: Optimizer | None, index: int = 0, replicas: int = 1) -> Iterator[Fragment]:
+    """See :meth:`StrategyBase.local_state`, where every rank holds everything.
 
-    pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-    try:
-        return pool.submit(save_file, tensors, folder / STATE_FILE, metadata={"step": json.dumps(steps)})
-    finally:
-        pool.shutdown(wait=False)
+    :param index: this rank's place among the ``replicas``, each of which writes its share.
+    """
+    for name, tensor in hub_sources(model):
+        share = share_of(tensor.numel(), index, replicas)
+        yield Fragment(name=name, kind=WEIGHT, start=0, values=tensor.detach(), owned=share)
+        state = optimizer.state.get(tensor, {}) if optimizer is not None else {}
+        for kind, value in state.items():
+            if kind != STEP and isinstance(value, torch.Tensor) and value.shape == tensor.shape:
+                yield Fragment(name=name, kind=kind, start=0, values=value, owned=share)
 
 
-def read(strategy: StrategyBase, record: ModelRecord, folder: Path, *, optimizer: bool) -> None:
-    """Read what :func:`write` wrote, tensor by tensor."""
-    with safe_open(folder / STATE_FILE, framework="pt") as file:
-        strategy.load_state(record.model, record.optimizer if optimizer else None, _items(file))
+def state_entries(model: nn.Module, optimizer: Optimizer | None) -> dict[str, tuple[Sequence[int], int]]:
+    """Whole shape and step of everything, by name."""
+    states = optimizer.state if optimizer is not None else {}
+    return {
+        name: (tuple(tensor.shape), int(states.get(tensor, {}).get(STEP, 0))) for name, tensor in hub_sources(model)
+    }
 
 
-def _items(file: Any) -> Iterator[StateItem]:
-    steps = json.loads(file.metadata()["step"])
-    keys = set(file.keys())
-    kinds = sorted({key.split("/")[1] for key in keys if key.startswith("moment/")})
-    for name, step in steps.items():
-        moments = {k: file.get_tensor(f"moment/{k}/{name}") for k in kinds if f"moment/{k}/{name}" in keys}
-        yield StateItem(name=name, weight=file.get_tensor(f"weight/{name}"), moments=moments, step=step)
+def make_states(model: nn.Module, optimizer: Optimizer, entries: Mapping[str, TensorEntry]) -> None:
+    """Give the optimizer, for each parameter, the states that a checkpoint holds, as zeros, and its step."""
+    for name, tensor in hub_sources(model):
+        entry = entries[name]
+        if not entry.moments:
+            optimizer.state.pop(tensor, None)  # it had not stepped yet, and must not keep what it has seen since
+            continue
+        state = optimizer.state[tensor]
+        for kind in entry.moments:
+            if kind not in state:
+                state[kind] = torch.zeros_like(tensor, dtype=entry.dtypes[kind])
+        if STEP not in state:
+            # A fused kernel wants its step beside the moments.
+            fused = any(group.get("fused") for group in optimizer.param_groups)
+            state[STEP] = torch.zeros((), dtype=torch.float32, device=tensor.device if fused else "cpu")
+        state[STEP].fill_(float(entry.step))
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:

@@ -22,20 +22,23 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from . import checkpoint, collectives, plain_state
+from . import checkpoint, collectives, fragments, plain_state
 from .config import StrategyConfig
 from .dataloader import make_dataloader
 from .device import empty_cache, local_device, process_group_backend, synchronize
 from .engine import RolloutEngine
 from .engine_host import EngineHost
-from .errors import ConfigError, LightRFTError, RankTimeoutError
+from .errors import CheckpointError, ConfigError, LightRFTError, RankTimeoutError
 from .groups import ProcessGroups, RankLayout
 from .hub_export import save_hub_model
 from .hub_layout import HubLayout, hub_sources, unwrap
+from .hub_record import inner_prefix
 from .journal import RankJournal, describe, is_lost_peer
 from .lifecycle import EngineStatus
 from .memory import OUT_OF_MEMORY_FLAGS, MoveReport, memory_figures
 from .optimizers import LossScale, move_optimizer
+from .state_formats import open_state
+from .state_source import Fragment, StateFormat, StateSource, TensorEntry
 from .training_state import StateItem
 from .weights import SyncReceipt, TensorSpec, UpdatePlan, WeightBucket, plan_buckets
 
@@ -92,6 +95,8 @@ class StrategyBase(ABC):
     name: ClassVar[str] = ""
     # Settings that choosing this class implies.
     implied: ClassVar[Mapping[str, Any]] = {}
+    # Formats of training state that this backend's own library writes, for load_ckpt and `lightrft convert`.
+    state_formats: ClassVar[tuple[StateFormat, ...]] = ()
     # False for a strategy that never talks to other ranks.
     distributed: ClassVar[bool] = True
 
@@ -576,16 +581,61 @@ class StrategyBase(ABC):
         """Take a stream that :meth:`iter_state` of any backend wrote."""
         plain_state.load_state(model, optimizer, items)
 
+    def local_state(self, model: nn.Module, optimizer: Optimizer | None = None) -> Iterator[Fragment]:
+        """What this rank holds of the training state, as flat ranges that share its memory. No collective.
+
+        A sharded backend overrides it; the default is for modules that every rank holds whole.
+        """
+        return plain_state.local_state(model, optimizer, self.rank, self.layout.world_size)
+
+    def state_entries(
+        self, model: nn.Module, optimizer: Optimizer | None = None
+    ) -> dict[str, tuple[Sequence[int], int]]:
+        """Whole shape and optimizer steps of each parameter, by name, in module order. No collective."""
+        return plain_state.state_entries(model, optimizer)
+
+    def make_states(self, model: nn.Module, optimizer: Optimizer, entries: Mapping[str, TensorEntry]) -> None:
+        """Give the optimizer room for the states that a checkpoint holds, and its step; values follow. No collective.
+
+        :raises CheckpointError: it holds a state that this optimizer does not keep.
+        """
+        plain_state.make_states(model, optimizer, entries)
+
+    @torch.no_grad()
+    def take_state(self, model: nn.Module, optimizer: Optimizer | None, source: StateSource) -> None:
+        """Read this rank's ranges of what any backend wrote at any number of ranks. Every rank must call.
+
+        :param optimizer: None leaves optimizer states alone.
+        :raises CheckpointError: another model's or a damaged checkpoint; raised on every rank.
+        """
+        with self.together("load_ckpt", CheckpointError):
+            shapes = {name: shape for name, (shape, _) in self.state_entries(model, optimizer).items()}
+            source = source.named_as(shapes, inner_prefix(model))
+            if optimizer is not None:
+                self.make_states(model, optimizer, source.entries)
+            for fragment in self.local_state(model, optimizer):
+                stop = fragment.start + fragment.values.numel()
+                if fragment.kind in source.entries[fragment.name].dtypes:
+                    values = source.read(fragment.name, fragment.kind, fragment.start, stop)
+                    fragment.values.copy_(values.view(fragment.values.shape))
+                else:  # a parameter that has had no gradient yet
+                    fragment.values.zero_()
+
     def write_state(self, record: ModelRecord, folder: Path, *, asynchronous: bool) -> Any:
         """Write a model's weights and optimizer into ``folder``, in the backend's own format, from all ranks.
 
+        The default is the portable form (:mod:`lightrft.strategy.fragments`).
+
         :return: None, or with ``asynchronous`` a future that ends when the files are written.
         """
-        return plain_state.write(self, record, folder, asynchronous=asynchronous)
+        if self.is_rank_0():
+            fragments.write_index(self.state_entries(record.model, record.optimizer), folder, self.layout.world_size)
+        mine = self.local_state(record.model, record.optimizer)
+        return fragments.write(mine, folder, self.rank, self.layout.world_size, asynchronous=asynchronous)
 
     def read_state(self, record: ModelRecord, folder: Path, *, optimizer: bool) -> None:
-        """Read what :meth:`write_state` wrote, at any world size, loading weights only (no pickle)."""
-        plain_state.read(self, record, folder, optimizer=optimizer)
+        """Read what any backend's :meth:`write_state` wrote, at any world size, loading weights only (no pickle)."""
+        self.take_state(record.model, record.optimizer if optimizer else None, open_state(folder))
 
     def finish_checkpoint(self, *, block: bool = True) -> bool:
         """Complete an asynchronous save: digests, rename, ``latest``. True where none is pending any more."""

@@ -10,7 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from lightrft.strategy.errors import CheckpointError
 from lightrft.strategy.hub_layout import HubLayout, hub_sources
+from lightrft.strategy.state_source import WEIGHT, Fragment, TensorEntry, share_of
 from lightrft.strategy.training_state import StateItem, receive_items
 from lightrft.strategy.weights import TensorSpec, UpdatePlan, WeightBucket, plan_buckets
 
@@ -202,3 +204,97 @@ def link_states(zero: Any) -> None:
     if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
         zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()
+
+
+# ---- this rank's part, as flat ranges --------------------------------------------------------------------------------
+def local_state(model: nn.Module, zero: Any, rank: int, ranks: int, *, with_optimizer: bool) -> Iterator[Fragment]:
+    """See :meth:`StrategyBase.local_state`. No communication.
+
+    A trained parameter is written from the fp32 partition; its 16-bit copy is only read into.
+
+    :param zero: the engine's ZeRO optimizer, or None for a frozen model.
+    """
+    link_states(zero)
+    for name, tensor in hub_sources(model):
+        trained = zero is not None and tensor.requires_grad
+        for start, values, replicas, index in _computed_with(tensor, rank, ranks):
+            owned = slice(0) if trained or replicas == 0 else share_of(values.numel(), index, replicas)
+            yield Fragment(name=name, kind=WEIGHT, start=start, values=values, owned=owned)
+        if trained:
+            for kind, start, values in _stepped_on(zero, tensor, with_optimizer):
+                yield Fragment(name=name, kind=kind, start=start, values=values)
+
+
+def _computed_with(tensor: Any, rank: int, ranks: int) -> Iterator[tuple[int, torch.Tensor, int, int]]:
+    """What the forward pass uses on this rank: (start, values, how many ranks hold the same, this one's place)."""
+    if not is_sharded(tensor):
+        yield 0, tensor.detach(), ranks, rank
+        return
+    members = dist.get_world_size(tensor.ds_process_group)
+    start, values = _shard(tensor, tensor.ds_tensor)
+    yield start, values, ranks // members, rank // members
+    if tensor.shape == tensor.ds_shape:  # small ones stay gathered between steps
+        yield 0, tensor.detach(), 0, 0
+
+
+def _shard(tensor: Any, padded: torch.Tensor) -> tuple[int, torch.Tensor]:
+    """A ZeRO-3 parameter's flat part without its padding: where it begins in the whole, and its elements."""
+    flat = padded.detach().view(-1)
+    start = dist.get_rank(tensor.ds_process_group) * tensor.ds_tensor.ds_numel
+    return min(start, tensor.ds_numel), flat[: max(0, min(flat.numel(), tensor.ds_numel - start))]
+
+
+def _stepped_on(zero: Any, tensor: Any, with_optimizer: bool) -> Iterator[tuple[str, int, torch.Tensor]]:
+    """What the optimizer holds of a parameter on this rank: (kind, start, values)."""
+    if is_sharded(tensor):
+        group, offset, numel = zero.grad_position[zero.get_param_id(tensor)]
+        flat = zero.fp32_partitioned_groups_flat[group]
+        states = {WEIGHT: flat, **(_moments(zero.optimizer, flat) if with_optimizer else {})}
+        for kind, values in states.items():
+            yield kind, *_shard(tensor, values.narrow(0, offset, numel))
+        return
+    mapping = tensor._hp_mapping
+    if mapping is None:  # it lies in other ranks' partitions
+        return
+    start = mapping.lp_fragment_address.start
+    yield WEIGHT, start, mapping.hp_fragment.detach()
+    if with_optimizer:
+        for kind, values in (mapping.optim_fragment or {}).items():
+            yield kind, start, values.detach()
+
+
+def _moments(optimizer: Any, flat: torch.Tensor) -> dict[str, torch.Tensor]:
+    state = optimizer.state.get(flat, {})
+    return {k: v for k, v in state.items() if isinstance(v, torch.Tensor) and v.shape == flat.shape}
+
+
+def state_entries(model: nn.Module, zero: Any) -> dict[str, tuple[Sequence[int], int]]:
+    """See :meth:`StrategyBase.state_entries`."""
+    step = adam_step(zero)
+    return {
+        name: (tuple(whole_shape(tensor)), step if tensor.requires_grad else 0) for name, tensor in hub_sources(model)
+    }
+
+
+def make_states(model: nn.Module, zero: Any, entries: Mapping[str, TensorEntry]) -> None:
+    """See :meth:`StrategyBase.make_states`. One step count serves all parameters of a ZeRO optimizer.
+
+    :raises CheckpointError: a state that Adam does not keep.
+    """
+    trained = {name: entries[name] for name, tensor in hub_sources(model) if tensor.requires_grad}
+    for name, entry in trained.items():
+        if strange := set(entry.moments) - set(MOMENTS):
+            lacking = ", ".join(sorted(strange))
+            raise CheckpointError(f"{name}: the checkpoint holds {lacking}, which this optimizer does not keep")
+    if any(entry.moments for entry in trained.values()):
+        _make_states(zero, max(entry.step for entry in trained.values()))
+    else:
+        zero.optimizer.state.clear()  # saved before the first step
+
+
+def renew_secondary_shards(model: nn.Module) -> None:
+    """Let the secondary shards (``--zpg``) follow primary ones that were written directly. Collective."""
+    for _, tensor in hub_sources(model):
+        if is_sharded(tensor) and getattr(tensor, "ds_secondary_tensor", None) is not None:
+            with load_deepspeed().zero.GatheredParameters([tensor], modifier_rank=0):
+                pass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,10 +12,11 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightrft.strategy import checkpoint, meta_init, plain_state
+from lightrft.strategy import checkpoint, meta_init
 from lightrft.strategy.backend_strategy import BackendStrategy
 from lightrft.strategy.hub_layout import HubLayout, hub_sources, unwrap
 from lightrft.strategy.memory import MoveReport
+from lightrft.strategy.state_source import Fragment, StateFormat, StateSource, TensorEntry
 from lightrft.strategy.strategy_base import ModelRecord, logger
 from lightrft.strategy.training_state import StateItem
 from lightrft.strategy.weights import TensorSpec, UpdatePlan, WeightBucket
@@ -25,6 +26,7 @@ from .adam import make_adamw
 from .deferred_engine import DeferredEngine
 from .ds_config import boundary_is_told, get_ds_eval_config, get_ds_train_config
 from .environment import join_process_group, load_deepspeed, make_secondary_group, require_dtype
+from .native_files import NATIVE
 from .sharding import ShardGroup, cast, shard_unfilled
 
 
@@ -33,6 +35,7 @@ class DeepspeedStrategy(BackendStrategy):
 
     name = "deepspeed"
     implied: ClassVar[Mapping[str, Any]] = {"fsdp": False, "strategy": None}
+    state_formats: ClassVar[tuple[StateFormat, ...]] = (NATIVE,)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -244,10 +247,27 @@ class DeepspeedStrategy(BackendStrategy):
         self._unfilled.filled(model)
 
     def write_state(self, record: ModelRecord, folder: Path, *, asynchronous: bool) -> Any:
-        return plain_state.write(self, record, folder, asynchronous=asynchronous)
+        self._unfilled.require_none(record.model)
+        return super().write_state(record, folder, asynchronous=asynchronous)
 
-    def read_state(self, record: ModelRecord, folder: Path, *, optimizer: bool) -> None:
-        plain_state.read(self, record, folder, optimizer=optimizer)
+    def take_state(self, model: nn.Module, optimizer: Optimizer | None, source: StateSource) -> None:
+        super().take_state(model, optimizer, source)
+        if self.config.zpg > 1:
+            parameters.renew_secondary_shards(model)
+        self._unfilled.filled(model)
+
+    def local_state(self, model: nn.Module, optimizer: Optimizer | None = None) -> Iterator[Fragment]:
+        return parameters.local_state(
+            model, self._zero(model), self.rank, self.layout.world_size, with_optimizer=optimizer is not None
+        )
+
+    def state_entries(
+        self, model: nn.Module, optimizer: Optimizer | None = None
+    ) -> dict[str, tuple[Sequence[int], int]]:
+        return parameters.state_entries(model, self._zero(model) if optimizer is not None else None)
+
+    def make_states(self, model: nn.Module, optimizer: Optimizer, entries: Mapping[str, TensorEntry]) -> None:
+        parameters.make_states(model, self._zero(model), entries)
 
 
 def _engine(record: ModelRecord) -> Any:

@@ -21,6 +21,7 @@ from lightrft.strategy.hub_layout import HubLayout, hub_sources
 from lightrft.strategy.memory import MoveReport
 from lightrft.strategy.meta_init import FillPlan
 from lightrft.strategy.native_strategy import NativeStrategy
+from lightrft.strategy.state_source import Fragment, StateSource, TensorEntry
 from lightrft.strategy.strategy_base import ModelRecord, StepResult
 from lightrft.strategy.training_state import StateItem
 from lightrft.strategy.weights import TensorSpec, UpdatePlan, WeightBucket
@@ -233,6 +234,19 @@ class FSDPV2Strategy(NativeStrategy):
             self._renew_masters(model)
         self._unfilled.filled(model)
 
+    def local_state(self, model: nn.Module, optimizer: Optimizer | None = None) -> Iterator[Fragment]:
+        return state.local_state(model, optimizer, self.rank, self.layout.world_size)
+
+    def make_states(self, model: nn.Module, optimizer: Optimizer, entries: Mapping[str, TensorEntry]) -> None:
+        state.make_states(model, optimizer, entries)
+
+    def take_state(self, model: nn.Module, optimizer: Optimizer | None, source: StateSource) -> None:
+        self._settle(model)
+        super().take_state(model, optimizer, source)
+        if optimizer is None:
+            self._renew_masters(model)
+        self._unfilled.filled(model)
+
     def write_state(self, record: ModelRecord, folder: Path, *, asynchronous: bool) -> checkpoints.PendingWrite | None:
         self._unfilled.require_none(record.model)
         self._settle(record.model)
@@ -244,10 +258,3 @@ class FSDPV2Strategy(NativeStrategy):
             self._background[record.model] = group
         group = self._background[record.model] if asynchronous else None
         return checkpoints.write(record.model, record.optimizer, folder, asynchronous=asynchronous, group=group)
-
-    def read_state(self, record: ModelRecord, folder: Path, *, optimizer: bool) -> None:
-        self._settle(record.model)
-        checkpoints.read(record.model, record.optimizer if optimizer else None, folder)
-        if not optimizer:
-            self._renew_masters(record.model)
-        self._unfilled.filled(record.model)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 
 from lightrft.strategy.errors import CheckpointError
 from lightrft.strategy.hub_layout import HubLayout, hub_sources
+from lightrft.strategy.state_source import WEIGHT, Fragment, TensorEntry, share_of
 from lightrft.strategy.training_state import StateItem, receive_items
 
 from .optimizer import ShardedAdamW
@@ -69,6 +71,52 @@ def state_for(optimizer: Optimizer, parameter: torch.Tensor, kinds: Iterable[str
         elif kind not in state:
             state[kind] = like(parameter, torch.zeros_like(local(parameter).detach()))
     return state
+
+
+def local_state(model: nn.Module, optimizer: Optimizer | None, rank: int, ranks: int) -> Iterator[Fragment]:
+    """See :meth:`StrategyBase.local_state`. Where the optimizer holds fp32 masters, those are written."""
+    for name, tensor in hub_sources(model):
+        cut = cut_of(tensor)
+        start = 0 if cut is None else cut.mine.start * cut.row_numel
+        rows = local(tensor).detach()
+        state = optimizer.state.get(tensor, {}) if optimizer is not None else {}
+        share = share_of(rows.numel(), *_place_among_replicas(tensor, rank, ranks))
+        if MASTER in state:
+            yield Fragment(name=name, kind=WEIGHT, start=start, values=rows, owned=slice(0))
+        yield Fragment(name=name, kind=WEIGHT, start=start, values=state.get(MASTER, rows), owned=share)
+        for kind, value in state.items():
+            if isinstance(value, torch.Tensor) and kind not in (MASTER, STEP):
+                yield Fragment(name=name, kind=kind, start=start, values=local(value), owned=share)
+
+
+def _place_among_replicas(tensor: torch.Tensor, rank: int, ranks: int) -> tuple[int, int]:
+    """Which of how many ranks that hold the same rows this one is."""
+    if not isinstance(tensor, DTensor):
+        return rank, ranks
+    index, count = 0, 1
+    for axis, placement in enumerate(tensor.placements):
+        if isinstance(placement, Replicate):
+            index = index * tensor.device_mesh.size(axis) + tensor.device_mesh.get_local_rank(axis)
+            count *= tensor.device_mesh.size(axis)
+    return index, count
+
+
+def make_states(model: nn.Module, optimizer: Optimizer, entries: Mapping[str, TensorEntry]) -> None:
+    """See :meth:`StrategyBase.make_states`.
+
+    :raises CheckpointError: a state that this optimizer does not keep.
+    """
+    for name, tensor in hub_sources(model):
+        entry = entries[name]
+        if not entry.moments:
+            optimizer.state.pop(tensor, None)
+            continue
+        state = state_for(optimizer, tensor, [*entry.moments, *([STEP] if entry.step else [])])
+        if strange := set(entry.moments) - set(state):
+            lacking = ", ".join(sorted(strange))
+            raise CheckpointError(f"{name}: the checkpoint holds {lacking}, which this optimizer does not keep")
+        if STEP in state:
+            state[STEP].fill_(float(entry.step))
 
 
 class Assembler:

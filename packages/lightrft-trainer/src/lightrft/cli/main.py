@@ -9,6 +9,7 @@ from importlib.metadata import version
 
 from lightrft.strategy.errors import LightRFTError
 from lightrft.utils import add_arguments
+from lightrft.utils.ckpt_scripts import add_convert_arguments, run_convert
 
 EXIT_WRONG_USE = 2
 
@@ -38,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
         )
         add_launch_arguments(command)
         add_arguments(command, suppress_defaults=True)
+    add_convert_arguments(commands.add_parser("convert", help="make a checkpoint or a Hugging Face folder of another"))
     return parser
 
 
@@ -75,6 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if namespace.command is None:
         parser.print_help()
         return 0
+    if namespace.command == "convert":
+        return run_convert(namespace)
     return run_command(namespace, multimodal=namespace.command == "train-vl")
 
 

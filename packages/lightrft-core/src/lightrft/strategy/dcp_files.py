@@ -1,0 +1,210 @@
+"""Training state in PyTorch's Distributed Checkpoint format (DCP), read and written without a process group.
+
+Keys are ``weight/NAME``, ``exp_avg/NAME``, ``exp_avg_sq/NAME`` and ``step/NAME``; keys of any other form are taken for
+weights. DCP pickles its metadata: it is read here by an unpickler that knows nothing but DCP's own records, and tensors
+are read weights-only.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
+
+from .errors import CheckpointError
+from .state_source import WEIGHT, Placed, StateSource, TensorEntry
+
+METADATA, STEP = ".metadata", "step"
+_RECORDS = {
+    "torch.distributed.checkpoint.metadata": {
+        "_MEM_FORMAT_ENCODING",
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size"},
+}
+_PATHS = {"PosixPath": PurePosixPath, "PurePosixPath": PurePosixPath, "WindowsPath": PureWindowsPath}
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+def open_dcp(folder: Path) -> StateSource:
+    """Read the metadata.
+
+    :raises CheckpointError: it is missing, damaged, holds anything but tensors, or tensors cut along another axis than
+        the first.
+    """
+    metadata = read_metadata(folder)
+    dtypes: dict[str, dict[str, torch.dtype]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    pieces: dict[tuple[str, str], list[Placed]] = {}
+    steps: dict[str, Placed] = {}
+    for key, item in metadata.state_dict_metadata.items():
+        assert isinstance(item, TensorStorageMetadata)
+        kind, _, name = key.partition("/") if "/" in key else (WEIGHT, "", key)
+        placed = _pieces(folder, metadata, key, item)
+        if kind == STEP:
+            steps[name] = placed[0]
+            continue
+        shapes[name] = tuple(item.size)
+        dtypes.setdefault(name, {})[kind] = item.properties.dtype
+        pieces[name, kind] = placed
+    for name, kinds in dtypes.items():
+        if WEIGHT not in kinds:
+            raise CheckpointError(f"{folder}: holds {', '.join(kinds)} of {name}, and no weight")
+    entries = {
+        name: TensorEntry(
+            shape=shapes[name], dtypes=dtypes[name], step=int(steps[name][1].read()) if name in steps else 0
+        )
+        for name in dtypes
+    }
+    return StateSource(folder, "dcp", entries, pieces)
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """A DCP folder's metadata, without running anything that the file may name.
+
+    :raises CheckpointError: it is missing, damaged, or lists anything but tensors.
+    """
+    path = folder / METADATA
+    try:
+        with path.open("rb") as file:
+            metadata = _Unpickler(file).load()
+    except (OSError, EOFError, pickle.UnpicklingError, AttributeError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path}: not readable as a checkpoint's metadata: {error}") from error
+    if not isinstance(metadata, Metadata):
+        raise CheckpointError(f"{path}: holds a {type(metadata).__name__}, not a checkpoint's metadata")
+    for name, item in metadata.state_dict_metadata.items():
+        if not isinstance(item, TensorStorageMetadata):
+            raise CheckpointError(f"{path}: {name} is no tensor: only tensors are loaded")
+    return metadata
+
+
+class SafeReader(dcp.FileSystemReader):
+    """DCP's reader, whose metadata is unpickled without running anything that a file may name.
+
+    :raises CheckpointError: see :func:`read_metadata`.
+    """
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        metadata = read_metadata(Path(self.path))
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Chunk:
+    """Rows of one tensor, which DCP has written with ``torch.save`` somewhere in a file."""
+
+    path: Path
+    key: str
+    offset: int
+    length: int
+    numel: int
+
+    def read(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.offset)
+                tensor = torch.load(io.BytesIO(file.read(self.length)), map_location="cpu", weights_only=True)
+        except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+            raise CheckpointError(
+                f"{self.path}: {self.key} cannot be read, a rank's file is missing or damaged: {error}"
+            ) from error
+        if not isinstance(tensor, torch.Tensor) or tensor.numel() != self.numel:
+            raise CheckpointError(f"{self.path}: {self.key}: {self.numel} elements expected")
+        return tensor.reshape(-1)[start:stop]
+
+
+def _pieces(folder: Path, metadata: Metadata, key: str, item: TensorStorageMetadata) -> list[Placed]:
+    placed: list[Placed] = []
+    row = torch.Size(item.size[1:]).numel()
+    for chunk in item.chunks:
+        if chunk.sizes[1:] != item.size[1:]:
+            raise CheckpointError(
+                f"{folder}: {key} is cut along another axis than the first, which is not readable here"
+            )
+        try:
+            stored = metadata.storage_data[MetadataIndex(key, chunk.offsets)]
+            path = folder / str(stored.relative_path)
+            if path.parent != folder:
+                raise CheckpointError(f"{folder}: {key} is said to lie in {stored.relative_path}, outside this folder")
+            where = _Chunk(path=path, key=key, offset=stored.offset, length=stored.length, numel=chunk.sizes.numel())
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{folder / METADATA}: does not say where {key} lies: {error!r}") from error
+        placed.append((chunk.offsets[0] * row if chunk.offsets else 0, where))
+    return placed
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name in _RECORDS.get(module, ()):
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(kind := getattr(torch, name, None), torch.dtype):
+            return kind
+        if module.startswith("pathlib") and name in _PATHS:  # where it was written; nobody opens it
+            return _PATHS[name]
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+def write_source(
+    source: StateSource, folder: Path, *, progress: Callable[[str, int], None] = lambda name, nbytes: None
+) -> None:
+    """Write everything of another source, from this process alone, one tensor at a time.
+
+    :param progress: told each tensor's key and bytes.
+    """
+    keys: dict[str, torch.Tensor] = {}
+    for name, entry in source.entries.items():
+        for kind, dtype in entry.dtypes.items():
+            keys[f"{kind}/{name}"] = torch.empty(entry.shape, dtype=dtype, device="meta")
+        if entry.moments:
+            keys[f"{STEP}/{name}"] = torch.empty((), dtype=torch.float32, device="meta")
+    writer = dcp.FileSystemWriter(folder, sync_files=False, thread_count=1)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.save(keys, storage_writer=writer, planner=_FromSource(source, progress), no_dist=True)
+    except CheckpointException as error:
+        raise plain_error(folder, "written", error) from error
+
+
+class _FromSource(DefaultSavePlanner):
+    """Resolves a planned tensor when it is written, not before."""
+
+    def __init__(self, source: StateSource, progress: Callable[[str, int], None]) -> None:
+        super().__init__(flatten_state_dict=False)
+        self._source, self._progress = source, progress
+
+    def resolve_data(self, write_item: Any) -> torch.Tensor:
+        key = write_item.index.fqn
+        kind, _, name = key.partition("/")
+        if kind == STEP:
+            return torch.tensor(float(self._source.entries[name].step))
+        tensor = self._source.whole(name, kind)
+        self._progress(key, tensor.nbytes)
+        return tensor
+
+
+def plain_error(folder: Path, done: str, error: CheckpointException) -> CheckpointError:
+    """DCP's exception is no Exception; ours is, and says which rank failed and why."""
+    ranks = "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in sorted(error.failures.items()))
+    return CheckpointError(f"{folder} could not be {done}: {ranks}")

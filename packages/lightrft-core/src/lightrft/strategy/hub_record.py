@@ -1,0 +1,104 @@
+"""What a checkpoint keeps of its model besides state: enough to write a hub folder without building the model.
+
+``layout.json`` in a model's folder says which view of which parameter each hub tensor is; ``hub/`` holds the
+configuration, generation defaults and tokenizer as ``save_pretrained`` writes them.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .errors import CheckpointError, HubLayoutError
+from .hub_export import save_configuration
+from .hub_layout import HubLayout, HubTensor, hub_models
+from .state_source import read_json
+
+if TYPE_CHECKING:
+    from .strategy_base import StrategyBase
+
+LAYOUT, HUB = "layout.json", "hub"
+# What a hub folder holds besides weights. Never code: a model that needs it names it in its configuration.
+_COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubRecord:
+    """A model's hub tensors.
+
+    :param prefix: under which the one transformers model inside the module stands ("" for none or several).
+    :param tensors: in module order.
+    """
+
+    prefix: str
+    tensors: tuple[HubTensor, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module, layout: HubLayout) -> HubRecord:
+        tensors = tuple(tensor for tensors in layout.by_source.values() for tensor in tensors)
+        return cls(prefix=inner_prefix(model), tensors=tensors)
+
+    def write(self, folder: Path) -> None:
+        rows = [
+            [t.name, t.source, t.shape, t.stride, t.offset, str(t.dtype).removeprefix("torch.")] for t in self.tensors
+        ]
+        (folder / LAYOUT).write_text(json.dumps({"prefix": self.prefix, "tensors": rows}))
+
+    @classmethod
+    def read(cls, folder: Path) -> HubRecord | None:
+        """The record in a model's folder; None where there is none.
+
+        :raises CheckpointError: it is damaged.
+        """
+        if not (folder / LAYOUT).is_file():
+            return None
+        data = read_json(folder / LAYOUT)
+        try:
+            tensors = tuple(
+                HubTensor(
+                    name=name,
+                    source=source,
+                    shape=tuple(shape),
+                    stride=tuple(stride),
+                    offset=int(offset),
+                    dtype=getattr(torch, dtype),
+                )
+                for name, source, shape, stride, offset, dtype in data["tensors"]
+            )
+            return cls(prefix=data["prefix"], tensors=tensors)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"{folder / LAYOUT}: not a layout of hub tensors: {error!r}") from error
+
+
+def write_record(strategy: StrategyBase, model: nn.Module, folder: Path, tokenizer: Any = None) -> None:
+    """Write layout, configuration and tokenizer into a model's folder. No collective."""
+    try:
+        HubRecord.of(model, strategy.hub_layout(model)).write(folder)
+    except HubLayoutError:
+        return  # such a model has no hub form: its checkpoints move between backends, not to the hub
+    (folder / HUB).mkdir(exist_ok=True)
+    save_configuration(model, folder / HUB)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder / HUB)
+
+
+def inner_prefix(model: nn.Module) -> str:
+    """Where the one transformers model stands inside a module: "model." in an actor, "" where it is the module."""
+    inner = hub_models(model)
+    return inner[0][0] if len(inner) == 1 else ""
+
+
+def copy_companions(sources: Iterable[Path], folder: Path) -> None:
+    """Copy configuration and tokenizer files; an earlier source wins."""
+    for source in sources:
+        for pattern in _COMPANIONS:
+            for path in sorted(source.glob(pattern)):
+                if not path.name.endswith(".index.json") and not (folder / path.name).exists():
+                    shutil.copyfile(path, folder / path.name)

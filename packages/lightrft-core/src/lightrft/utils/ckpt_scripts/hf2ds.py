@@ -1,0 +1,10 @@
+"""From a Hugging Face folder to a DeepSpeed checkpoint: ``python -m lightrft.utils.ckpt_scripts.hf2ds IN OUT``."""
+
+from __future__ import annotations
+
+import sys
+
+from .command import main
+
+if __name__ == "__main__":
+    sys.exit(main("hf", "ds"))
