@@ -529,7 +529,7 @@ def _damage(folder: Path, index: int, shares: int) -> str | None:
         except FileNotFoundError:
             return f"{name} is missing"
         except OSError as error:
-            return f"{name} cannot be read by rank {strategy.rank}: {error.strerror}"
+            return f"{name} cannot be read by rank {index}: {error.strerror}"
     return None
 
 

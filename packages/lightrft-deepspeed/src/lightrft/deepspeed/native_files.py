@@ -244,7 +244,8 @@ def _optimizer_state(path: Path, content: Mapping[str, Any]) -> Mapping[str, Any
 
 def _stored(path: Path, name: str, tensor: torch.Tensor) -> StoredTensor:
     """Where in its file a loaded tensor lies."""
-    offset = tensor.untyped_storage()._checkpoint_offset + tensor.storage_offset() * tensor.dtype.itemsize
+    begin: Any = tensor.untyped_storage()._checkpoint_offset
+    offset = int(begin) + int(tensor.storage_offset()) * tensor.dtype.itemsize
     return StoredTensor(path=path, name=name, dtype=tensor.dtype, shape=tuple(tensor.shape), offset=offset)
 
 
