@@ -272,7 +272,9 @@ def load(
         load_dir, tag = load_dir.parent, load_dir.name
     with strategy.together("load_ckpt", CheckpointError):
         found = _candidates(load_dir, tag) if strategy.is_rank_0() else []
-        foreign = _foreign(load_dir, tag) if strategy.is_rank_0() and not found else None
+        # DeepSpeed keeps a file `latest` too: what it names need not be ours.
+        ours = any((load_dir / name / MANIFEST).exists() for name in found)
+        foreign = _foreign(load_dir, tag) if strategy.is_rank_0() and not ours else None
     candidates, foreign = strategy.all_gather_object((found, foreign))[0]
     if foreign is not None:
         with strategy.together("load_ckpt", CheckpointError):

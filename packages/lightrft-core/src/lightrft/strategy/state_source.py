@@ -201,20 +201,24 @@ def match_names(
     :raises CheckpointError: it is another model's; says the first name or shape that differs.
     """
     names = {name: name for name in mine if name in theirs}
-    if theirs.keys() != mine.keys():
-        bare = {name.removeprefix(my_prefix): name for name in mine}
-        for prefix in [their_prefix] if their_prefix is not None else _prefixes(theirs):
-            found = {name.removeprefix(prefix): name for name in theirs}
-            if found.keys() == bare.keys() and len(found) == len(theirs):
-                names = {found[key]: name for key, name in bare.items()}
-                break
+    bare = {name.removeprefix(my_prefix): name for name in mine}
+    for prefix in [their_prefix] if their_prefix is not None else _prefixes(theirs):
+        found = {name.removeprefix(prefix): name for name in theirs}
+        matched = {found[key]: name for key, name in bare.items() if key in found}
+        if len(found) == len(theirs) and len(bare) == len(mine) and len(matched) > len(names):
+            names = matched
     back = {new: old for old, new in names.items()}
-    for name in [*mine, *(name for name in theirs if name not in names)]:
-        here = list(mine[name]) if name in mine else "absent"
-        old = back.get(name, name)
-        there = list(theirs[old]) if old in theirs else "absent"
-        if here != there:
-            raise CheckpointError(f"{folder}: a checkpoint of another model: {name} is {there} there, {here} here")
+    for name in mine:
+        there = list(theirs[back[name]]) if name in back else "absent"
+        if there != list(mine[name]):
+            raise CheckpointError(
+                f"{folder}: a checkpoint of another model: {name} is {there} there, {list(mine[name])} here"
+            )
+    for name in theirs:
+        if name not in names:
+            raise CheckpointError(
+                f"{folder}: a checkpoint of another model: {name} is {list(theirs[name])} there, absent here"
+            )
     return names
 
 
@@ -235,9 +239,8 @@ def read_json(path: Path) -> Any:
 
 
 def _prefixes(names: Iterable[str]) -> list[str]:
-    """What may stand before a model's own names: nothing, or a first part that all of them share."""
-    first = {name.partition(".")[0] for name in names}
-    return ["", *(f"{part}." for part in first if len(first) == 1)]
+    """What a wrapper may have put before a model's own names: nothing, or the first part of some."""
+    return ["", *sorted({f"{name.partition('.')[0]}." for name in names if "." in name})]
 
 
 def _check_whole(folder: Path, name: str, kind: str, numel: int, placed: Sequence[Placed]) -> None:
