@@ -229,3 +229,25 @@ def test_raw_files_that_are_damaged_missing_or_hostile_are_named(ranks: Any, tmp
     with pytest.raises(CheckpointError, match=first.name):
         open_native(tmp_path)
     assert not witness.exists()
+
+
+def go_on(folder: str, settings: dict[str, Any]) -> tuple[State, State]:
+    """Steps 2 to 4 of a run that was not stopped, and of one that was."""
+    strategy, model, optimizer = prepared(**settings)
+    train(strategy, model, optimizer, range(2))
+    strategy.save_ckpt(model, folder, tag="two")
+    train(strategy, model, optimizer, range(2, 5))
+    expected = state_of(strategy, model, optimizer)
+    _, resumed, its_optimizer = other = prepared(seed=9, **settings)
+    train(*other, range(5, 6))  # secondary shards and gathered parameters that must not shine through
+    other[0].load_ckpt(resumed, folder, tag="two")
+    train(*other, range(2, 5))
+    return expected, state_of(other[0], resumed, its_optimizer)
+
+
+@pytest.mark.parametrize("settings", [{"zpg": 2}, {"zpg": 2, "bf16": True}, {"bf16": True}], ids=str)
+def test_what_stage_3_keeps_besides_its_shards_follows_a_load(
+    ranks: Any, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    for expected, found in ranks.run(go_on, str(tmp_path), {"zero_stage": 3, **settings}):
+        assert_same(found, expected)
