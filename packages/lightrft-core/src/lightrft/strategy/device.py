@@ -34,3 +34,8 @@ def empty_cache(device: torch.device) -> None:
     """Hand cached device memory back to the driver."""
     if device.type != "cpu":
         torch.accelerator.empty_cache()
+
+
+def widens_products(device: torch.device) -> bool:
+    """Can ``torch.mm`` there take 16-bit factors and give fp32 (``out_dtype``), on its tensor cores?"""
+    return device.type == "cuda"

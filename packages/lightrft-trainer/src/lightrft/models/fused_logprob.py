@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightrft.strategy.device import widens_products
+
 BLOCK_BYTES = 32 * 2**20
 """Logits made at a time on a CPU: more only costs cache misses. An accelerator takes 16 times as much."""
 SMALLEST_BLOCK = 128
@@ -137,7 +139,7 @@ def _add_product(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
     """``total += gradientᵀ hidden``, in the dtype of ``total``."""
     if hidden.dtype == total.dtype:
         total.addmm_(gradient.t(), hidden)
-    elif hidden.device.type == "cuda":  # tensor cores: 16-bit factors, fp32 sums
+    elif widens_products(hidden.device):
         total.add_(torch.mm(gradient.t().to(hidden.dtype), hidden, out_dtype=total.dtype))
     else:
         total.addmm_(gradient.t(), hidden.to(total.dtype))
