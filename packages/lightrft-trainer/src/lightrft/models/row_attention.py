@@ -140,7 +140,7 @@ def _sdpa(
     if causal and window is not None and window < length:
         distance = torch.arange(length, device=query.device)[:, None] - torch.arange(length, device=query.device)
         mask, causal = (distance >= 0) & (distance < window), False
-    native = query.device.type == "cuda" and mask is None  # elsewhere grouped heads take the slow path
+    native = query.device.type != "cpu" and mask is None  # there grouped heads take the slow path
     if grouped > 1 and not native:
         key, value = (part.repeat_interleave(grouped, dim=1) for part in (key, value))
     return nn.functional.scaled_dot_product_attention(
