@@ -20,7 +20,7 @@ from lightrft.testing.ranks import FunctionReference
 
 from .claims import StrategyClaims, next_token_loss, run_claim
 
-DEADLINE = 4.0
+DEADLINE = 8.0
 FAULTS = ("raises", "is killed", "is stopped")
 WORK = ("backward", "optimizer_step", "save", "gather", "weight_sync")
 PLACES = ("before", "inside")
