@@ -66,6 +66,7 @@ def test_a_rank_killed_in_the_middle_of_a_save(
     same_weights(tmp_path / "run", uninterrupted)
 
 
+@pytest.mark.full
 def test_ranks_that_all_die_at_once_leave_word_how_to_go_on(tiny: Tiny, tmp_path: Path) -> None:
     """None of them lives to report an error, so the launcher must know the run's folder already."""
     command = tiny(tmp_path)
@@ -73,3 +74,34 @@ def test_ranks_that_all_die_at_once_leave_word_how_to_go_on(tiny: Tiny, tmp_path
     for pid in command.rank_pids():
         os.kill(pid, signal.SIGKILL)
     check_the_aftermath(command)
+
+
+def test_a_reward_that_raises_on_one_rank_ends_the_run_with_that_ranks_error(
+    tiny: Tiny, tiny_run: Path, tmp_path: Path
+) -> None:
+    (tiny_run.parent / "broken_reward.py").write_text(
+        "import os\n"
+        "def odd(prompts, responses, labels, **extras):\n"
+        "    if os.environ['RANK'] == '1':\n"
+        "        raise KeyError('no such label')\n"
+        "    return [0.0] * len(responses)\n"
+    )
+    command = tiny(tmp_path, "--reward", "broken_reward:odd")
+    assert command.finish() == 1
+    shown = command.output()
+    assert "lightrft: rank 1: " in shown
+    assert "KeyError: 'no such label'" in shown
+    assert "rank 0" not in shown
+    assert command.rank_pids() == []
+
+
+def test_a_stalled_rank_ends_the_run_and_is_named(tiny: Tiny, tmp_path: Path) -> None:
+    command = tiny(tmp_path, "--dist_timeout", "8")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    assert command.wait_until(lambda: len(read_metrics(metrics)) >= 1)
+    os.kill(sorted(command.rank_pids())[-1], signal.SIGSTOP)
+    assert command.finish() == 1
+    shown = command.output()
+    assert "Cause: rank" in shown
+    assert "is silent" in shown
+    assert command.rank_pids() == []

@@ -31,13 +31,23 @@ def test_the_root_cause_is_named_not_the_ranks_that_waited_for_it() -> None:
     assert launch.describe_failures(failures) == "rank 1: the reward raised"
 
 
+def test_a_rank_that_was_told_of_the_cause_names_that_rank() -> None:
+    """The launcher may have ended the rank at fault before it could tell by itself."""
+    told = failure(1, "rank 1: the reward raised", secondary=True)
+    told.message["extraInfo"]["of_another_rank"] = True
+    assert launch.describe_failures({0: told}) == "rank 1: the reward raised"
+    assert launch.describe_failures({0: told, 2: failure(1, "no data")}) == "rank 2: no data"
+
+
 def test_a_killed_rank_is_the_cause_whoever_noticed_first() -> None:
     failures = {
         0: failure(1, "rank 1 is gone", secondary=True),
         1: failure(-signal.SIGKILL, timestamp=9),
         2: failure(-signal.SIGTERM),
     }
-    assert launch.describe_failures(failures) == "rank 1 was killed by SIGKILL (out of memory?)"
+    assert launch.describe_failures(failures) == (
+        "rank 1 was killed by SIGKILL (out of memory? or it stalled, and was ended)\nrank 1 is gone"
+    )
 
 
 def test_an_abort_is_the_cause_only_where_nothing_else_is() -> None:

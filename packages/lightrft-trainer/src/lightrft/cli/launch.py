@@ -225,10 +225,13 @@ def describe_failures(failures: dict[int, Any]) -> str:
     rank, failure = min(failures.items(), key=order)
     if failure.exitcode < 0:
         name = signal.Signals(-failure.exitcode).name
-        hint = " (out of memory?)" if -failure.exitcode == signal.SIGKILL else ""
-        return f"rank {rank} was killed by {name}{hint}"
+        hint = " (out of memory? or it stalled, and was ended)" if -failure.exitcode == signal.SIGKILL else ""
+        # A rank that had stalled is killed like one that dies: those that waited for it tell which it was.
+        seen = next((f"\n{f.message['message']}" for f in failures.values() if _extra(f).get("secondary")), "")
+        return f"rank {rank} was killed by {name}{hint}{seen}"
     if isinstance(failure.message, dict):
-        return f"rank {rank}: {failure.message['message']}"
+        text = failure.message["message"]
+        return text if _extra(failure).get("of_another_rank") else f"rank {rank}: {text}"
     return f"rank {rank} ended with exit code {failure.exitcode}"
 
 

@@ -59,6 +59,9 @@ def run_rank(config: StrategyConfig, *, multimodal: bool) -> int:
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except Exception as error:  # noqa: BLE001 - the last frame of a rank: whatever it is, it is reported, and the rank fails
+        from lightrft.strategy.journal import note_departure
+
+        note_departure(error)  # those who wait for this rank name it
         _report_error(error, rank, output[-1] if output else None, multimodal=multimodal)
         return EXIT_FAILED
     launched = LAUNCH_DIR in os.environ
@@ -99,6 +102,7 @@ def _report_error(error: Exception, rank: int, output_dir: str | None, *, multim
     wrong_use = isinstance(error, (ConfigError, PluginError))
     text = str(error) if isinstance(error, LightRFTError) else f"{type(error).__name__}: {error}"
     trace = "".join(traceback.format_exception(error))
+    told = isinstance(error, LightRFTError) and error.of_another_rank  # the text begins with that rank
     if output_dir is not None:
         path = Path(output_dir) / "errors" / f"rank{rank}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -114,7 +118,8 @@ def _report_error(error: Exception, rank: int, output_dir: str | None, *, multim
                 "extraInfo": {
                     "py_callstack": trace,
                     "timestamp": str(int(time.time())),
-                    "secondary": isinstance(error, RankTimeoutError),
+                    "secondary": told or isinstance(error, RankTimeoutError),
+                    "of_another_rank": told,
                 },
             }
         }

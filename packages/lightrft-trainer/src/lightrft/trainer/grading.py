@@ -62,11 +62,17 @@ class Grader:
     def __call__(
         self, prompts: Sequence[Any], samples: Sequence[Experience], n: int, step: int, *, trajectories: int = 0
     ) -> Grades:
-        """Grade ``n`` samples of each prompt. A collective where there are reward models.
+        """Grade ``n`` samples of each prompt. Every rank must call.
 
         :param trajectories: keep the texts of this many samples.
-        :raises RewardError: a reward raised, was late, or did not return one finite number for each sample.
+        :raises RewardError: a reward raised, was late, or gave not one finite number a sample, on any rank.
         """
+        with self.strategy.together("grading", RewardError):
+            return self._grade(prompts, samples, n, step, trajectories)
+
+    def _grade(
+        self, prompts: Sequence[Any], samples: Sequence[Experience], n: int, step: int, trajectories: int
+    ) -> Grades:
         responses = [sample.tokens[sample.length - sample.response_length :].tolist() for sample in samples]
         texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
         repeated = [prompt for prompt in prompts for _ in range(n)]
