@@ -18,7 +18,7 @@ SMALL: Mapping[str, Any] = {"extra": {"kv_cache_memory_bytes": 16 * 2**20}}
 
 class TestVLLMEngine(EngineSuite):
     spec_options: ClassVar[Mapping[str, Any]] = SMALL
-    text_kinds = ("qwen2", "qwen2_tied", "qwen3", "llama")
+    text_kinds = ("qwen2", "qwen2_tied", "qwen3")
     samples = 1500
 
     @pytest.fixture

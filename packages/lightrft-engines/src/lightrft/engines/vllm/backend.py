@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
+import uuid
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,8 @@ def start(spec: EngineSpec, folder: str) -> tuple[Any, Any, Any]:
     if _World.engines == 0:
         _World.ours = not dist.is_initialized()
     arguments = engine_arguments(spec, folder, config, field_names(EngineArgs), distributed=not _World.ours)
+    if not _World.ours:
+        _name_shared_memory()
     _World.engines += 1
     try:
         with plain_layers_on_cpu():
@@ -60,6 +64,13 @@ def start(spec: EngineSpec, folder: str) -> tuple[Any, Any, Any]:
         _leave_world()
         raise
     return llm, config, generation
+
+
+def _name_shared_memory() -> None:
+    """Give vLLM's shared memory on a CPU a name of this start's own: what a killed run left behind must not clash."""
+    name = [uuid.uuid4().hex]
+    dist.broadcast_object_list(name, src=0)
+    os.environ["VLLM_DIST_IDENT"] = name[0]
 
 
 def save_config(config: Any, folder: str) -> None:
