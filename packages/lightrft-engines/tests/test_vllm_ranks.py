@@ -43,6 +43,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_tiny_model("qwen2", tmp_path_factory.mktemp("tiny") / "qwen2")
 
 
+def shared_memory() -> set[Path]:
+    """What vLLM shares between the ranks of an engine, on a machine that shows it as files."""
+    return set(Path("/dev/shm").glob("*cpushm*"))
+
+
 def started(folder: str, size: int, **options: Any) -> VLLMEngine:
     if not dist.is_initialized():
         dist.init_process_group("gloo")
@@ -89,7 +94,9 @@ def life(folder: str, size: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_whole_life_on_two_ranks(ranks: RankPool, folder: str, size: int) -> None:
+    before = shared_memory()
     results = ranks.run(life, folder, size)
+    assert shared_memory() <= before, "nothing is left that the next start could stumble over"
     old, new = tiny_model("qwen2"), tiny_model("qwen2", seed=1)
     expected = [greedy_reference(old, prompt, 12) for prompt in PROMPTS]
     for result in results:

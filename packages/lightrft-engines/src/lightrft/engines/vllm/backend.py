@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
-import os
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +54,9 @@ def start(spec: EngineSpec, folder: str) -> tuple[Any, Any, Any]:
     if _World.engines == 0:
         _World.ours = not dist.is_initialized()
     arguments = engine_arguments(spec, folder, config, field_names(EngineArgs), distributed=not _World.ours)
-    if not _World.ours:
-        _name_shared_memory()
     _World.engines += 1
     try:
-        with plain_layers_on_cpu():
+        with plain_layers_on_cpu(), _own_shared_memory(spec.device):
             llm = LLMEngine.from_engine_args(EngineArgs(**arguments))
     except BaseException:
         _leave_world()
@@ -66,11 +64,26 @@ def start(spec: EngineSpec, folder: str) -> tuple[Any, Any, Any]:
     return llm, config, generation
 
 
-def _name_shared_memory() -> None:
-    """Give vLLM's shared memory on a CPU a name of this start's own: what a killed run left behind must not clash."""
+@contextlib.contextmanager
+def _own_shared_memory(device: torch.device) -> Iterator[None]:
+    """Let this start's shared memory have a name of its own, and none once all ranks have mapped it: vLLM names it by
+    the ranks alone, and so the next start would stumble over what a killed run left behind."""
+    if device.type != "cpu" or not dist.is_initialized():
+        yield
+        return
+    from vllm.distributed.device_communicators import cpu_communicator  # pyright: ignore[reportMissingImports]
+
+    owner: Any = cpu_communicator._CPUSHMDistributed
     name = [uuid.uuid4().hex]
     dist.broadcast_object_list(name, src=0)
-    os.environ["VLLM_DIST_IDENT"] = name[0]
+    original = owner.make_group_name
+    owner.make_group_name = staticmethod(lambda group: name[0] + original(group).replace("/", ""))
+    try:
+        yield
+    finally:
+        owner.make_group_name = staticmethod(original)
+        for path in Path("/dev/shm").glob(f"{name[0]}*"):
+            path.unlink(missing_ok=True)
 
 
 def save_config(config: Any, folder: str) -> None:
