@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .batch_engine import BatchEngine
     from .config import StrategyConfig
     from .engine import EngineCapabilities, EngineSpec, GenerationOutput, GenerationRequest, RolloutEngine
     from .errors import (
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "config": ["StrategyConfig"],
+    "batch_engine": ["BatchEngine"],
     "engine": ["EngineCapabilities", "EngineSpec", "GenerationOutput", "GenerationRequest", "RolloutEngine"],
     "errors": [
         "CheckpointError",
@@ -58,6 +60,7 @@ _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names
 _PLUGINS = {"DeepspeedStrategy": "deepspeed", "FSDPV2Strategy": "fsdp"}
 
 __all__ = [
+    "BatchEngine",
     "CheckpointError",
     "ConfigError",
     "EngineCapabilities",

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 
+from lightrft.strategy.batch_engine import BatchEngine
 from lightrft.strategy.device import empty_cache
 from lightrft.strategy.engine import (
     EngineCapabilities,
@@ -16,19 +16,16 @@ from lightrft.strategy.engine import (
     GenerationRequest,
     Placement,
     RequestId,
-    RolloutEngine,
 )
-from lightrft.strategy.errors import RolloutError
 from lightrft.strategy.lifecycle import Resource
-from lightrft.strategy.sampling import sample_seed
-from lightrft.strategy.weights import TensorSpec, UpdateKind, UpdatePlan
+from lightrft.strategy.weights import TensorSpec
 
 from . import loading
 
 _ROWS_ON_CPU, _ROWS_ON_ACCELERATOR = 128, 256
 
 
-class HFEngine(RolloutEngine):
+class HFEngine(BatchEngine):
     """Writes rollouts with the transformers model itself, in the calling process.
 
     Any causal language model of transformers works, and vision-language ones through their processor. It runs on one
@@ -43,8 +40,6 @@ class HFEngine(RolloutEngine):
 
     def __init__(self) -> None:
         super().__init__()
-        self._deadline: float | None = None
-        self._prompts: dict[RequestId, Any] = {}
         self._clear()
 
     def _clear(self) -> None:
@@ -56,7 +51,6 @@ class HFEngine(RolloutEngine):
         self._memory: Any = None
         self._ends: tuple[int, ...] = ()
         self._context: int | None = None
-        self._prompts.clear()
 
     # ---- life -------------------------------------------------------------------------------------------------------
     def _start(self, spec: EngineSpec, group: Any) -> None:
@@ -118,7 +112,7 @@ class HFEngine(RolloutEngine):
         empty_cache(device)
 
     # ---- generation -------------------------------------------------------------------------------------------------
-    def _submit(self, requests: Mapping[RequestId, GenerationRequest]) -> None:
+    def _read(self, requests: Mapping[RequestId, GenerationRequest]) -> Mapping[RequestId, Any]:
         from .prompts import prompt_key
 
         read: dict[Any, Any] = {}
@@ -134,36 +128,23 @@ class HFEngine(RolloutEngine):
                         f"{self._context}: shorten it (--prompt_max_len) or give the engine a longer context "
                         "(--max_model_len)"
                     )
-        self._prompts.update({name: read[prompt_key(request)] for name, request in requests.items()})
-        super()._submit(requests)
+        return {name: read[prompt_key(request)] for name, request in requests.items()}
 
-    def _poll(self, until: Literal["all", "any"], timeout: float | None) -> list[GenerationOutput]:
-        self._deadline = None if timeout is None else time.monotonic() + timeout
-        return super()._poll(until, timeout)
-
-    def _abort(self, ids: Sequence[RequestId]) -> None:
-        super()._abort(ids)
-        for request_id in ids:
-            self._prompts.pop(request_id, None)
-
-    def _generate(self, requests: Mapping[RequestId, GenerationRequest]) -> list[GenerationOutput]:
-        prompts = [self._prompts.pop(request_id) for request_id in requests]
+    def _write(
+        self, requests: Mapping[RequestId, GenerationRequest], inputs: Mapping[RequestId, Any], deadline: float | None
+    ) -> list[GenerationOutput]:
+        prompts = [inputs[request_id] for request_id in requests]
         samples = [
             self._sample(prompt, request, number)
             for number, (prompt, request) in enumerate(zip(prompts, requests.values(), strict=True))
         ]
-        version = self.lifecycle.state.version
         try:
-            responses = self._decoder.run(samples, self._deadline)
+            responses = self._decoder.run(samples, deadline)
         except TimeoutError as error:
             raise TimeoutError(f'engine "hf" was stopped by its deadline: {error}') from None
         outputs = []
         for (request_id, request), prompt, response in zip(requests.items(), prompts, responses, strict=True):
-            if any(value != value for value in response.logprobs):
-                raise RolloutError(
-                    f'engine "hf", weights version {version}: the model\'s logits are not numbers (NaN); '
-                    "its weights are broken or overflow in this dtype"
-                )
+            self._refuse_nan(response.logprobs)
             outputs.append(
                 GenerationOutput(
                     request_id=request_id,
@@ -171,7 +152,7 @@ class HFEngine(RolloutEngine):
                     output_token_ids=response.tokens,
                     logprobs=response.logprobs if request.sampling.logprobs else None,
                     finish_reason=response.finish_reason,
-                    weight_version=version,
+                    weight_version=self.lifecycle.state.version,
                 )
             )
         return outputs
@@ -185,25 +166,14 @@ class HFEngine(RolloutEngine):
         return Sample(
             prompt=prompt,
             sampling=sampling,
-            seed=sample_seed(self.spec.seed, 0, 0, number) if sampling.seed is None else sampling.seed,
+            seed=self._seed(request, number),
             limit=min(sampling.max_tokens, room),
             stops=tuple(dict.fromkeys((*own, *sampling.stop_token_ids))),
         )
 
     # ---- weights ----------------------------------------------------------------------------------------------------
-    def _plan_update(
-        self, version: int, specs: tuple[TensorSpec, ...], kind: UpdateKind, bucket_bytes: int
-    ) -> UpdatePlan:
-        if kind != "full":
-            raise ValueError('engine "hf" takes whole models only: merge the adapter, or send kind="full"')
+    def _check_manifest(self, specs: Sequence[TensorSpec]) -> None:
         self._weight_store().check(specs)
-        dtype = self.spec.dtype
-        return UpdatePlan(
-            version=version,
-            specs=tuple(spec.cast(dtype) for spec in specs),
-            dtype=dtype,
-            bucket_bytes=bucket_bytes,
-        )
 
     def _load_bucket(self, bucket: Any) -> None:
         self._weight_store().load(bucket.tensors)

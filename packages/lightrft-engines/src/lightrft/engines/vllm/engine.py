@@ -7,10 +7,11 @@ import logging
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 
+from lightrft.strategy.batch_engine import BatchEngine
 from lightrft.strategy.engine import (
     EngineCapabilities,
     EngineSpec,
@@ -18,12 +19,10 @@ from lightrft.strategy.engine import (
     GenerationRequest,
     Placement,
     RequestId,
-    RolloutEngine,
 )
 from lightrft.strategy.errors import LightRFTError, RolloutError
 from lightrft.strategy.lifecycle import KVCache, Resource
-from lightrft.strategy.sampling import sample_seed
-from lightrft.strategy.weights import TensorSpec, UpdateKind, UpdatePlan
+from lightrft.strategy.weights import TensorSpec
 
 from . import options, prompts
 from .process_guard import ProcessGuard
@@ -34,7 +33,7 @@ logger = logging.getLogger(__name__)
 _STEPS_BETWEEN_CLOCKS = 16
 
 
-class VLLMEngine(RolloutEngine):
+class VLLMEngine(BatchEngine):
     """Writes rollouts with vLLM, in the training process.
 
     Under a launcher every rank of a tensor-parallel group runs it (vLLM's ``external_launcher``), over groups that
@@ -51,7 +50,6 @@ class VLLMEngine(RolloutEngine):
 
     def __init__(self) -> None:
         super().__init__()
-        self._deadline: float | None = None
         self._clear()
 
     def _clear(self) -> None:
@@ -61,7 +59,6 @@ class VLLMEngine(RolloutEngine):
         self._reader: Any = None
         self._weights: Any = None
         self._memory: Any = None
-        self._inputs: dict[RequestId, dict[str, Any]] = {}
         self._ends: tuple[int, ...] = ()
 
     # ---- life -------------------------------------------------------------------------------------------------------
@@ -131,40 +128,29 @@ class VLLMEngine(RolloutEngine):
             yield
 
     # ---- generation -------------------------------------------------------------------------------------------------
-    def _submit(self, requests: Mapping[RequestId, GenerationRequest]) -> None:
-        self._inputs.update({name: self._reader.read(request) for name, request in requests.items()})
-        super()._submit(requests)
+    def _read(self, requests: Mapping[RequestId, GenerationRequest]) -> Mapping[RequestId, Any]:
+        return {name: self._reader.read(request) for name, request in requests.items()}
 
-    def _poll(self, until: Literal["all", "any"], timeout: float | None) -> list[GenerationOutput]:
-        self._deadline = None if timeout is None else time.monotonic() + timeout
-        return super()._poll(until, timeout)
-
-    def _abort(self, ids: Sequence[RequestId]) -> None:
-        super()._abort(ids)
-        for request_id in ids:
-            self._inputs.pop(request_id, None)
-
-    def _generate(self, requests: Mapping[RequestId, GenerationRequest]) -> list[GenerationOutput]:
-        inputs = {name: self._inputs.pop(name) for name in requests}
+    def _write(
+        self, requests: Mapping[RequestId, GenerationRequest], inputs: Mapping[RequestId, Any], deadline: float | None
+    ) -> list[GenerationOutput]:
         with self._inside(), self._failing("generating"):
-            finished = self._run(requests, inputs)
+            finished = self._run(requests, inputs, deadline)
         return [self._output(name, request, finished[name]) for name, request in requests.items()]
 
     def _run(
-        self, requests: Mapping[RequestId, GenerationRequest], inputs: Mapping[RequestId, dict[str, Any]]
+        self, requests: Mapping[RequestId, GenerationRequest], inputs: Mapping[RequestId, Any], deadline: float | None
     ) -> dict[RequestId, Any]:
         from . import backend
 
         finished: dict[RequestId, Any] = {}
         try:
             for number, (name, request) in enumerate(requests.items()):
-                sampling = request.sampling
-                seed = sample_seed(self.spec.seed, 0, 0, number) if sampling.seed is None else sampling.seed
-                arguments = prompts.sampling_arguments(sampling, self._ends, seed)
+                arguments = prompts.sampling_arguments(request.sampling, self._ends, self._seed(request, number))
                 self._llm.add_request(name, inputs[name], backend.sampling_params(arguments))
             step = 0
             while self._llm.has_unfinished_requests():
-                if self._late(step):
+                if self._late(deadline, step):
                     raise TimeoutError(
                         f'engine "vllm" was stopped by its deadline: {len(finished)} of {len(requests)} samples written'
                     )
@@ -180,11 +166,11 @@ class VLLMEngine(RolloutEngine):
             raise RolloutError(f'engine "vllm" finished {len(finished)} of {len(requests)} samples; missing {lost[:3]}')
         return finished
 
-    def _late(self, step: int) -> bool:
+    def _late(self, deadline: float | None, step: int) -> bool:
         """Has the deadline passed? Ranks of one engine answer alike: one that stops alone would leave the others."""
-        if self._deadline is None:
+        if deadline is None:
             return False
-        late = time.monotonic() > self._deadline
+        late = time.monotonic() > deadline
         if self._group is None:
             return late
         if step % _STEPS_BETWEEN_CLOCKS:
@@ -197,19 +183,14 @@ class VLLMEngine(RolloutEngine):
         completion = answer.outputs[0]
         tokens = [int(token) for token in completion.token_ids]
         logprobs = prompts.chosen_logprobs(tokens, completion.logprobs) if request.sampling.logprobs else None
-        version = self.lifecycle.state.version
-        if logprobs is not None and any(value != value for value in logprobs):
-            raise RolloutError(
-                f'engine "vllm", weights version {version}: the model\'s logits are not numbers (NaN); '
-                "its weights are broken or overflow in this dtype"
-            )
+        self._refuse_nan(logprobs or ())
         return GenerationOutput(
             request_id=name,
             prompt_token_ids=list(answer.prompt_token_ids),
             output_token_ids=tokens,
             logprobs=logprobs,
             finish_reason=prompts.finish_reason(completion.finish_reason),
-            weight_version=version,
+            weight_version=self.lifecycle.state.version,
         )
 
     @contextlib.contextmanager
@@ -227,19 +208,8 @@ class VLLMEngine(RolloutEngine):
             ) from error
 
     # ---- weights ----------------------------------------------------------------------------------------------------
-    def _plan_update(
-        self, version: int, specs: tuple[TensorSpec, ...], kind: UpdateKind, bucket_bytes: int
-    ) -> UpdatePlan:
-        if kind != "full":
-            raise ValueError('engine "vllm" takes whole models only: merge the adapter, or send kind="full"')
+    def _check_manifest(self, specs: Sequence[TensorSpec]) -> None:
         self._weights.check(specs)
-        dtype = self.spec.dtype
-        return UpdatePlan(
-            version=version,
-            specs=tuple(spec.cast(dtype) for spec in specs),
-            dtype=dtype,
-            bucket_bytes=bucket_bytes,
-        )
 
     def _load_bucket(self, bucket: Any) -> None:
         self._weights.load(bucket.tensors)
