@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from lightrft.strategy.blame import Beat, Departure, Entry, RankNotes, blame
 from lightrft.strategy.errors import CheckpointError, RankTimeoutError
-from lightrft.strategy.journal import Beat, Departure, Entry, RankJournal, RankNotes, blame, note_departure
+from lightrft.strategy.journal import RankJournal, note_departure
 from lightrft.strategy.native_strategy import NativeStrategy
 from lightrft.testing.ranks import RankPool, announce
 

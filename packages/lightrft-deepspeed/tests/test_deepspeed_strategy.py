@@ -16,6 +16,7 @@ from lightrft.testing import StrategySuite
 from lightrft.testing.strategy_claims.checkpoints import CheckpointClaims
 from lightrft.testing.strategy_claims.deadlines import DeadlineClaims
 from lightrft.testing.strategy_claims.failing_saves import FailingSaveClaims
+from lightrft.testing.strategy_claims.meta_models import MetaModelClaims
 from lightrft.testing.strategy_claims.preparing import PreparingClaims
 from lightrft.testing.strategy_claims.training import TrainingClaims
 from lightrft.testing.strategy_claims.trajectories import TrajectoryClaims
@@ -64,6 +65,7 @@ class TestZero3InBrief(
     _CannotHold,
     TrajectoryClaims,
     PreparingClaims,
+    MetaModelClaims,
     TrainingClaims,
     CheckpointClaims,
     FailingSaveClaims,
@@ -98,6 +100,7 @@ del (
     CheckpointClaims,
     FailingSaveClaims,
     DeadlineClaims,
+    MetaModelClaims,
     PreparingClaims,
     TrainingClaims,
     TrajectoryClaims,

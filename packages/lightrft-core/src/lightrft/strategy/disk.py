@@ -10,8 +10,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from .blame import is_lost_peer
 from .errors import CheckpointError
-from .journal import is_lost_peer
 
 # Libraries written in C++ and Rust raise errors of their own, with the system's words in them; torch's writer only
 # notices that less was written than it gave.

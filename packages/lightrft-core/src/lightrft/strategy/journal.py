@@ -17,71 +17,26 @@ import contextlib
 import json
 import os
 import sys
-import sysconfig
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any
 
 import torch.distributed as dist
-from torch import nn
 
+from .blame import SHOWN_MESSAGE, Beat, Entry, RankNotes, blame, describe, has_beaten, is_lost_peer, parse_notes
+from .call_sites import call_site, origin, stands_at
 from .errors import RankTimeoutError
+from .group_waits import GroupDeadline, collectives_started, default_patience
 
-_PACKAGE = str(Path(__file__).parent)
-_LIBRARIES = ("<", *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")))
-SHOWN_MESSAGE, SHOWN_RANKS = 500, 8
+SHOWN_RANKS = 8
 _KINDS = ("op", "beat", "left")
 _ALL, _SILENT = "all", "a rank fell silent"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Entry:
-    """An operation that a rank has entered."""
-
-    sequence: int
-    name: str
-    site: str
-
-    def __str__(self) -> str:
-        return f"{self.name} (number {self.sequence}) at {self.site}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Beat:
-    """A sign of life.
-
-    :param number: counts them. :param wall: when, in seconds of the epoch. :param at: where the main thread stands.
-    :param started: collectives started, by process group.
-    """
-
-    number: int
-    wall: float
-    at: str
-    started: dict[str, int]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Departure:
-    """How a rank left. ``how``: "raised", "gave up" (it waited for another one), or "ended"."""
-
-    how: str
-    sequence: int
-    text: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class RankNotes:
-    """All that a journal holds of one rank."""
-
-    entry: Entry | None = None
-    beat: Beat | None = None
-    departure: Departure | None = None
 
 
 @dataclass(kw_only=True)
@@ -91,7 +46,7 @@ class _Self:
     rank: int
     store: dist.Store
     interval: float
-    group_timeout: float
+    deadline: GroupDeadline
     thread: int = field(default_factory=threading.get_ident)
     sequence: int = 0
     agreements: int = 0
@@ -99,7 +54,6 @@ class _Self:
     since: float = 0.0
     told: str = ""
     left_in: int = -1
-    bounded: tuple[int, int] = (0, 0)
     stop: threading.Event = field(default_factory=threading.Event)
 
     def post_departure(self, how: str, text: str) -> None:
@@ -135,15 +89,15 @@ class RankJournal:
         mine = self._self = _selves.get(world)
         if mine is None:
             mine = self._self = _selves[world] = _Self(
-                rank=rank, store=_connect(), interval=self.interval, group_timeout=group_timeout
+                rank=rank, store=_connect(), interval=self.interval, deadline=GroupDeadline(group_timeout)
             )
             mine.store.set(f"left/{rank}", "")
-            self._post(Entry(sequence=0, name="setup_distributed", site=_call_site()))
+            self._post(Entry(sequence=0, name="setup_distributed", site=call_site()))
             _watch_the_end()
             heart = threading.Thread(target=_beat_on, args=(mine, _connect()), daemon=True, name="lightrft-heart")
             heart.start()
-        mine.interval, mine.group_timeout, mine.bounded = self.interval, group_timeout, (0, 0)
-        bound_waits(mine)
+        mine.interval, mine.deadline = self.interval, GroupDeadline(group_timeout)
+        mine.deadline.impose()
         if ends_process:
             watch = threading.Thread(
                 target=_end_waits, args=(self, mine, _connect()), daemon=True, name="lightrft-watch"
@@ -178,10 +132,10 @@ class RankJournal:
             return
         mine.sequence += 1
         mine.told = ""
-        entry = Entry(sequence=mine.sequence, name=name, site=_call_site())
+        entry = Entry(sequence=mine.sequence, name=name, site=call_site())
         self._post(entry)
         mine.stack.append(entry)
-        patience = _default_patience(timedelta(seconds=mine.group_timeout))
+        patience = default_patience(timedelta(seconds=mine.deadline.seconds))
         begun = mine.since = time.monotonic()
         try:
             yield
@@ -193,14 +147,14 @@ class RankJournal:
             self._tell(explained, entry)
             raise explained from error
         finally:
-            _default_patience(*patience)
+            default_patience(*patience)
             mine.stack.pop()
             mine.since = time.monotonic()
 
     def _post(self, entry: Entry) -> None:
         assert self._self is not None
         self._self.store.set(f"op/{self.rank}", f"{entry.sequence}\t{entry.name}\t{entry.site}")
-        bound_waits(self._self)
+        self._self.deadline.impose()
 
     def _tell(self, error: BaseException, entry: Entry) -> None:
         """Tell the others that an exception passes through an operation; the innermost one tells."""
@@ -278,10 +232,10 @@ class RankJournal:
         if not store.check(keys):  # some have not joined yet
             return {rank: self._notes(rank, store) for rank in others}
         values = [value.decode() for value in store.multi_get(keys)]
-        return {rank: _parse(*values[i * len(_KINDS) :][: len(_KINDS)]) for i, rank in enumerate(others)}
+        return {rank: parse_notes(*values[i * len(_KINDS) :][: len(_KINDS)]) for i, rank in enumerate(others)}
 
     def _notes(self, rank: int, store: dist.Store) -> RankNotes:
-        return _parse(
+        return parse_notes(
             *(store.get(key).decode() if store.check([key]) else "" for key in (f"{kind}/{rank}" for kind in _KINDS))
         )
 
@@ -293,7 +247,7 @@ class RankJournal:
             while time.monotonic() < until:
                 time.sleep(self.patience / 5)
                 after = self.notes(store)
-                if all(_has_beaten(before[rank], after[rank]) for rank in after):
+                if all(has_beaten(before[rank], after[rank]) for rank in after):
                     break
             causes = blame(entry.sequence, collectives_started(), before, after)
         except RuntimeError as error:
@@ -303,55 +257,6 @@ class RankJournal:
             f"{entry} on rank {self.rank} failed after {waited:.1f} s (deadline {self.timeout:g} s, --dist_timeout). "
             f"Cause: {'; '.join(causes[:SHOWN_RANKS])}{more}"
         )
-
-
-def _parse(entry: str, beat: str, left: str) -> RankNotes:
-    sequence, name, site = entry.split("\t") if entry else ("0", "", "")
-    return RankNotes(
-        entry=Entry(sequence=int(sequence), name=name, site=site) if entry else None,
-        beat=Beat(**json.loads(beat)) if beat else None,
-        departure=Departure(**dict(zip(("how", "sequence", "text"), json.loads(left), strict=True))) if left else None,
-    )
-
-
-def blame(
-    sequence: int, started: dict[str, int], before: dict[int, RankNotes], after: dict[int, RankNotes]
-) -> list[str]:
-    """The ranks at fault for a wait that failed, a phrase each; the surest signs come first.
-
-    :param sequence: number of the operation that waited. :param started: collectives it has started, by group.
-    :param before: the others' notes, and again, after each living rank should have beaten, ``after``.
-    """
-    wall = time.time()
-    gone, behind, slow, gave_up, alive = [], [], [], [], []
-    for rank, now in after.items():
-        number = -1 if now.entry is None else now.entry.sequence
-        place = f"rank {rank}, " + ("before it had joined" if now.entry is None else f"last seen in {now.entry}")
-        at = "" if now.beat is None else f", now at {now.beat.at}"
-        lag = sum(max(0, n - now.beat.started.get(group, 0)) for group, n in started.items()) if now.beat else 0
-        left = now.departure
-        if left is not None and left.how != "ended" and left.sequence < number:
-            left = None  # it raised, somebody caught it, and it went on
-        if left is not None and left.how == "raised":
-            gone.append(f"rank {rank} raised {left.text}")
-        elif left is not None and left.how == "gave up":
-            gave_up.append(f"rank {rank} {left.text}")
-        elif left is not None:
-            gone.append(f"{place}, has ended")
-        elif not _has_beaten(before[rank], now):
-            silent = f" for {max(0.0, wall - now.beat.wall):.1f} s" if now.beat is not None else ""
-            gone.append(f"{place}, is silent{silent} (killed, stopped or cut off){at.replace('now', 'then')}")
-        elif number < sequence:
-            behind.append(f"{place}{at}")
-        elif number == sequence and lag:
-            slow.append(f"{place}, is {lag} collective{'s' if lag > 1 else ''} behind{at}")
-        else:
-            alive.append(f"{place}{at}")
-    return gone or behind or slow or gave_up or ["not known, all others are alive", *alive]
-
-
-def _has_beaten(before: RankNotes, after: RankNotes) -> bool:
-    return after.beat is not None and (before.beat is None or after.beat.number != before.beat.number)
 
 
 # ---- threads ---------------------------------------------------------------------------------------------------------
@@ -367,10 +272,10 @@ def _beat_on(mine: _Self, store: dist.Store) -> None:
     """The thread that posts signs of life, as long as this process group exists."""
     number = 0
     while _is_current(mine):
-        beat = Beat(number=number, wall=time.time(), at=_stands_at(mine.thread), started=collectives_started())
+        beat = Beat(number=number, wall=time.time(), at=stands_at(mine.thread), started=collectives_started())
         try:
             store.set(f"beat/{mine.rank}", json.dumps(vars(beat)))
-            bound_waits(mine)
+            mine.deadline.impose()
         except RuntimeError:  # the store is gone, and with it everybody who might read
             return
         number += 1
@@ -393,7 +298,7 @@ def _end_process(mine: _Self, text: str) -> None:
     sys.stderr.write(f"lightrft: {text}\n")
     sys.stderr.flush()
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        extra = {"py_callstack": _stands_at(mine.thread), "timestamp": str(int(time.time())), "secondary": True}
+        extra = {"py_callstack": stands_at(mine.thread), "timestamp": str(int(time.time())), "secondary": True}
         Path(path).write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}), encoding="utf-8")
     os._exit(1)
 
@@ -401,53 +306,6 @@ def _end_process(mine: _Self, text: str) -> None:
 def _is_current(mine: _Self) -> bool:
     world = dist.group.WORLD
     return world is not None and _selves.get(world) is mine
-
-
-def bound_waits(mine: _Self) -> None:
-    """Give every process group the deadline: libraries make groups of their own, with half an hour of patience."""
-    groups = dist.distributed_c10d._world.pg_map
-    newest = len(groups), id(next(reversed(groups), None))
-    if newest == mine.bounded:
-        return
-    mine.bounded = newest
-    for group in list(groups):
-        if isinstance(group, dist.ProcessGroup):
-            group.set_timeout(timedelta(seconds=mine.group_timeout))
-
-
-def _default_patience(seconds: timedelta, nccl: timedelta | None = None) -> tuple[timedelta, Any]:
-    """Set how long ranks wait for each other to make a group, where a library does not say; returns what was set.
-
-    torch has no setting for it, and half an hour for gloo.
-    """
-    c10d: Any = dist.distributed_c10d
-    before = c10d.default_pg_timeout, c10d.default_pg_nccl_timeout
-    c10d.default_pg_timeout = seconds
-    if before[1] is not None:  # None where torch has no NCCL
-        c10d.default_pg_nccl_timeout = nccl or seconds
-    return before
-
-
-def collectives_started() -> dict[str, int]:
-    """How many collectives this rank has started in each of its process groups."""
-    started = {}
-    groups = [group for group in list(dist.distributed_c10d._world.pg_map) if isinstance(group, dist.ProcessGroup)]
-    for group in groups:
-        counter: Any = group
-        with contextlib.suppress(RuntimeError):  # a backend that does not count
-            started[group.group_name] = counter._get_sequence_number_for_group()
-    return started
-
-
-def _stands_at(thread: int) -> str:
-    """The line that a thread is at, and the nearest one of neither Python nor an installed package."""
-    frame = sys._current_frames().get(thread)
-    if frame is None:
-        return "its end"
-    text, user = f"{_line(frame)} ({frame.f_code.co_name})", frame
-    while user is not None and user.f_code.co_filename.startswith(_LIBRARIES):
-        user = user.f_back
-    return text if user is None or user is frame else f"{text}, from {_line(user)}"
 
 
 # ---- the end of the process ------------------------------------------------------------------------------------------
@@ -463,7 +321,7 @@ def note_departure(error: BaseException | None) -> None:
         elif isinstance(error, RankTimeoutError):
             mine.post_departure("gave up", "gave up waiting")
         elif describe(error) != mine.told:  # else the operation has told
-            mine.post_departure("raised", f"{describe(error)}, at {_origin(error)}")
+            mine.post_departure("raised", f"{describe(error)}, at {origin(error)}")
 
 
 def _watch_the_end() -> None:
@@ -486,59 +344,3 @@ def _end() -> None:
     note_departure(None)
     for mine in list(_selves.values()):
         mine.stop.set()
-
-
-# ---- parts -----------------------------------------------------------------------------------------------------------
-def watch_calls(model: nn.Module, operation: Callable[[str], contextlib.AbstractContextManager[None]]) -> None:
-    """Make each call of ``model`` an operation: a sharded model waits for other ranks while it computes.
-
-    As in ``fully_shard`` the class is replaced by a subclass; a hook could not see what other hooks raise.
-
-    :param operation: a bound method, which is not kept alive.
-    """
-    kind, reference = type(model), weakref.WeakMethod(operation)
-
-    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
-        alive = reference()
-        with alive("forward") if alive is not None else contextlib.nullcontext():
-            return kind.__call__(self, *args, **kwargs)
-
-    named = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-    watched = type(kind.__name__, (kind,), {**named, "__call__": __call__})
-    model.__class__ = watched
-
-
-def is_lost_peer(error: BaseException) -> bool:
-    """Does the error come from waiting for a rank, and not from the work itself?"""
-    text = str(error).lower()
-    signs = ("timed out", "timeout", "connection closed", "connection reset", "connection refused", "broken pipe")
-    return isinstance(error, dist.DistBackendError) or any(sign in text for sign in signs)
-
-
-def describe(error: BaseException) -> str:
-    """An exception's type and message, cut to a readable length."""
-    text = f"{type(error).__name__}: {error}"
-    return text if len(text) <= SHOWN_MESSAGE else text[:SHOWN_MESSAGE] + " ..."
-
-
-def _origin(error: BaseException) -> str:
-    trace = error.__traceback__
-    if trace is None:
-        return "an unknown line"
-    while trace.tb_next is not None:
-        trace = trace.tb_next
-    return f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"
-
-
-def _line(frame: FrameType) -> str:
-    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
-
-
-def _call_site() -> str:
-    """The nearest line outside this package and contextlib: where the user called."""
-    frame = sys._getframe(1)
-    while frame.f_back and (
-        frame.f_code.co_filename.startswith(_PACKAGE) or frame.f_code.co_filename == contextlib.__file__
-    ):
-        frame = frame.f_back
-    return _line(frame)

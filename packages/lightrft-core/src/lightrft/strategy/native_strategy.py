@@ -5,7 +5,9 @@ FakeStrategy is this with one process; FSDP2 is this with sharded parameters. Wh
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import contextlib
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +17,6 @@ from torch.optim import Optimizer
 from .backend_strategy import BackendStrategy
 from .checkpoint import import_by_name
 from .hub_layout import hub_sources
-from .journal import watch_calls
 from .optimizers import rebind
 from .strategy_base import ModelRecord
 from .training_state import StateItem
@@ -34,7 +35,7 @@ class NativeStrategy(BackendStrategy):
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         prepared = self._place(model, shard_size)
         if self._waits_in_forward(prepared):
-            watch_calls(prepared, self.waits_for_ranks)
+            _watch_calls(prepared, self.waits_for_ranks)
         if record.optimizer is not None:
             rebind(record.optimizer, names, dict(model.named_parameters()))
         return prepared
@@ -66,7 +67,6 @@ class NativeStrategy(BackendStrategy):
 
     # ---- training ----------------------------------------------------------------------------------------------------
     def _backpropagate(self, record: ModelRecord, loss: torch.Tensor) -> None:
-        self._before_backward(record)
         (loss * record.loss_scale.value).backward()
 
     def _step(self, record: ModelRecord) -> tuple[bool, float]:
@@ -99,9 +99,6 @@ class NativeStrategy(BackendStrategy):
         """Does a forward pass wait for other ranks? Then the one that does not come is named."""
         return False
 
-    def _before_backward(self, record: ModelRecord) -> None:
-        """``record.at_boundary`` says whether the optimizer acts after this backward pass."""
-
     def _grad_norm(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
         """Global L2 norm of the gradients, the same on all ranks, 0-d."""
         if not gradients:
@@ -111,3 +108,22 @@ class NativeStrategy(BackendStrategy):
     def _local(self, tensor: Any) -> torch.Tensor:
         """This rank's part of a (sharded) tensor, sharing its memory."""
         return tensor
+
+
+def _watch_calls(model: nn.Module, operation: Callable[[str], contextlib.AbstractContextManager[None]]) -> None:
+    """Make each call of ``model`` an operation: a sharded model waits for other ranks while it computes.
+
+    As in ``fully_shard`` the class is replaced by a subclass; a hook could not see what other hooks raise.
+
+    :param operation: a bound method, which is not kept alive.
+    """
+    kind, reference = type(model), weakref.WeakMethod(operation)
+
+    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
+        alive = reference()
+        with alive("forward") if alive is not None else contextlib.nullcontext():
+            return kind.__call__(self, *args, **kwargs)
+
+    named = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    watched = type(kind.__name__, (kind,), {**named, "__call__": __call__})
+    model.__class__ = watched

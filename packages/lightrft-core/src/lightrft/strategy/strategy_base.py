@@ -23,6 +23,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from . import checkpoint, collectives, fragments, plain_state
+from .blame import describe, is_lost_peer
 from .config import StrategyConfig
 from .dataloader import make_dataloader
 from .device import empty_cache, local_device, process_group_backend, synchronize
@@ -33,7 +34,7 @@ from .groups import ProcessGroups, RankLayout
 from .hub_export import save_hub_model
 from .hub_layout import HubLayout, hub_sources, unwrap
 from .hub_record import inner_prefix
-from .journal import RankJournal, describe, is_lost_peer
+from .journal import RankJournal
 from .lifecycle import EngineStatus
 from .memory import OUT_OF_MEMORY_FLAGS, MoveReport, memory_figures
 from .optimizers import LossScale, move_optimizer

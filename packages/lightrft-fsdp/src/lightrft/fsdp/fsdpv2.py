@@ -126,20 +126,6 @@ class FSDPV2Strategy(NativeStrategy):
             module.reshard()
 
     # ---- training ----------------------------------------------------------------------------------------------------
-    def backward(
-        self,
-        loss: torch.Tensor,
-        model: nn.Module,
-        optimizer: Optimizer,
-        *,
-        scale: float | torch.Tensor | None = None,
-        boundary: bool | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().backward(loss, model, optimizer, scale=scale, boundary=boundary, **kwargs)
-        if self.config.use_mp_opt:
-            widen(model.parameters())
-
     def optimizer_step(
         self, optimizer: Optimizer, model: nn.Module, scheduler: Any = None, name: str = "model", **kwargs: Any
     ) -> StepResult:
@@ -150,10 +136,13 @@ class FSDPV2Strategy(NativeStrategy):
     def _averaging_ranks(self, record: ModelRecord) -> int:
         return self.data_parallel_size
 
-    def _before_backward(self, record: ModelRecord) -> None:
+    def _backpropagate(self, record: ModelRecord, loss: torch.Tensor) -> None:
         # Gradients are cut at every micro-batch, for memory's sake; replicas need only agree on the last one's sum.
         if record.shard_size != self.layout.world_size and isinstance(record.model, FSDPModule):
             record.model.set_requires_all_reduce(record.at_boundary)
+        super()._backpropagate(record, loss)
+        if self.config.use_mp_opt:
+            widen(record.model.parameters())
 
     def _grad_norm(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
         return global_norm(gradients, self.device)

@@ -20,6 +20,7 @@ from .strategy_claims.deadlines import DeadlineClaims
 from .strategy_claims.failing_saves import FailingSaveClaims
 from .strategy_claims.interface import InterfaceClaims
 from .strategy_claims.memory import MemoryClaims
+from .strategy_claims.meta_models import MetaModelClaims
 from .strategy_claims.preparing import PreparingClaims
 from .strategy_claims.rollout import RolloutClaims
 from .strategy_claims.training import TrainingClaims
@@ -32,6 +33,7 @@ __all__ = ["StrategySuite", "on_ranks"]
 class StrategySuite(
     InterfaceClaims,
     PreparingClaims,
+    MetaModelClaims,
     TrainingClaims,
     TrajectoryClaims,
     CollectiveClaims,

@@ -1,0 +1,119 @@
+"""Which rank is at fault when a wait fails: a pure reading of what each rank has noted."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+SHOWN_MESSAGE = 500
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """An operation that a rank has entered."""
+
+    sequence: int
+    name: str
+    site: str
+
+    def __str__(self) -> str:
+        return f"{self.name} (number {self.sequence}) at {self.site}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beat:
+    """A sign of life.
+
+    :param number: counts them. :param wall: when, in seconds of the epoch. :param at: where the main thread stands.
+    :param started: collectives started, by process group.
+    """
+
+    number: int
+    wall: float
+    at: str
+    started: dict[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Departure:
+    """How a rank left. ``how``: "raised", "gave up" (it waited for another one), or "ended"."""
+
+    how: str
+    sequence: int
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankNotes:
+    """All that a journal holds of one rank."""
+
+    entry: Entry | None = None
+    beat: Beat | None = None
+    departure: Departure | None = None
+
+
+def parse_notes(entry: str, beat: str, left: str) -> RankNotes:
+    """Read what a rank has posted; the empty string stands for nothing yet."""
+    sequence, name, site = entry.split("\t") if entry else ("0", "", "")
+    return RankNotes(
+        entry=Entry(sequence=int(sequence), name=name, site=site) if entry else None,
+        beat=Beat(**json.loads(beat)) if beat else None,
+        departure=Departure(**dict(zip(("how", "sequence", "text"), json.loads(left), strict=True))) if left else None,
+    )
+
+
+def blame(
+    sequence: int, started: dict[str, int], before: dict[int, RankNotes], after: dict[int, RankNotes]
+) -> list[str]:
+    """The ranks at fault for a wait that failed, a phrase each; the surest signs come first.
+
+    :param sequence: number of the operation that waited. :param started: collectives it has started, by group.
+    :param before: the others' notes, and again, after each living rank should have beaten, ``after``.
+    """
+    wall = time.time()
+    gone, behind, slow, gave_up, alive = [], [], [], [], []
+    for rank, now in after.items():
+        number = -1 if now.entry is None else now.entry.sequence
+        place = f"rank {rank}, " + ("before it had joined" if now.entry is None else f"last seen in {now.entry}")
+        at = "" if now.beat is None else f", now at {now.beat.at}"
+        lag = sum(max(0, n - now.beat.started.get(group, 0)) for group, n in started.items()) if now.beat else 0
+        left = now.departure
+        if left is not None and left.how != "ended" and left.sequence < number:
+            left = None  # it raised, somebody caught it, and it went on
+        if left is not None and left.how == "raised":
+            gone.append(f"rank {rank} raised {left.text}")
+        elif left is not None and left.how == "gave up":
+            gave_up.append(f"rank {rank} {left.text}")
+        elif left is not None:
+            gone.append(f"{place}, has ended")
+        elif not has_beaten(before[rank], now):
+            silent = f" for {max(0.0, wall - now.beat.wall):.1f} s" if now.beat is not None else ""
+            gone.append(f"{place}, is silent{silent} (killed, stopped or cut off){at.replace('now', 'then')}")
+        elif number < sequence:
+            behind.append(f"{place}{at}")
+        elif number == sequence and lag:
+            slow.append(f"{place}, is {lag} collective{'s' if lag > 1 else ''} behind{at}")
+        else:
+            alive.append(f"{place}{at}")
+    return gone or behind or slow or gave_up or ["not known, all others are alive", *alive]
+
+
+def has_beaten(before: RankNotes, after: RankNotes) -> bool:
+    """Has a rank shown a sign of life between two looks at its notes?"""
+    return after.beat is not None and (before.beat is None or after.beat.number != before.beat.number)
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Does the error come from waiting for a rank, and not from the work itself?"""
+    text = str(error).lower()
+    signs = ("timed out", "timeout", "connection closed", "connection reset", "connection refused", "broken pipe")
+    return isinstance(error, dist.DistBackendError) or any(sign in text for sign in signs)
+
+
+def describe(error: BaseException) -> str:
+    """An exception's type and message, cut to a readable length."""
+    text = f"{type(error).__name__}: {error}"
+    return text if len(text) <= SHOWN_MESSAGE else text[:SHOWN_MESSAGE] + " ..."
