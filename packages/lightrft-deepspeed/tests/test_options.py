@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
+from unittest import mock
 
 import pytest
 import torch
@@ -82,13 +83,12 @@ class TestOptions(StrategyClaims):
         lines = io.StringIO()
         handler = logging.StreamHandler(lines)
         logging.getLogger("lightrft").addHandler(handler)
-        path, os.environ["PATH"] = os.environ["PATH"], ""
         try:
-            strategy = self.strategy(zero_stage=stage, adam_offload=True)
-            optimizer = strategy.create_optimizer(self.model())
-            outcome = self.outcome(zero_stage=stage, adam_offload=True)
+            with mock.patch.dict(os.environ, PATH=""):
+                strategy = self.strategy(zero_stage=stage, adam_offload=True)
+                optimizer = strategy.create_optimizer(self.model())
+                outcome = self.outcome(zero_stage=stage, adam_offload=True)
         finally:
-            os.environ["PATH"] = path
             logging.getLogger("lightrft").removeHandler(handler)
         assert type(optimizer) is torch.optim.AdamW
         if strategy.is_rank_0():

@@ -74,11 +74,14 @@ class MetaModelClaims(StrategyClaims):
         assert inner.get_input_embeddings().weight is inner.get_output_embeddings().weight, "tied embeddings stay tied"
 
     def _saved(self, strategy: StrategyBase, kind: str) -> Any:
-        """The configuration of a model in a folder of this rank's own."""
+        """The configuration of a tiny model in a folder that all ranks read."""
         from transformers import AutoConfig
 
         strategy.setup_distributed()
-        return AutoConfig.from_pretrained(save_tiny_model(kind, self.folder / f"model{strategy.rank}"))
+        if strategy.is_rank_0():
+            save_tiny_model(kind, self.folder / kind)
+        strategy.all_gather_object("written")
+        return AutoConfig.from_pretrained(self.folder / kind)
 
 
 class Mute(nn.Module):
