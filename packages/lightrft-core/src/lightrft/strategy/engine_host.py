@@ -125,7 +125,9 @@ class EngineHost:
                 _, problem = _attempt(self._compare, self.engine, plan, sent)
             if self.config.verify_weights == "full":
                 problem = self._compare_fully(actor, plan, problem)
-        if self.engine is not None and problem is None:
+        # Before any engine calls its weights whole: a rank that did would wait in generate for one that refuses.
+        self._raise_together(problem, WeightSyncError)
+        if self.engine is not None:
             receipt, problem = _attempt(self.engine.finish_update)
         self._raise_together(problem, WeightSyncError)
         self.weight_version = version

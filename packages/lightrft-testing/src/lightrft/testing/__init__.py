@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from .engine_suite import EngineSuite
     from .fake_engine import FakeEngine
-    from .faults import calling_first, cut, die, flip_bit, poison_gradient
+    from .faults import calling_first, cut, die, faulty_sync, flip_bit, poison_gradient
     from .launching import NodeResult, free_port, torchrun
     from .ranks import Outcome, RankFailure, RankJob, RankPool, announce
     from .strategy_suite import StrategySuite, on_ranks
@@ -34,7 +34,7 @@ _HOMES = {
     "lightrft.strategy.fake_strategy": ["FakeStrategy"],
     "lightrft.testing.engine_suite": ["EngineSuite"],
     "lightrft.testing.fake_engine": ["FakeEngine"],
-    "lightrft.testing.faults": ["calling_first", "cut", "die", "flip_bit", "poison_gradient"],
+    "lightrft.testing.faults": ["calling_first", "cut", "die", "faulty_sync", "flip_bit", "poison_gradient"],
     "lightrft.testing.launching": ["NodeResult", "free_port", "torchrun"],
     "lightrft.testing.ranks": ["Outcome", "RankFailure", "RankJob", "RankPool", "announce"],
     "lightrft.testing.strategy_suite": ["StrategySuite", "on_ranks"],
@@ -79,6 +79,7 @@ __all__ = [
     "cut",
     "deviation_table",
     "die",
+    "faulty_sync",
     "flip_bit",
     "free_port",
     "noise_floor",

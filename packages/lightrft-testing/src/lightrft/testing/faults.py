@@ -10,9 +10,16 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+
+from lightrft.strategy.weights import WeightBucket
+
+if TYPE_CHECKING:
+    from lightrft.strategy import StrategyBase
+
+TensorFault = Literal["dropped", "doubled", "truncated", "misnamed", "stale"]
 
 
 @contextlib.contextmanager
@@ -133,6 +140,47 @@ def flip_bit(path: Path, position: int | None = None) -> None:
     index = len(data) // 2 if position is None else position
     data[index] ^= 1
     path.write_bytes(data)
+
+
+@contextlib.contextmanager
+def faulty_sync(strategy: StrategyBase, fault: TensorFault, name: str) -> Iterator[None]:
+    """Within it, the tensor ``name`` goes wrong on this rank, between what the strategy exports and its engine.
+
+    "stale": the values of an earlier sync come, zeros here. Verifying by samples cannot find it, for they left the
+    trainer like that; ``verify_weights="full"`` exports again and does: the first export alone is disturbed.
+    """
+    original = strategy.export_weights
+    exports = 0
+
+    def export(*args: Any, **kwargs: Any) -> Iterator[WeightBucket]:
+        nonlocal exports
+        exports += 1
+        buckets = original(*args, **kwargs)
+        return (part for bucket in buckets for part in _spoiled(bucket, fault, name)) if exports == 1 else buckets
+
+    strategy.export_weights = export  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del strategy.export_weights
+
+
+def _spoiled(bucket: WeightBucket, fault: TensorFault, name: str) -> Iterator[WeightBucket]:
+    """What arrives instead of ``bucket``."""
+    tensors = dict(bucket.tensors)
+    tensor = tensors.pop(name, None)
+    if tensor is None or fault == "doubled":
+        yield bucket
+    if tensor is None:
+        return
+    arriving = {
+        "dropped": tensors,
+        "doubled": {name: tensor},
+        "truncated": {**tensors, name: tensor[:-1]},
+        "misnamed": {**tensors, f"{name}.renamed": tensor},
+        "stale": {**tensors, name: torch.zeros_like(tensor)},
+    }[fault]
+    yield WeightBucket(bucket.index, arriving)
 
 
 def poison_gradient(model: torch.nn.Module, value: float = float("nan")) -> None:

@@ -61,6 +61,9 @@ def start(spec: EngineSpec, folder: str) -> tuple[Any, Any, Any]:
     except BaseException:
         _leave_world()
         raise
+    # A process that ends with its engine gives everything back as it is: vLLM's teardown would ask for a driver that a
+    # CPU has not, once its replacements are out of place, and destroy the trainer's process group.
+    llm.engine_core._finalizer.atexit = False
     return llm, config, generation
 
 

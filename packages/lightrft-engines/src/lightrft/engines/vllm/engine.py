@@ -6,6 +6,7 @@ import contextlib
 import logging
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -63,12 +64,13 @@ class VLLMEngine(BatchEngine):
 
     # ---- life -------------------------------------------------------------------------------------------------------
     def _start(self, spec: EngineSpec, group: Any) -> None:
-        from . import backend
-
         if spec.pretrain is None and spec.model_config is None:
             raise ValueError('engine "vllm" needs a model: set --pretrain, or pass EngineSpec(model_config=...)')
         options.check_dtype(spec)
         self._group, self._guard = group, ProcessGuard(spec.device)
+        with self._guard, warnings.catch_warnings(action="ignore", category=FutureWarning):
+            from . import backend
+
         with contextlib.ExitStack() as stack:
             folder = spec.pretrain or stack.enter_context(tempfile.TemporaryDirectory(prefix="lightrft-vllm-"))
             if spec.pretrain is None:

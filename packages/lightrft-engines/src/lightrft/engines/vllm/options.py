@@ -68,6 +68,7 @@ def engine_arguments(
         "logprobs_mode": "processed_logprobs",
         "generation_config": "vllm",
         "disable_log_stats": True,
+        "use_tqdm_on_load": False,
         "enforce_eager": on_cpu,
         "enable_sleep_mode": not on_cpu,
         "async_scheduling": False,

@@ -1,0 +1,203 @@
+"""Sharded actors feed the rollout engines: the same tokens from every backend and engine, or an error that says why.
+
+An engine that is not installed in this environment skips its rows: `uv run nox -s vllm_integration` brings vLLM.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from lightrft.strategy import get_strategy
+from lightrft.strategy.errors import StaleWeightsError, WeightSyncError
+from lightrft.strategy.lifecycle import EngineStatus
+from lightrft.testing import RankPool, faulty_sync, tiny_model
+from lightrft.testing.engine_suite import GREEDY, PROMPTS, greedy_reference, hub_state, processed_logprobs, tokens_of
+from lightrft.testing.tiny_models import save_tiny_model
+
+
+class Engine(NamedTuple):
+    """One row of the table: an engine, and over how many ranks it splits the model."""
+
+    name: str
+    size: int
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        extra = {"kv_cache_memory_bytes": 8 * 2**20} if self.name == "vllm" else {}
+        return {"engine_type": self.name, "engine_tp_size": self.size, "engine_extra": extra}
+
+
+ENGINES = (Engine("hf", 1), Engine("vllm", 1), Engine("vllm", 2))
+INSTALLED_WITH: Mapping[str, str] = {"vllm": "vllm_integration"}
+BACKENDS: Mapping[str, Mapping[str, Any]] = {"FSDP2": {"fsdp": True}, "ZeRO 3": {"zero_stage": 3}}
+SETTINGS: Mapping[str, Any] = {
+    "micro_train_batch_size": 1,
+    "train_batch_size": 2,
+    "max_model_len": 128,
+    "prompt_max_len": 64,
+    "verify_weights": "full",
+    "weight_bucket_mb": 0.05,  # several buckets
+}
+SHARES = (slice(0, 4), slice(4, None))  # uneven
+
+
+def installed(engine: Engine) -> Engine:
+    """Skip where the engine's library is missing."""
+    if engine.name in INSTALLED_WITH and find_spec(engine.name) is None:
+        pytest.skip(f"{engine.name} is not installed: uv run nox -s {INSTALLED_WITH[engine.name]} brings it")
+    return engine
+
+
+def cell(engine: Engine) -> str:
+    return f"{engine.name}, TP {engine.size}"
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[RankPool]:
+    with RankPool(2, timeout=300.0, env={"DS_ACCELERATOR": "cpu"}) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The model that engines load; the actors have other weights of the same shape."""
+    return save_tiny_model("qwen2", tmp_path_factory.mktemp("tiny") / "qwen2")
+
+
+def started(backend: str, engine: Engine, folder: str, **settings: Any) -> tuple[Any, Any]:
+    """A strategy with an engine that the sharded actor has fed, by the documents' calls."""
+    args = {**SETTINGS, **BACKENDS[backend], **engine.settings, "pretrain": folder, **settings}
+    strategy = get_strategy(args)
+    strategy.setup_distributed()
+    actor = strategy.prepare_model(tiny_model("qwen2", seed=1))
+    strategy.setup_inference_engine(strategy.args, engine_type=engine.name, actor=actor)
+    return strategy, actor
+
+
+def generated(strategy: Any, *, sleep: bool = False) -> list[Any]:
+    share = PROMPTS[SHARES[strategy.rank]]
+    return strategy.gather_and_generate(GREEDY, all_prompt_token_ids=share, sleep_engine=sleep)
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+def fed(backend: str, engine: Engine, folder: str) -> tuple[list[list[int]], float]:
+    """Greedy tokens for this rank's prompts, and the largest distance of their logprobs from a plain forward's."""
+    strategy, _ = started(backend, engine, folder)
+    outputs = generated(strategy, sleep=True)
+    assert strategy.inference_engine_status is EngineStatus.SLEEPED
+    assert tokens_of(generated(strategy)) == tokens_of(outputs), "it slept in between"
+    assert {output.weight_version for output in outputs} == {1}
+    plain, error = tiny_model("qwen2", seed=1), 0.0
+    for output in outputs:
+        for row, token, logprob in zip(
+            processed_logprobs(plain, output, GREEDY), output.output_token_ids, output.logprobs or (), strict=True
+        ):
+            error = max(error, abs(float(row[token]) - logprob))
+    strategy.engine_host.shutdown()
+    return tokens_of(outputs), error
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=cell)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_table_of_backends_and_engines(ranks: RankPool, folder: str, backend: str, engine: Engine) -> None:
+    """The rows of docs/equivalence.md: ``-k table -rP`` prints them."""
+    results = ranks.run(fed, backend, installed(engine), folder)
+    model = tiny_model("qwen2", seed=1)
+    expected = [greedy_reference(model, prompt, 12) for prompt in PROMPTS]
+    equal = sum(mine == other for mine, other in zip((t for part, _ in results for t in part), expected, strict=True))
+    error = max(error for _, error in results)
+    sys.stdout.write(f"| {backend} | {cell(engine)} | {equal} of {len(expected)} | {error:.1e} |\n")
+    assert equal == len(expected)
+    assert error < 1e-5
+
+
+# ---- faults on the way -----------------------------------------------------------------------------------------------
+VICTIM = "model.layers.1.self_attn.k_proj.weight"  # inside a module that engines fuse
+FAULTS = ("dropped", "doubled", "truncated", "misnamed", "stale")
+
+
+def faulted(backend: str, engine: Engine, folder: str) -> dict[str, str]:
+    """What each fault, injected on rank 1 alone, says on this rank; after each a good sync must mend everything."""
+    strategy, actor = started(backend, engine, folder)
+    said = {}
+    for seed, fault in enumerate(FAULTS, start=2):
+        new = tiny_model("qwen2", seed=seed)
+        strategy.import_weights(actor, iter(hub_state(new).items()))
+        try:
+            if strategy.rank == 1:
+                with faulty_sync(strategy, fault, VICTIM):
+                    strategy.update_engine_weights(actor)
+            else:
+                strategy.update_engine_weights(actor)
+        except WeightSyncError as error:
+            said[fault] = str(error)
+        with pytest.raises(StaleWeightsError):  # on both: no rank may take its own part for whole
+            generated(strategy)
+        strategy.update_engine_weights(actor)
+        share = PROMPTS[SHARES[strategy.rank]]
+        assert tokens_of(generated(strategy)) == [greedy_reference(new, prompt, 12) for prompt in share], fault
+    strategy.engine_host.shutdown()
+    return said
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=cell)
+def test_a_fault_on_the_way_is_named_on_every_rank(ranks: RankPool, folder: str, engine: Engine) -> None:
+    for said in ranks.run(faulted, "FSDP2", installed(engine), folder):
+        assert set(said) == set(FAULTS)
+        for fault, text in said.items():
+            assert VICTIM in text, f"{fault}: {text}"
+
+
+def held_back(engine: Engine, folder: str) -> tuple[str, str]:
+    """An engine that acknowledges a tensor and keeps its old values, verified by samples alone."""
+    strategy, actor = started("FSDP2", engine, folder, verify_weights="sampled")
+    strategy.import_weights(actor, iter(hub_state(tiny_model("qwen2", seed=2)).items()))
+    engine_here = strategy.inference_engine
+    load = engine_here._load_bucket
+
+    def forgetful(bucket: Any) -> None:
+        load(replace(bucket, tensors={name: t for name, t in bucket.tensors.items() if name != VICTIM}))
+
+    engine_here._load_bucket = forgetful
+    with pytest.raises(WeightSyncError) as error:
+        strategy.update_engine_weights(actor)
+    strategy.engine_host.shutdown()
+    return type(error.value).__name__, str(error.value)
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=cell)
+def test_an_engine_that_keeps_old_values_is_found_out(ranks: RankPool, folder: str, engine: Engine) -> None:
+    for _, text in ranks.run(held_back, installed(engine), folder):
+        assert VICTIM in text
+        assert "other values than were sent" in text
+
+
+# ---- bfloat16 --------------------------------------------------------------------------------------------------------
+def in_bfloat16(engine: Engine, folder: str) -> tuple[float, float]:
+    """Largest distance of logprobs from a forward in fp32: the engine's, and of a plain forward in bf16."""
+    strategy, _ = started("FSDP2", engine, folder, bf16=True)
+    exact = tiny_model("qwen2", seed=1).to(torch.bfloat16).float()  # the weights that the engine has
+    rounded = tiny_model("qwen2", seed=1).to(torch.bfloat16)
+    mine = plain = 0.0
+    for output in generated(strategy):
+        rows = zip(processed_logprobs(exact, output, GREEDY), processed_logprobs(rounded, output, GREEDY), strict=True)
+        for (right, half), token, logprob in zip(rows, output.output_token_ids, output.logprobs or (), strict=True):
+            mine = max(mine, abs(float(right[token]) - logprob))
+            plain = max(plain, abs(float(right[token] - half[token])))
+    strategy.engine_host.shutdown()
+    return mine, plain
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=cell)
+def test_table_of_bfloat16(ranks: RankPool, folder: str, engine: Engine) -> None:
+    """An engine in bf16 is no farther from fp32 than four times what rounding does to a plain forward."""
+    mine, plain = (max(values) for values in zip(*ranks.run(in_bfloat16, installed(engine), folder), strict=True))
+    sys.stdout.write(f"| bf16 | {cell(engine)} | {mine:.1e} | plain forward {plain:.1e} |\n")
+    assert 0 < mine < 4 * plain
