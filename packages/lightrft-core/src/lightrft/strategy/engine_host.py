@@ -16,7 +16,7 @@ from .collectives import ALONE, all_gather_object
 from .config import StrategyConfig
 from .engine import EngineSpec, GenerationOutput, RolloutEngine
 from .engine_checks import check_engine
-from .errors import ConfigError, EngineStateError, LightRFTError, RolloutError, WeightSyncError
+from .errors import ConfigError, EngineStateError, LightRFTError, RankTimeoutError, RolloutError, WeightSyncError
 from .hub_layout import hub_models, unwrap
 from .length_plot import LengthPlot
 from .lifecycle import EngineStatus
@@ -340,8 +340,13 @@ class EngineHost:
 
     def _raise_together(self, problem: Exception | None, kind: type[LightRFTError], what: str = "") -> None:
         """All ranks raise where one has a problem: the one its own error, the others one that names it."""
-        with self.strategy.waits_for_ranks(what or "agree on the outcome"):
-            texts = self.strategy.all_gather_object(_describe(problem))
+        try:
+            with self.strategy.waits_for_ranks(what or "agree on the outcome"):
+                texts = self.strategy.all_gather_object(_describe(problem))
+        except RankTimeoutError as late:
+            if problem is not None:  # a rank that is stuck because of it cannot hear of it: this is what went wrong
+                raise problem from late
+            raise
         if problem is not None or any(texts):
             if self.engine is not None and kind is WeightSyncError:
                 self.engine.abort_update()

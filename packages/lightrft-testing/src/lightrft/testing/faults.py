@@ -158,7 +158,7 @@ def faulty_sync(strategy: StrategyBase, fault: TensorFault, name: str) -> Iterat
         buckets = original(*args, **kwargs)
         return (part for bucket in buckets for part in _spoiled(bucket, fault, name)) if exports == 1 else buckets
 
-    strategy.export_weights = export  # type: ignore[method-assign]
+    strategy.export_weights = export
     try:
         yield
     finally:
