@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 SHARED = {"pyproject.toml", "uv.lock", "noxfile.py"}
 DOCUMENTS = {".md", ".rst", ".png", ".svg"}
 ALWAYS = "lint"
-REPOSITORY_WIDE = {"lint", "types", "contracts", "api", "integration"}
+REPOSITORY_WIDE = {"lint", "types", "contracts", "api", "integration", "vllm_integration"}
 
 
 def dependents(projects: Mapping[str, Mapping[str, Any]]) -> dict[str, set[str]]:
@@ -89,7 +89,7 @@ def matrix(
             packages |= set(reverse)
             names |= REPOSITORY_WIDE
         elif path.startswith("integration/"):
-            names.add("integration")
+            names |= {"integration", "vllm_integration"}
         else:
             names |= {"types", "contracts"}
 
