@@ -95,6 +95,7 @@ def test_a_reward_that_raises_on_one_rank_ends_the_run_with_that_ranks_error(
     assert command.rank_pids() == []
 
 
+@pytest.mark.full  # the suite stalls ranks in every operation; here the launcher tells
 def test_a_stalled_rank_ends_the_run_and_is_named(tiny: Tiny, tmp_path: Path) -> None:
     command = tiny(tmp_path, "--dist_timeout", "8")
     metrics = tmp_path / "run" / "metrics.jsonl"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -59,17 +60,17 @@ def test_the_number_of_ranks_does_not_change_the_run(tiny: Tiny, tmp_path: Path,
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(tiny: Tiny, tmp_path: Path, uninterrupted: Path) -> None:
-    first = tiny(tmp_path)
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    assert first.wait_until(lambda: len(read_metrics(metrics)) >= 2)
-    first.process.send_signal(signal.SIGTERM)
-    assert first.finish() == 130
-    second = tiny(tmp_path, "--resume", "--nproc_per_node", "1")
-    assert second.finish() == 0, second.output()
-    alone, together = read_metrics(metrics), read_metrics(uninterrupted / "metrics.jsonl")
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    for step in (7, 8):  # as if it had ended after the sixth
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step_{step:06d}")
+    command = tiny(tmp_path, "--resume", "--nproc_per_node", "1")
+    assert command.finish() == 0, command.output()
+    assert "step_000006 at step 6" in command.output().replace("\n", "")
+    alone, together = (read_metrics(folder / "metrics.jsonl") for folder in (tmp_path / "run", uninterrupted))
     assert [line["step"] for line in alone] == list(range(1, 9))
-    for one, two in zip(alone, together, strict=True):
+    for one, two in zip(alone[6:], together[6:], strict=True):
         assert one["reward_mean"] == pytest.approx(two["reward_mean"], abs=0.05)
+        assert one["weight_version"] == two["weight_version"]
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(
@@ -92,6 +93,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     same_weights(tmp_path / "run", uninterrupted)
 
 
+@pytest.mark.full  # data/test_prompts.py holds the message itself
 def test_a_line_without_its_key_names_file_and_line(tiny: Tiny, tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     rows = [{"input": f"{i}=", "label": "1"} for i in range(8)]
@@ -116,20 +118,31 @@ def test_no_rank_outlives_a_killed_launcher(tiny: Tiny, tmp_path: Path) -> None:
     assert command.rank_pids() == []
 
 
+CUT = ("--sp_size", "2", "--packing_samples", "--fused_linear_logprob", "--chunk_size", "7")
+
+
 def test_packed_fused_and_cut_sequences_train_as_plain_ones(tiny: Tiny, tmp_path: Path, uninterrupted: Path) -> None:
-    flags = ["--sp_size", "2", "--packing_samples", "--fused_linear_logprob", "--chunk_size", "7"]
-    first = tiny(tmp_path, *flags, "--max_tokens_per_micro_batch", "40")
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    assert first.wait_until(lambda: len(read_metrics(metrics)) >= 1)
-    first.process.send_signal(signal.SIGTERM)
-    assert first.finish() in (0, 130), first.output()
-    # The two ranks held the same samples, and on one rank each has them whole again.
-    second = tiny(tmp_path, "--resume", "--nproc_per_node", "1", "--sp_size", "1")
-    assert second.finish() == 0, second.output()
-    cut, plain = read_metrics(metrics), read_metrics(uninterrupted / "metrics.jsonl")
-    assert [line["step"] for line in cut] == list(range(1, 9))
+    command = tiny(tmp_path, *CUT, "--max_tokens_per_micro_batch", "40")
+    assert command.finish() == 0, command.output()
+    cut, plain = (read_metrics(folder / "metrics.jsonl") for folder in (tmp_path / "run", uninterrupted))
+    assert len(cut) == 8
     for one, two in zip(cut[:2], plain[:2], strict=True):
         assert one["reward_mean"] == pytest.approx(two["reward_mean"], abs=1e-9)
         assert one["response_length_mean"] == two["response_length_mean"]
         for name in ("loss", "grad_norm", "policy_kl"):
             assert one[name] == pytest.approx(two[name], rel=2e-3, abs=2e-5)
+
+
+@pytest.mark.full
+def test_cut_sequences_go_on_whole(tiny: Tiny, tmp_path: Path, uninterrupted: Path) -> None:
+    """Two ranks held the same samples; on one rank each has them once."""
+    first = tiny(tmp_path, *CUT)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    assert first.wait_until(lambda: len(read_metrics(metrics)) >= 1)
+    first.process.send_signal(signal.SIGTERM)
+    assert first.finish() in (0, 130), first.output()
+    second = tiny(tmp_path, "--resume", "--nproc_per_node", "1", "--sp_size", "1")
+    assert second.finish() == 0, second.output()
+    cut, plain = read_metrics(metrics), read_metrics(uninterrupted / "metrics.jsonl")
+    assert [line["step"] for line in cut] == list(range(1, 9))
+    assert cut[1]["reward_mean"] == pytest.approx(plain[1]["reward_mean"], abs=1e-9)

@@ -147,7 +147,8 @@ class RemoteReward:
             try:
                 return self._post(url, body, deadline)
             except _TryAgainError as error:
-                failures.append(f"{url}: {error}")
+                if not failures or time.monotonic() < deadline:  # an answer that came says more than a late try
+                    failures.append(f"{url}: {error}")
                 raise
 
         wait = tenacity.wait_exponential(multiplier=self.retry_seconds, max=10.0) + tenacity.wait_random(
