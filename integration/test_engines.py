@@ -73,6 +73,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def started(backend: str, engine: Engine, folder: str, **settings: Any) -> tuple[Any, Any]:
     """A strategy with an engine that the sharded actor has fed, by the documents' calls."""
+    engine = Engine(*engine)  # ranks get a plain tuple: this module has no name there
     args = {**SETTINGS, **BACKENDS[backend], **engine.settings, "pretrain": folder, **settings}
     strategy = get_strategy(args)
     strategy.setup_distributed()
@@ -108,7 +109,7 @@ def fed(backend: str, engine: Engine, folder: str) -> tuple[list[list[int]], flo
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_table_of_backends_and_engines(ranks: RankPool, folder: str, backend: str, engine: Engine) -> None:
     """The rows of docs/equivalence.md: ``-k table -rP`` prints them."""
-    results = ranks.run(fed, backend, installed(engine), folder)
+    results = ranks.run(fed, backend, tuple(installed(engine)), folder)
     model = tiny_model("qwen2", seed=1)
     expected = [greedy_reference(model, prompt, 12) for prompt in PROMPTS]
     equal = sum(mine == other for mine, other in zip((t for part, _ in results for t in part), expected, strict=True))
@@ -149,7 +150,7 @@ def faulted(backend: str, engine: Engine, folder: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("engine", ENGINES, ids=cell)
 def test_a_fault_on_the_way_is_named_on_every_rank(ranks: RankPool, folder: str, engine: Engine) -> None:
-    for said in ranks.run(faulted, "FSDP2", installed(engine), folder):
+    for said in ranks.run(faulted, "FSDP2", tuple(installed(engine)), folder):
         assert set(said) == set(FAULTS)
         for fault, text in said.items():
             assert VICTIM in text, f"{fault}: {text}"
@@ -174,7 +175,7 @@ def held_back(engine: Engine, folder: str) -> tuple[str, str]:
 
 @pytest.mark.parametrize("engine", ENGINES, ids=cell)
 def test_an_engine_that_keeps_old_values_is_found_out(ranks: RankPool, folder: str, engine: Engine) -> None:
-    for _, text in ranks.run(held_back, installed(engine), folder):
+    for _, text in ranks.run(held_back, tuple(installed(engine)), folder):
         assert VICTIM in text
         assert "other values than were sent" in text
 
@@ -198,6 +199,8 @@ def in_bfloat16(engine: Engine, folder: str) -> tuple[float, float]:
 @pytest.mark.parametrize("engine", ENGINES, ids=cell)
 def test_table_of_bfloat16(ranks: RankPool, folder: str, engine: Engine) -> None:
     """An engine in bf16 is no farther from fp32 than four times what rounding does to a plain forward."""
-    mine, plain = (max(values) for values in zip(*ranks.run(in_bfloat16, installed(engine), folder), strict=True))
+    mine, plain = (
+        max(values) for values in zip(*ranks.run(in_bfloat16, tuple(installed(engine)), folder), strict=True)
+    )
     sys.stdout.write(f"| bf16 | {cell(engine)} | {mine:.1e} | plain forward {plain:.1e} |\n")
     assert 0 < mine < 4 * plain
