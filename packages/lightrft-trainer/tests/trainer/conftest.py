@@ -91,7 +91,7 @@ def make(tmp_path: Path) -> Callable[..., Setup]:
         if config.advantage_estimator == "gae":
             critic = CriticLanguage(build_model(layers=1, width=64).model, **options)
         reference = policy() if config.init_kl_coef > 0 else None
-        average = strategy.prepare_model(policy()) if config.enable_ema else None
+        average = strategy.prepare_average(policy()) if config.enable_ema else None
         (actor, optim, schedule), (critic, critic_optim, critic_schedule), _, reference = (
             strategy.prepare_models_and_optimizers(policy(), critic, None, reference, config, max_steps=100)
         )

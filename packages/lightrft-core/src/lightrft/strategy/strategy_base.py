@@ -70,9 +70,9 @@ class StepResult:
 
 @dataclass(kw_only=True)
 class ModelRecord:
-    """What a strategy knows of one prepared model."""
+    """What a strategy knows of one prepared model, which it does not keep alive."""
 
-    model: nn.Module
+    reference: weakref.ref[nn.Module]
     optimizer: Optimizer | None = None
     scheduler: Any = None
     shard_size: int | None = None
@@ -80,6 +80,21 @@ class ModelRecord:
     at_boundary: bool = False
     skipped_steps: int = 0
     loss_scale: LossScale = field(default_factory=lambda: LossScale(enabled=False))
+
+    @property
+    def model(self) -> nn.Module:
+        """What the user calls: the model itself or a backend's wrapper.
+
+        :raises ValueError: it was a wrapper that nobody kept.
+        """
+        model = self.reference()
+        if model is None:
+            raise ValueError("this model's prepared form is gone: keep what prepare() returned, and use that")
+        return model
+
+    @model.setter
+    def model(self, model: nn.Module) -> None:
+        self.reference = weakref.ref(model)
 
 
 class StrategyBase(ABC):
@@ -443,7 +458,9 @@ class StrategyBase(ABC):
     def record(self, model: nn.Module) -> ModelRecord:
         """What this strategy knows of a model; made on first sight."""
         if model not in self._records:
-            self._records[model] = ModelRecord(model=model, loss_scale=LossScale(enabled=self.config.fp16))
+            self._records[model] = ModelRecord(
+                reference=weakref.ref(model), loss_scale=LossScale(enabled=self.config.fp16)
+            )
         return self._records[model]
 
     def unwrap_model(self, model: nn.Module) -> nn.Module:
@@ -456,9 +473,16 @@ class StrategyBase(ABC):
         with torch.device("meta") if meta_init else contextlib.nullcontext():
             yield
 
+    def prepare_average(self, model: nn.Module) -> nn.Module:
+        """Prepare the frozen model that :meth:`moving_average` moves, sharded as the one that it follows.
+
+        It is held in fp32 also where the run computes in 16 bit: there most of its updates would round away.
+        """
+        return self.prepare_model(model.float())
+
     @torch.no_grad()
     def moving_average(self, model: nn.Module, model_ema: nn.Module, beta: float = 0.992, device: Any = None) -> None:
-        """``ema = beta * ema + (1 - beta) * model``, shard by shard; both models must be prepared alike.
+        """``ema = beta * ema + (1 - beta) * model``, shard by shard; ``model_ema`` comes from :meth:`prepare_average`.
 
         :param device: where ``model_ema`` lives, when not beside the model; default: wherever it is.
         """

@@ -45,8 +45,17 @@ class DeferredEngine(nn.Module):
         return self.__dict__["_optimizer"]
 
     def bind(self, engine: Any, optimizer: Optimizer | None) -> None:
-        """Send forward passes through ``engine`` from now on (None: through the module)."""
+        """Send forward passes through ``engine`` from now on (None: through the module).
+
+        The engine ends with the wrapper: its hooks on autograd's nodes would keep engine and module alive for ever.
+        """
+        if (ending := self.__dict__.get("_ending")) is not None:
+            ending.detach()
         self.__dict__["_engine"], self.__dict__["_optimizer"] = engine, optimizer
+        self.__dict__["_ending"] = None
+        if engine is not None:
+            self.__dict__["_ending"] = ending = weakref.finalize(self, engine.destroy)
+            ending.atexit = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward pass, through the engine where there is one."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -29,6 +30,13 @@ def is_sharded(tensor: Any) -> bool:
 def whole_shape(tensor: Any) -> torch.Size:
     """The shape that the parameter has when it is whole."""
     return getattr(tensor, "ds_shape", tensor.shape)
+
+
+def gathered(tensor: torch.Tensor, *, written: bool = False) -> AbstractContextManager[Any]:
+    """Within it the parameter is whole; ``written``: rank 0's value is kept. Collective under ZeRO-3."""
+    return load_deepspeed().zero.GatheredParameters(
+        [tensor], modifier_rank=0 if written else None, enabled=is_sharded(tensor)
+    )
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
@@ -84,8 +92,7 @@ def set_weight(tensor: torch.Tensor, value: torch.Tensor, zero: Any) -> None:
     """
     from deepspeed.utils import safe_set_full_fp32_param
 
-    gathered = load_deepspeed().zero.GatheredParameters([tensor], modifier_rank=0, enabled=is_sharded(tensor))
-    with gathered:
+    with gathered(tensor, written=True):
         tensor.data.copy_(value)
     if zero is not None and tensor.requires_grad:
         safe_set_full_fp32_param(tensor, value.float())
@@ -296,5 +303,5 @@ def renew_secondary_shards(model: nn.Module) -> None:
     """Let the secondary shards (``--zpg``) follow primary ones that were written directly. Collective."""
     for _, tensor in hub_sources(model):
         if is_sharded(tensor) and getattr(tensor, "ds_secondary_tensor", None) is not None:
-            with load_deepspeed().zero.GatheredParameters([tensor], modifier_rank=0):
+            with gathered(tensor, written=True):
                 pass

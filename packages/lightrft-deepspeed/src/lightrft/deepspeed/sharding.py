@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,6 +49,24 @@ def shard_unfilled(
         if parameter.is_meta:
             materialise(nn.ParameterList([parameter]), torch.device("cpu"))
             shard([parameter])
+
+
+def hold_root_weakly(model: nn.Module) -> None:
+    """Let a stage-3 model be freed when nobody holds it.
+
+    Each ``deepspeed.initialize`` pushes the root module on a global stack, from which nothing takes it (0.19.8,
+    ``DeepSpeedZeRoOffload.setup_zero_stage3_hooks``). To be dropped when that pop exists.
+    """
+    from deepspeed.runtime.zero import parameter_offload
+
+    stack = parameter_offload.FWD_MODULE_STACK
+
+    def drop(dead: Any) -> None:
+        stack[:] = [module for module in stack if module is not dead]
+
+    if any(module is model for module in stack):
+        proxy = weakref.proxy(model, drop)
+        stack[:] = [proxy if module is model else module for module in stack]
 
 
 class ShardGroup:

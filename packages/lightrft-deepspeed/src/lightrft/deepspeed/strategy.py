@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -27,7 +29,7 @@ from .deferred_engine import DeferredEngine
 from .ds_config import boundary_is_told, get_ds_eval_config, get_ds_train_config
 from .environment import join_process_group, load_deepspeed, make_secondary_group, require_dtype
 from .native_files import NATIVE
-from .sharding import ShardGroup, cast, shard_unfilled
+from .sharding import ShardGroup, cast, hold_root_weakly, shard_unfilled
 
 
 class DeepspeedStrategy(BackendStrategy):
@@ -40,6 +42,7 @@ class DeepspeedStrategy(BackendStrategy):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._shard_groups: dict[int, ShardGroup] = {}
+        self._averages: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     def setup_distributed(self, timeout: timedelta | float | None = None) -> None:
         if self._set_up:
@@ -84,7 +87,7 @@ class DeepspeedStrategy(BackendStrategy):
         elif not prepared:
             record.shard_size = shard_size
             if self.config.zero_stage == 3:
-                config = get_ds_eval_config(self.config)
+                config = self._eval_config(model)
                 wrapper.bind(self._initialize(wrapper.module, None, config, shard_size), None)
         return wrapper
 
@@ -95,7 +98,7 @@ class DeepspeedStrategy(BackendStrategy):
             if not meta_init.is_meta(model):
                 cast(model, dtype)
                 return
-            config = get_ds_eval_config(self.config)
+            config = self._eval_config(model)
             plan = meta_init.plan_fill(model)
             self.hub_layout(model)  # traced while shapes are whole
             shard_unfilled(model, plan, config, self._shard_group(config, shard_size), dtype, self.config.seed)
@@ -107,8 +110,15 @@ class DeepspeedStrategy(BackendStrategy):
 
     def _held_dtype(self, model: nn.Module) -> torch.dtype | None:
         """What parameters are held in; None leaves them: in fp32 a frozen model computes in what it was loaded in."""
+        if model in self._averages:
+            return torch.float32
         trains = any(parameter.requires_grad for parameter in model.parameters())
         return None if self.config.dtype_name == "float32" and not trains else getattr(torch, self.config.dtype_name)
+
+    def _eval_config(self, model: nn.Module) -> dict[str, Any]:
+        """DeepSpeed's configuration for a model that does not train, or does not train yet."""
+        wide = dataclasses.replace(self.config, bf16=False, fp16=False)
+        return get_ds_eval_config(wide if model in self._averages else self.config)
 
     def _bind_training(self, wrapper: DeferredEngine, optimizer: Optimizer | None) -> None:
         """Replace what ``prepare`` bound by an engine that trains with ``optimizer``."""
@@ -127,6 +137,7 @@ class DeepspeedStrategy(BackendStrategy):
             engine, *_ = load_deepspeed().initialize(
                 model=module, optimizer=optimizer, config=config, dist_init_required=False, mpu=group
             )
+        hold_root_weakly(module)
         return engine
 
     def _shard_group(self, config: dict[str, Any], shard_size: int) -> ShardGroup | None:
@@ -183,13 +194,16 @@ class DeepspeedStrategy(BackendStrategy):
         return wrapper.engine.optimizer
 
     # ---- models ------------------------------------------------------------------------------------------------------
+    def prepare_average(self, model: nn.Module) -> nn.Module:
+        self._averages.add(unwrap(model))
+        return super().prepare_average(model)
+
     @torch.no_grad()
     def moving_average(self, model: nn.Module, model_ema: nn.Module, beta: float = 0.992, device: Any = None) -> None:
         target = dict(hub_sources(model_ema))
         for name, value in hub_sources(model):
             average = target[name]
-            sharded = [tensor for tensor in (value, average) if parameters.is_sharded(tensor)]
-            with load_deepspeed().zero.GatheredParameters(sharded, modifier_rank=0, enabled=bool(sharded)):
+            with parameters.gathered(value), parameters.gathered(average, written=True):
                 if device is not None and not parameters.is_sharded(average):
                     average.data = average.data.to(device)
                 fresh = value.detach().to(average.device, average.dtype)

@@ -48,7 +48,7 @@ class FSDPV2Strategy(NativeStrategy):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._meshes: dict[int, DeviceMesh] = {}
-        self._sharded: weakref.WeakKeyDictionary[nn.Module, list[FSDPModule]] = weakref.WeakKeyDictionary()
+        self._sharded: weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[FSDPModule]]] = weakref.WeakKeyDictionary()
         self._background: weakref.WeakKeyDictionary[nn.Module, dist.ProcessGroup] = weakref.WeakKeyDictionary()
 
     # ---- preparing ---------------------------------------------------------------------------------------------------
@@ -99,7 +99,7 @@ class FSDPV2Strategy(NativeStrategy):
         if fill is not None:
             meta_init.materialise(model, torch.device("cpu") if self.config.fsdp_cpu_offload else self.device, local)
         self._layouts[model] = with_dtypes(layout, {name: tensor.dtype for name, tensor in hub_sources(model)})
-        self._sharded[model] = sharded_modules(model)
+        self._sharded[model] = [weakref.ref(module) for module in sharded_modules(model)]
         finish_sharding(model)
 
     @property
@@ -122,8 +122,9 @@ class FSDPV2Strategy(NativeStrategy):
 
     def _settle(self, model: nn.Module) -> None:
         """Let the modules hold their shards: after a forward pass without a backward, some hold gathered parameters."""
-        for module in self._sharded.get(model, ()):
-            module.reshard()
+        for reference in self._sharded.get(model, ()):
+            if (module := reference()) is not None:
+                module.reshard()
 
     # ---- training ----------------------------------------------------------------------------------------------------
     def optimizer_step(

@@ -170,7 +170,7 @@ def build(
         )
     )
     if average is not None:
-        average = strategy.prepare_model(average)
+        average = strategy.prepare_average(average)
     strategy.setup_inference_engine(config, engine_type=config.engine_type)
     trainer_class = SPMDPPOTrainerVL if multimodal else SPMDPPOTrainer
     trainer = trainer_class(
@@ -284,5 +284,6 @@ def build_models(
         if config.reward_pretrain:
             reward_models = [RewardModel(name.strip(), **options) for name in config.reward_pretrain.split(",")]
         reference = actor_class(config.pretrain, **asked, **policy) if config.init_kl_coef > 0 else None
-        average = actor_class(config.pretrain, **options) if config.enable_ema else None
+        # In 16 bit most of an average's updates would round away.
+        average = actor_class(config.pretrain, **{**options, "dtype": torch.float32}) if config.enable_ema else None
     return actor, critic, reward_models, reference, average

@@ -595,6 +595,7 @@ class SPMDPPOTrainer:
                 "sp_size": self.config.sp_size,
             },
             rank_state=self.replay_buffer.state_tensors() if state.training else {},
+            tokenizer=self.processor or self.tokenizer,
             asynchronous=self.config.async_save and not self._stopping,
         )
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import torch
 
@@ -75,6 +77,20 @@ class PreparingClaims(StrategyClaims):
         prepared = strategy.prepare(self.model(), is_rlhf=True)
         assert isinstance(prepared, torch.nn.Module)
         assert isinstance(strategy.unwrap_model(prepared), torch.nn.Module)
+
+    @on_ranks
+    def test_a_model_that_nobody_holds_any_more_is_freed(self) -> None:
+        strategy = self.strategy()
+        model, frozen = strategy.prepare(self.model()), strategy.prepare_model(self.model(seed=1))
+        optimizer = strategy.create_optimizer(model)
+        self.train(strategy, model, optimizer)
+        held = {
+            "trained": weakref.ref(strategy.unwrap_model(model)),
+            "frozen": weakref.ref(strategy.unwrap_model(frozen)),
+        }
+        del model, frozen, optimizer
+        gc.collect()
+        assert [name for name, reference in held.items() if reference() is not None] == []
 
     @on_ranks
     def test_what_is_not_trainable_is_frozen(self) -> None:

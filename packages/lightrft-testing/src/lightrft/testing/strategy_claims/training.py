@@ -274,6 +274,23 @@ class TrainingClaims(StrategyClaims):
             torch.testing.assert_close(smoothed[name], expected, atol=1e-6, rtol=1e-6)
         self.assert_same_weights(weights_of(strategy, model), after, exact=True)
 
+    @on_ranks
+    def test_the_moving_average_of_a_16_bit_run_keeps_updates_that_16_bit_would_lose(self) -> None:
+        strategy = self.strategy(bf16=True)
+        model = strategy.prepare(self.model())
+        average = strategy.prepare_average(self.model())
+        optimizer = strategy.create_optimizer(model)
+        start = weights_of(strategy, average)
+        self.train(strategy, model, optimizer)
+        strategy.moving_average(model, average, beta=0.999)
+        after, smoothed = weights_of(strategy, model), weights_of(strategy, average)
+        moved = 0.0
+        for name in start:
+            expected = 0.999 * start[name] + 0.001 * after[name]
+            torch.testing.assert_close(smoothed[name], expected, atol=1e-7, rtol=1e-6)
+            moved = max(moved, (smoothed[name] - start[name]).abs().max().item())
+        assert moved > 5e-6, "an update of a hundredth, a thousandth of it"
+
 
 def _split(kind: str, total: int, rank: int, world_size: int) -> list[list[int]]:
     """Row numbers of each of this rank's micro-batches; the ranks' together are all rows."""
