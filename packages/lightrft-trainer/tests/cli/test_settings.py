@@ -177,3 +177,10 @@ def test_the_default_preset_has_the_settings_measured_for_its_task() -> None:
     preset = settings.read_preset("default")
     preset["adam_betas"] = tuple(preset["adam_betas"])
     assert {name: preset[name] for name in TASK_SETTINGS} == TASK_SETTINGS
+
+
+def test_an_engine_for_the_reward_model_needs_a_model_and_an_engine_that_serves_one() -> None:
+    model = ("--reward_pretrain", "org/rm")
+    assert any("--reward_pretrain, which is not given" in fault for fault in faults("--rm_use_engine"))
+    assert any("works only with --rm_use_engine" in fault for fault in faults("--rm_engine_cudagraph"))
+    assert any("leave --rm_use_engine away" in fault for fault in faults("--rm_use_engine", *model))

@@ -117,13 +117,10 @@ class StrategyConfig:
         -1, "Most images a prompt; -1: no limit.", group=ENGINE, rule=(lambda v: v >= -1, "-1 or more")
     )
     rm_use_engine: bool = option(
-        False, "Run the reward model in an engine.", group=ENGINE, later="reward models in an engine are not built yet"
+        False, "Serve --reward_pretrain by the engine of --engine_type (vllm) instead of transformers.", group=ENGINE
     )
     rm_engine_cudagraph: bool = option(
-        False,
-        "CUDA graphs for the reward model's engine.",
-        group=ENGINE,
-        later="reward models in an engine are not built yet",
+        False, "Let the reward model's engine capture CUDA graphs; needs a GPU.", group=ENGINE
     )
 
     # ---- models

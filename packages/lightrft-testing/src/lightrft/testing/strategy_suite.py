@@ -23,6 +23,7 @@ from .strategy_claims.memory import MemoryClaims
 from .strategy_claims.meta_models import MetaModelClaims
 from .strategy_claims.preparing import PreparingClaims
 from .strategy_claims.rollout import RolloutClaims
+from .strategy_claims.scoring import ScoringClaims
 from .strategy_claims.training import TrainingClaims
 from .strategy_claims.trajectories import TrajectoryClaims
 from .strategy_claims.weights import WeightClaims
@@ -43,6 +44,7 @@ class StrategySuite(
     FailingSaveClaims,
     WeightClaims,
     RolloutClaims,
+    ScoringClaims,
     DeadlineClaims,
 ):
     """All claims about a strategy. Subclass it, set ``world_size`` and define ``make_strategy``.

@@ -86,6 +86,20 @@ def _something_that_grades(c: StrategyConfig) -> str | None:
     )
 
 
+@between("rm_use_engine", "reward_pretrain")
+def _a_reward_model_to_serve(c: StrategyConfig) -> str | None:
+    if not c.rm_use_engine or c.reward_pretrain:
+        return None
+    return "--rm_use_engine: serves the model of --reward_pretrain, which is not given; name one, or leave it away"
+
+
+@between("rm_engine_cudagraph", "rm_use_engine")
+def _graphs_of_an_engine(c: StrategyConfig) -> str | None:
+    if not c.rm_engine_cudagraph or c.rm_use_engine:
+        return None
+    return "--rm_engine_cudagraph: works only with --rm_use_engine; add it, or leave both away"
+
+
 @between("eval_data", "prompt_data")
 def _held_out_of_something(c: StrategyConfig) -> str | None:
     if c.eval_data is None or c.prompt_data is not None:

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lightrft.strategy.config import FIELDS, StrategyConfig, read_yaml
 from lightrft.strategy.errors import ConfigError
@@ -117,13 +117,12 @@ def check_settings(config: StrategyConfig, *, multimodal: bool, world_size: int 
 
 def _installation_faults(config: StrategyConfig) -> list[str]:
     from lightrft.strategy.errors import PluginError
-    from lightrft.strategy.registry import available, load_plugin
+    from lightrft.strategy.registry import Kind, available, load_plugin
 
     problems = []
-    wanted: tuple[tuple[Literal["strategies", "engines"], str], ...] = (
-        ("strategies", config.backend),
-        ("engines", config.engine_type),
-    )
+    wanted: list[tuple[Kind, str]] = [("strategies", config.backend), ("engines", config.engine_type)]
+    if config.rm_use_engine:
+        wanted.append(("scoring_engines", config.engine_type))
     for kind, name in wanted:
         if name in available(kind):
             continue  # loading it would load torch; a plug-in that is there but broken says so when the ranks start

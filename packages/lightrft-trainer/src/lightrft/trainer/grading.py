@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lightrft.rewards import CombinedReward, RewardError, RewardOutput
+from lightrft.strategy.scoring import RewardEngine
 
 from .experience import Experience, make_batch
 
@@ -41,7 +42,7 @@ class Grader:
     ``exact_match,format=0.1`` measures exact matches.
 
     :param rewards: functions of (prompts, responses, labels), each called with this rank's samples.
-    :param models: reward models: ``model(tokens, attention_mask=...)`` gives ``[B]`` scores.
+    :param models: reward models: ``model(tokens, attention_mask=...)`` gives ``[B]`` scores; or engines that serve one.
     :param micro_batch_size: rows of a reward model's forward pass.
     """
 
@@ -51,7 +52,7 @@ class Grader:
         tokenizer: Any,
         rewards: Sequence[Any],
         *,
-        models: Sequence[nn.Module] = (),
+        models: Sequence[nn.Module | RewardEngine] = (),
         micro_batch_size: int = 8,
     ) -> None:
         if not rewards and not models:
@@ -117,8 +118,22 @@ class Grader:
         return output if isinstance(output, RewardOutput) else RewardOutput(output)
 
     @torch.no_grad()
-    def _score(self, model: nn.Module, samples: Sequence[Experience]) -> list[float]:
-        """A reward model's scores; every rank runs equally many forward passes, since the model may be sharded."""
+    def _score(self, model: nn.Module | RewardEngine, samples: Sequence[Experience]) -> list[float]:
+        """A reward model's scores of this rank's samples. Every rank calls.
+
+        :raises RewardError: a score is not finite.
+        """
+        if isinstance(model, RewardEngine):
+            scores = model.score([sample.tokens.tolist() for sample in samples])
+        else:
+            scores = self._score_here(model, samples)
+        for number, score in enumerate(scores):
+            if not math.isfinite(score):
+                raise RewardError(f"reward model: sample {number} of this rank scored {score}; are its weights whole?")
+        return scores
+
+    def _score_here(self, model: nn.Module, samples: Sequence[Experience]) -> list[float]:
+        """Every rank runs equally many forward passes, since the model may be sharded."""
         size = self.micro_batch_size
         rounds = self.strategy.all_reduce(-(-len(samples) // size), "max")
         scores: list[float] = []

@@ -171,6 +171,8 @@ def build(
     )
     if average is not None:
         average = strategy.prepare_average(average)
+    if config.rm_use_engine and config.reward_pretrain:  # first: it sleeps before the rollout engine takes its memory
+        reward_models = [strategy.setup_reward_engine(name.strip()) for name in config.reward_pretrain.split(",")]
     strategy.setup_inference_engine(config, engine_type=config.engine_type)
     trainer_class = SPMDPPOTrainerVL if multimodal else SPMDPPOTrainer
     trainer = trainer_class(
@@ -281,7 +283,7 @@ def build_models(
         if config.advantage_estimator == "gae":
             critic = critic_class(config.critic_pretrain or config.pretrain, **trained)
         reward_models = None
-        if config.reward_pretrain:
+        if config.reward_pretrain and not config.rm_use_engine:
             reward_models = [RewardModel(name.strip(), **options) for name in config.reward_pretrain.split(",")]
         reference = actor_class(config.pretrain, **asked, **policy) if config.init_kl_coef > 0 else None
         # In 16 bit most of an average's updates would round away.

@@ -59,7 +59,7 @@ class SPMDPPOTrainer:
 
     :param actor: the policy (:class:`lightrft.models.ActorLanguage` or anything that a strategy prepared from it).
     :param critic: needed with ``advantage_estimator="gae"``, else None.
-    :param reward_model: a reward model, a list of them, or None.
+    :param reward_model: a reward model, or what ``strategy.setup_reward_engine`` gave; a list of them, or None.
     :param initial_model: the reference for the KL, or None where ``init_kl_coef`` is 0.
     :param ema_model: a copy of the actor that follows it slowly, or None.
     :param tokenizer: of the actor; ``processor`` for vision-language models.

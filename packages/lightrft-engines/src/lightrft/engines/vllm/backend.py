@@ -6,14 +6,14 @@ import contextlib
 import copy
 import gc
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import vllm.distributed.parallel_state as parallel_state  # pyright: ignore[reportMissingImports]
-from vllm import ModelRegistry  # pyright: ignore[reportMissingImports]
+from vllm import ModelRegistry, PoolingParams  # pyright: ignore[reportMissingImports]
 from vllm import SamplingParams as VLLMSamplingParams  # pyright: ignore[reportMissingImports]
 from vllm.engine.arg_utils import EngineArgs  # pyright: ignore[reportMissingImports]
 from vllm.v1.engine.llm_engine import LLMEngine  # pyright: ignore[reportMissingImports]
@@ -24,7 +24,7 @@ from lightrft.strategy.errors import NotBuiltError
 from lightrft.strategy.weights import sample_positions
 
 from . import memory as memories
-from .options import engine_arguments, field_names
+from .options import CLASSIFIER, classifier_arguments, engine_arguments, field_names
 from .weights import WeightMap, plain_layers_on_cpu
 
 
@@ -50,10 +50,37 @@ def start(spec: EngineSpec, folder: str) -> tuple[Any, Any, Any]:
         generation = GenerationConfig.from_pretrained(folder)
     except OSError:
         generation = None
-    _know_in_this_process(config)
+    _know_in_this_process(list(getattr(config, "architectures", None) or []))
+    arguments = engine_arguments(spec, folder, config, field_names(EngineArgs), distributed=_in_a_launch())
+    return launch(spec, arguments), config, generation
+
+
+def start_classifier(spec: EngineSpec, *, cuda_graphs: bool) -> tuple[Any, Any]:
+    """A running ``LLMEngine`` that scores sequences, and the model's transformers configuration.
+
+    :raises NotBuiltError: the model is no sequence classifier with one output, or vLLM has no class for it.
+    """
+    from transformers import AutoConfig
+
+    folder = str(spec.pretrain)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
+    arguments = classifier_arguments(
+        spec, folder, config, field_names(EngineArgs), distributed=_in_a_launch(), cuda_graphs=cuda_graphs
+    )
+    # vLLM makes the classifier of the language model of that name.
+    _know_in_this_process([name.replace(CLASSIFIER, "ForCausalLM") for name in config.architectures or ()])
+    return launch(spec, arguments), config
+
+
+def _in_a_launch() -> bool:
+    """Do the ranks of a launcher run this engine? Else vLLM makes a process group of one, and ends it."""
     if _World.engines == 0:
         _World.ours = not dist.is_initialized()
-    arguments = engine_arguments(spec, folder, config, field_names(EngineArgs), distributed=not _World.ours)
+    return not _World.ours
+
+
+def launch(spec: EngineSpec, arguments: dict[str, Any]) -> Any:
+    """Start an engine of vLLM in this process."""
     _World.engines += 1
     try:
         with plain_layers_on_cpu(), _own_shared_memory(spec.device):
@@ -64,7 +91,7 @@ def start(spec: EngineSpec, folder: str) -> tuple[Any, Any, Any]:
     # A process that ends with its engine gives everything back as it is: vLLM's teardown would ask for a driver that a
     # CPU has not, once its replacements are out of place, and destroy the trainer's process group.
     llm.engine_core._finalizer.atexit = False
-    return llm, config, generation
+    return llm
 
 
 @contextlib.contextmanager
@@ -103,9 +130,8 @@ def save_config(config: Any, folder: str) -> None:
     config.save_pretrained(folder)
 
 
-def _know_in_this_process(config: Any) -> None:
+def _know_in_this_process(names: list[str]) -> None:
     """Look at the model's class here. vLLM would do it in a new process, half a minute for each rank."""
-    names = list(getattr(config, "architectures", None) or [])
     supported = ModelRegistry.get_supported_archs()
     known = [name for name in names if name in supported]
     if names and not known:
@@ -153,6 +179,17 @@ def image_placeholder(config: Any) -> int | None:
 def sampling_params(arguments: dict[str, Any]) -> Any:
     """vLLM's own object."""
     return VLLMSamplingParams(**arguments)
+
+
+def classify(llm: Any, sequences: Sequence[Sequence[int]]) -> list[float]:
+    """The classifier's output for each sequence of token ids, no activation applied."""
+    for number, tokens in enumerate(sequences):
+        prompt = {"prompt_token_ids": list(tokens)}
+        llm.add_request(str(number), prompt, PoolingParams(task="classify", use_activation=False))
+    scores: dict[str, float] = {}
+    while llm.has_unfinished_requests():
+        scores |= {answer.request_id: float(answer.outputs.data) for answer in llm.step() if answer.finished}
+    return [scores[str(number)] for number in range(len(sequences))]
 
 
 def check_groups(group: Any, size: int) -> None:

@@ -15,6 +15,8 @@ from lightrft.strategy.engine import EngineSpec
 from lightrft.strategy.errors import NotBuiltError
 
 SEQUENCES_ON_CPU = 64
+# How transformers' sequence classifiers are named.
+CLASSIFIER = "ForSequenceClassification"
 # Set by the spec, or by what this engine is: a second way to say them would be a way to break it.
 _OURS = (
     "disable_log_stats",
@@ -85,6 +87,25 @@ def engine_arguments(
         arguments["cpu_distributed_timeout_seconds"] = max(1, math.ceil(spec.call_timeout))
     arguments = {name: value for name, value in arguments.items() if value is not None and name in known}
     return arguments | dict(spec.extra)
+
+
+def classifier_arguments(
+    spec: EngineSpec, folder: str, config: Any, known: Mapping[str, Any], *, distributed: bool, cuda_graphs: bool
+) -> dict[str, Any]:
+    """Those of an engine that scores sequences.
+
+    :raises NotBuiltError: the model is no sequence classifier with one output.
+    """
+    architectures = list(getattr(config, "architectures", None) or [])
+    if not architectures or any(CLASSIFIER not in name for name in architectures) or config.num_labels != 1:
+        raise NotBuiltError(
+            f'--rm_use_engine: engine "vllm" serves sequence classifiers with one output; {folder} is '
+            f"{', '.join(architectures) or config.model_type} with {config.num_labels} outputs: name another "
+            "--reward_pretrain, or leave --rm_use_engine away"
+        )
+    arguments = engine_arguments(spec, folder, config, known, distributed=distributed)
+    arguments.pop("logprobs_mode", None)
+    return {**arguments, "runner": "pooling", "enforce_eager": not cuda_graphs}
 
 
 def text_config(config: Any) -> Any:

@@ -1,0 +1,79 @@
+"""Reward models in the grading: as modules and served by an engine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from lightrft.data.tasks import build_tokenizer
+from lightrft.models import RewardModel
+from lightrft.rewards import RewardError
+from lightrft.strategy.fake_strategy import FakeStrategy
+from lightrft.strategy.registry import register_scoring_engine
+from lightrft.strategy.scoring import ScoringEngine
+from lightrft.testing.tiny_models import tiny_config
+from lightrft.trainer.experience import Experience
+from lightrft.trainer.grading import Grader
+from lightrft.trainer.run import build_models
+
+
+class PlainScoring(ScoringEngine):
+    """transformers, one sequence at a time."""
+
+    name: ClassVar[str] = "plain"
+
+    def start(self, spec: Any, group: Any = None, *, cuda_graphs: bool = False) -> None:
+        self.model = AutoModelForSequenceClassification.from_pretrained(spec.pretrain).eval()
+
+    @torch.no_grad()
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[float]:
+        return [self.model(torch.tensor([list(tokens)])).logits.item() for tokens in sequences]
+
+    def release(self) -> None: ...
+    def restore(self) -> None: ...
+    def shutdown(self) -> None: ...
+
+
+@pytest.fixture
+def folder(tmp_path: Any) -> str:
+    """A tiny classifier with one output."""
+    torch.manual_seed(0)
+    config = tiny_config("qwen2")
+    config.num_labels, config.pad_token_id = 1, 0
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "rm")
+    return str(tmp_path / "rm")
+
+
+def graded(strategy: FakeStrategy, model: Any) -> list[float]:
+    rows = [torch.arange(3, 3 + length) for length in (4, 9, 6)]
+    samples = [Experience(i, i, row, response_length=2) for i, row in enumerate(rows)]
+    prompts = [SimpleNamespace(prompt="", label=None, images=None)] * 3
+    return Grader(strategy, build_tokenizer(), [], models=[model], micro_batch_size=2)(prompts, samples, 1, 0).rewards
+
+
+def test_a_reward_model_scores_alike_as_a_module_and_in_an_engine(folder: str) -> None:
+    register_scoring_engine("plain", PlainScoring)
+    strategy = FakeStrategy()
+    served = graded(strategy, strategy.setup_reward_engine(folder, "plain"))
+    assert graded(strategy, strategy.prepare_model(RewardModel(folder))) == pytest.approx(served, abs=1e-6)
+    assert len(set(served)) == 3
+
+
+def test_a_score_that_is_no_number_names_its_sample(folder: str) -> None:
+    model = RewardModel(folder)
+    torch.nn.init.constant_(model.model.score.weight, math.nan)
+    with pytest.raises(RewardError, match="sample 0 of this rank scored nan"):
+        graded(FakeStrategy(), model)
+
+
+def test_a_reward_model_that_an_engine_serves_is_not_loaded_beside_it(folder: str) -> None:
+    for served in (True, False):
+        strategy = FakeStrategy(pretrain=folder, reward_pretrain=folder, rm_use_engine=served, init_kl_coef=0.0)
+        reward_models = build_models(strategy, strategy.config, multimodal=False)[2]
+        assert (reward_models is None) is served
