@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from lightrft.engines.hf import decoding
-from lightrft.engines.hf.sampling import gumbel_noise, noise_keys, noise_stream
+from lightrft.engines.hf.sampling import exponential_noise, noise_keys, noise_stream
 from lightrft.strategy import StrategyConfig, get_strategy
 from lightrft.testing import (
     RECIPES,
@@ -148,7 +148,8 @@ def _record(patch: pytest.MonkeyPatch) -> list[Draws]:
     def noting_draw(logits: torch.Tensor, index: torch.Tensor, rows: Any, shape: Any) -> Any:
         token, logprob = draw(logits, index, rows, shape)
         ids = torch.arange(logits.shape[-1], dtype=torch.int32)
-        scores = logits.float() / rows.temperature.unsqueeze(1) + gumbel_noise(noise_keys(rows.stream, index), ids)
+        noise = exponential_noise(noise_keys(rows.stream, index), ids)
+        scores = logits.float() / rows.temperature.unsqueeze(1) - noise.log()
         best = scores.topk(2).values
         noted.append((rows.stream.clone(), index.clone(), token.clone(), best[:, 0] - best[:, 1], logits.clone()))
         return token, logprob

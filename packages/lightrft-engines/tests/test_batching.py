@@ -12,6 +12,9 @@ from lightrft.engines.hf.batching import (
     swap_remove,
     worth_compacting,
 )
+from lightrft.engines.hf.decoding import Sample, quiet_tokens
+from lightrft.engines.hf.prompts import Prompt
+from lightrft.strategy.sampling import SamplingParams
 
 
 def test_equal_prompts_are_grouped_in_order_of_appearance() -> None:
@@ -56,3 +59,16 @@ def test_compaction_waits_until_it_pays() -> None:
     assert worth_compacting(8, 64, waiting=0)
     assert worth_compacting(4, 64, waiting=10)
     assert worth_compacting(1, 1, waiting=0)
+
+
+def test_no_step_asks_who_is_finished_before_anyone_can_be() -> None:
+    def sample(limit: int, *, minimum: int = 0, stops: tuple[int, ...] = ()) -> Sample:
+        sampling = SamplingParams(max_tokens=limit, min_tokens=minimum)
+        return Sample(prompt=Prompt(ids=(1,)), sampling=sampling, seed=0, limit=limit, stops=stops)
+
+    assert quiet_tokens([sample(8), sample(5)], [0, 0]) == 4  # the fifth token is somebody's last
+    assert quiet_tokens([sample(8), sample(5)], [0, 4]) == 0
+    assert quiet_tokens([sample(8, stops=(2,))], [0]) == 0
+    assert quiet_tokens([sample(8, minimum=3, stops=(2,)), sample(9)], [1, 0]) == 2
+    assert quiet_tokens([sample(8, minimum=8, stops=(2,))], [0]) == 7
+    assert quiet_tokens([], []) == 0

@@ -11,7 +11,7 @@ from lightrft.engines.hf.sampling import (
     RowSampling,
     SamplingShape,
     draw,
-    gumbel_noise,
+    exponential_noise,
     noise_keys,
     noise_stream,
     splitmix64,
@@ -41,7 +41,7 @@ def rows(
 
 def uniforms(seeds: torch.Tensor, index: torch.Tensor, ids: torch.Tensor = IDS) -> torch.Tensor:
     """The uniforms behind the noise, float64."""
-    return (-(-gumbel_noise(noise_keys(noise_stream(seeds), index), ids).double()).exp()).exp()
+    return (-exponential_noise(noise_keys(noise_stream(seeds), index), ids).double()).exp()
 
 
 def test_splitmix64_is_the_published_generator() -> None:
@@ -54,10 +54,10 @@ def test_splitmix64_is_the_published_generator() -> None:
 
 def test_noise_is_finite_and_reaches_far_into_the_tail() -> None:
     keys = noise_keys(noise_stream(torch.arange(1000)), torch.zeros(1000, dtype=torch.int64))
-    noise = gumbel_noise(keys, IDS)
+    noise = exponential_noise(keys, IDS)
     assert torch.isfinite(noise).all()
-    assert noise.max() > 13  # one in four million exceeds 15.2
-    assert noise.min() > -3
+    assert 0 < noise.min() < 2e-6  # the least of four million is about 2.5e-7
+    assert noise.max() < 20
 
 
 @pytest.mark.parametrize("axis", ["ids", "seeds", "positions"])
@@ -86,7 +86,7 @@ def test_noise_is_uniform_and_uncorrelated_along(axis: str) -> None:
 @given(seed=st.integers(0, 2**63 - 1), index=st.integers(0, 100_000), flip=st.integers(0, 62))
 def test_noise_changes_wholly_with_one_bit_of_the_seed_or_one_step(seed: int, index: int, flip: int) -> None:
     seeds = torch.tensor([seed, seed ^ (1 << flip), seed])
-    noise = gumbel_noise(noise_keys(noise_stream(seeds), torch.tensor([index, index, index + 1])), IDS)
+    noise = exponential_noise(noise_keys(noise_stream(seeds), torch.tensor([index, index, index + 1])), IDS)
     assert (noise[0] == noise[1]).float().mean() < 0.01
     assert (noise[0] == noise[2]).float().mean() < 0.01
 
@@ -96,7 +96,7 @@ def test_noise_changes_wholly_with_one_bit_of_the_seed_or_one_step(seed: int, in
 def test_noise_of_some_ids_is_that_of_all_ids(seed: int, index: int, data: st.DataObject) -> None:
     some = torch.tensor(data.draw(st.lists(st.integers(0, 4095), min_size=1, max_size=20)), dtype=torch.int32)
     keys = noise_keys(noise_stream(torch.tensor([seed])), torch.tensor([index]))
-    assert torch.equal(gumbel_noise(keys, some.unsqueeze(0)), gumbel_noise(keys, IDS)[:, some.long()])
+    assert torch.equal(exponential_noise(keys, some.unsqueeze(0)), exponential_noise(keys, IDS)[:, some.long()])
 
 
 def reference(logits: torch.Tensor, top_k: int, top_p: float, min_p: float) -> torch.Tensor:
@@ -157,6 +157,15 @@ def test_rows_that_truncate_differently_share_a_batch(seed: int) -> None:
         token, logprob = draw(logits[row : row + 1], index[row : row + 1], alone, shape)
         assert int(token) == int(together[0][row])
         torch.testing.assert_close(logprob[0], together[1][row])
+
+
+def test_greedy_tells_apart_what_differs_in_the_last_bit() -> None:
+    best = torch.tensor(1.0)
+    logits = torch.stack([torch.nextafter(best, torch.tensor(0.0)), best, torch.tensor(-3.0)]).expand(2, -1)
+    asked = RowSampling(**{**vars(rows(2)), "temperature": torch.tensor([0.0, 1.0])})
+    for shape in (SamplingShape(all_greedy=True), SamplingShape(any_greedy=True)):
+        tokens, _ = draw(logits, torch.zeros(2, dtype=torch.int64), asked, shape)
+        assert tokens[0] == 1
 
 
 def test_a_row_is_drawn_alike_in_any_block(monkeypatch: pytest.MonkeyPatch) -> None:

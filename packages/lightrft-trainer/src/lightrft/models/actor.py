@@ -98,7 +98,7 @@ class Actor(TokenModel):
             # rather than a product with the layer's weight, because a sharded weight exists only inside the layer.
             hook = head.register_forward_pre_hook(lambda _, args: (args[0][question.asked].unsqueeze(0), *args[1:]))
             with hook:
-                logits = self.model(**question.inputs).logits[0]
+                logits = self.model(**question.inputs).logits.squeeze(0)  # [0]'s backward would copy them
         return token_statistics_from_logits(logits, question.labels, temperature=temperature, with_entropy=with_entropy)
 
     def _fused(self, question: Question, temperature: float, with_entropy: bool) -> tuple[Tensor, Tensor | None]:

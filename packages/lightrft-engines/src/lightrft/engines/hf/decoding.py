@@ -124,6 +124,7 @@ class _Batch:
         self.stopped = torch.zeros(len(samples), dtype=torch.bool, device=device)
         self.finished = 0
         self.shape = SamplingShape()
+        self.quiet = 0  # tokens to draw before any row may end; until then no step asks the device
         self.any_minimum = self.any_stop = self.any_images = False
         self.longest_row = 0
         self.lockstep: Any = None  # transformers' own cache, for models that ours does not serve
@@ -260,6 +261,7 @@ class _Batch:
         top_k = [p.top_k for p in drawn]
         self.shape = SamplingShape(
             all_greedy=not drawn,
+            any_temperature=any(p.temperature != 1 for p in drawn),
             any_greedy=len(drawn) < len(params),
             min_p=any(p.min_p > 0 for p in drawn),
             top_p=any(p.top_p < 1 for p in drawn),
@@ -267,6 +269,8 @@ class _Batch:
         )
         self.any_minimum = any(p.min_tokens > 0 for p in params)
         self.any_stop = any(s.stops for s in living)
+        self.quiet = quiet_tokens(living, self.index.tolist())
+        self.place = self.sample * self.tokens.shape[1]
         if self.m.plain:
             self.row_mask = self.mask[:n]
 
@@ -331,7 +335,7 @@ class _Batch:
             logits_to_keep=1,
             **{self.m.cache_argument: cache},
         )
-        self.length += ~self.row_done
+        self.length += 1 if self.quiet else ~self.row_done
         self.longest_row = length
         self._take(slice(0, n), out.logits[:, -1])
 
@@ -349,25 +353,29 @@ class _Batch:
 
     def _take(self, rows: slice, logits: torch.Tensor) -> None:
         """Draw a token for each of ``rows``, store it, and note who is finished."""
-        index, sample, stops, done, limit = self.index, self.sample, self.row_stops, self.row_done, self.limit
-        minimum, sampling = self.minimum, self.sampling
+        index, sample, place = self.index[rows], self.sample[rows], self.place[rows]
+        stops, early, sampling = self.row_stops[rows], self.minimum[rows], self.sampling
         if rows.start:  # rows that were just admitted behind others
-            index, sample, stops, done, limit = index[rows], sample[rows], stops[rows], done[rows], limit[rows]
-            minimum = minimum[rows]
             sampling = RowSampling(**{name: value[rows] for name, value in vars(sampling).items()})
         if self.any_minimum and self.any_stop:
-            logits = _forbid(logits.float(), stops, index < minimum)
+            logits = _forbid(logits.float(), stops, index < early)
         token, logprob = draw(logits, index, sampling, self.shape)
-        self.tokens[sample, index] = token
-        self.logprobs[sample, index] = logprob
+        place = place + index
+        self.tokens.view(-1).index_copy_(0, place, token)
+        self.logprobs.view(-1).index_copy_(0, place, logprob)
+        self.token[rows] = token
+        if self.quiet:
+            self.quiet -= 1
+            index += 1
+            return
+        done = self.row_done[rows]
         live = ~done
         index += live
-        ended = index >= limit
+        ended = index >= self.limit[rows]
         if self.any_stop:
             hit = (token.unsqueeze(1) == stops).any(1) & live
             self.stopped[sample] |= hit
             ended |= hit
-        self.token[rows] = token
         done |= ended
         self.counts[sample] = index
         self.finished = int(self.done[: self.rows].sum())
@@ -390,6 +398,15 @@ def _widest(top_k: Sequence[int]) -> int:
     if not limited:
         return 0
     return max(limited) if len(limited) == len(top_k) else -1
+
+
+def quiet_tokens(samples: Sequence[Sample], written: Sequence[int]) -> int:
+    """How many more tokens every sample can be given before the one that may be the last of any of them.
+
+    :param written: output tokens that each has.
+    """
+    first_end = [min(s.limit, s.sampling.min_tokens + 1) if s.stops else s.limit for s in samples]
+    return max(0, min((end - count - 1 for end, count in zip(first_end, written, strict=True)), default=0))
 
 
 def _forbid(logits: torch.Tensor, stops: torch.Tensor, early: torch.Tensor) -> torch.Tensor:

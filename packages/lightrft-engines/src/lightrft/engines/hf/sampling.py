@@ -3,7 +3,9 @@
 Each row of a batch is drawn from its own distribution with its own noise. The noise of a token is a pure function of
 (the sample's seed, the index of the output token, the vocabulary id), so that a sample does not depend on the rows
 beside it. Gumbel-max (Gumbel 1954; Maddison et al., 2014, "A* Sampling") turns a small change of the logits into a
-changed token far more rarely than inverting the cumulative distribution does.
+changed token far more rarely than inverting the cumulative distribution does. It is computed as a race: the token
+with the largest p_i / e_i wins, e_i standard exponential. With g_i = -log(e_i) that is the largest log(p_i) + g_i, but
+it needs one logarithm an element less, and shares its exponentials with the logprob.
 """
 
 from __future__ import annotations
@@ -38,11 +40,13 @@ class RowSampling:
 class SamplingShape:
     """Which of the steps any row of the batch needs: known on the host, so that no step asks the device.
 
+    :param any_temperature: some drawn row has a temperature other than 1.
     :param max_top_k: the largest top_k, or 0 where some row keeps all tokens.
     """
 
     all_greedy: bool = False
     any_greedy: bool = False
+    any_temperature: bool = True
     min_p: bool = False
     top_p: bool = False
     max_top_k: int = 0
@@ -98,17 +102,18 @@ def _hash32(ids: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     return x.bitwise_and_(0x7FFFFFFF)
 
 
-def gumbel_noise(keys: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Standard Gumbel noise for vocabulary ids.
+def exponential_noise(keys: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Standard exponential noise for vocabulary ids.
 
     Built on a uniform in the open interval (0, 1) that keeps its relative precision near 0, so that a token of
     probability 1e-9 is still drawn as rarely as that and no rarer.
 
-    :param keys: int64 ``[rows]``. :param ids: int32 ``[ids]`` or ``[rows, ids]``. :return: float32 ``[rows, ids]``.
+    :param keys: int64 ``[rows]``. :param ids: int32 ``[ids]`` or ``[rows, ids]``.
+    :return: float32 ``[rows, ids]``, above 0.
     """
     uniform = _hash32(ids, keys).to(torch.float32)
     uniform.add_(0.5).mul_(-(2.0**-31)).clamp_(min=-1 + 2.0**-24)  # this is -u; a float32 must not round it to -1
-    return uniform.log1p_().neg_().log_().neg_()  # -log(-log(1 - u))
+    return uniform.log1p_().neg_()  # -log(1 - u)
 
 
 def truncate(logits: torch.Tensor, rows: RowSampling, shape: SamplingShape) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -186,25 +191,27 @@ def draw(
 def _draw_block(
     logits: torch.Tensor, index: torch.Tensor, rows: RowSampling, shape: SamplingShape
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if shape.all_greedy:
-        values, ids, scores = logits, None, logits
-    else:
+    values, ids = logits, None
+    if shape.any_temperature and not shape.all_greedy:
         temperature = rows.temperature
         if shape.any_greedy:
             temperature = torch.where(temperature > 0, temperature, 1.0)
-        values, ids = logits / temperature.unsqueeze(1), None
-        if shape.truncates:
-            values, ids = truncate(values, rows, shape)
-        keys = noise_keys(rows.stream, index)
+        values = logits / temperature.unsqueeze(1)
+    if shape.truncates and not shape.all_greedy:
+        values, ids = truncate(values, rows, shape)
+    peak = values.amax(-1, keepdim=True)
+    shares = (values - peak).exp_()
+    total, scores = shares.sum(-1, keepdim=True), values
+    if not shape.all_greedy:
         wanted = (
             torch.arange(values.shape[-1], dtype=torch.int32, device=values.device)
             if ids is None
             else ids.to(torch.int32)
         )
-        noise = gumbel_noise(keys, wanted)
-        if shape.any_greedy:
-            noise.masked_fill_((rows.temperature == 0).unsqueeze(1), 0.0)
-        scores = noise.add_(values)
+        noise = exponential_noise(noise_keys(rows.stream, index), wanted)
+        scores = shares.div_(noise)
+        if shape.any_greedy:  # two values near the peak may have one exponential: the greedy choice is by the values
+            scores = torch.where((rows.temperature == 0).unsqueeze(1), values - peak, scores)
     choice = scores.argmax(-1, keepdim=True)
-    logprobs = values.gather(-1, choice).squeeze(1) - values.logsumexp(-1)
+    logprobs = (values.gather(-1, choice) - peak - total.log()).squeeze(1)
     return (choice if ids is None else ids.gather(-1, choice)).squeeze(1), logprobs
