@@ -1,11 +1,12 @@
-"""Seconds of a whole GRPO step (rollout, reward, training, weight sync) against TRL's, in one process and one run.
+"""Seconds of a whole GRPO step (rollout, reward, training, weight sync) against TRL's, one rank each, in one run.
 
     uv run --no-sync --with trl==1.16.0 python tools/bench/grpo_step.py
     uv run --no-sync --with trl==1.16.0 python tools/bench/grpo_step.py --model FOLDER --prompts 4 --samples 4 \
         --new-tokens 48 --dtype bfloat16
 
 Same model, prompts, samples, lengths (every response has exactly ``--new-tokens`` tokens), optimizer and learning
-rate; no reference model and no gradient checkpointing on either side. Blocks of steps alternate between the two, so
+rate; no reference model and no gradient checkpointing on either side. Each side lives in a process of its own (in one
+process both are slower by half: two pools of threads share the cores). Blocks of steps alternate between the two, so
 that whatever else the machine does meets both alike; the ratio is that of the medians. Without TRL only ours is
 measured.
 """
@@ -15,11 +16,12 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import logging
+import multiprocessing
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +137,12 @@ class Ours:
         self.loader = strategy.setup_dataloader(data, args.prompts, collate_fn=data.collate_fn)
         self.done = 0
 
-    def run(self, steps: int) -> list[float]:
+    def serve(self, blocks: Connection) -> None:
+        """Trains block by block."""
+        while steps := blocks.recv():
+            blocks.send(self._run(steps))
+
+    def _run(self, steps: int) -> list[float]:
         """Seconds of each of the next steps."""
         from lightrft.trainer.metrics import METRICS_FILE, read_metrics
 
@@ -180,41 +187,39 @@ class Theirs:
             args=config,
             train_dataset=Dataset.from_list([{"prompt": text} for text in prompts]),
         )
-        self.blocks = self._train()
 
-    def _train(self) -> Iterator[list[float]]:
-        """Trains in a thread of its own, stopping after each block: TRL's loop cannot be left and entered."""
-        import queue
-        import threading
-
+    def serve(self, blocks: Connection) -> None:
+        """Trains block by block: TRL's loop cannot be left and entered, so that it waits in a callback."""
         from transformers import TrainerCallback
-
-        wanted: queue.Queue[int] = queue.Queue()
-        measured: queue.Queue[list[float]] = queue.Queue()
 
         class Stopwatch(TrainerCallback):
             left, seconds, begun = 0, [], 0.0
 
-            def on_step_begin(self, *_: Any, **__: Any) -> None:
+            def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
                 if self.left == 0:
-                    self.left, self.seconds = wanted.get(), []
+                    self.left, self.seconds = blocks.recv(), []
+                control.should_training_stop = self.left == 0
                 self.begun = time.perf_counter()
 
             def on_step_end(self, *_: Any, **__: Any) -> None:
                 self.seconds.append(time.perf_counter() - self.begun)
                 self.left -= 1
                 if self.left == 0:
-                    measured.put(self.seconds)
+                    blocks.send(self.seconds)
 
         self.trainer.add_callback(Stopwatch())
-        threading.Thread(target=self.trainer.train, daemon=True).start()
-        self.wanted, self.measured = wanted, measured
-        return iter(())
+        self.trainer.train()
 
-    def run(self, steps: int) -> list[float]:
-        """Seconds of each of the next steps."""
-        self.wanted.put(steps)
-        return self.measured.get()
+
+CONTESTANTS = {"lightrft": Ours, "trl": Theirs}
+
+
+def contestant(name: str, model: Path, args: argparse.Namespace, folder: Path, blocks: Connection) -> None:
+    """A process: answers each number of steps that comes through ``blocks`` with their seconds, until 0 comes."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    prompts = prompts_for(AutoTokenizer.from_pretrained(model), args.prompts, args.prompt_tokens)
+    CONTESTANTS[name](model, prompts, args, folder).serve(blocks)
 
 
 def main() -> None:
@@ -232,23 +237,31 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     log.setLevel(logging.INFO)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    names = [name for name in CONTESTANTS if name == "lightrft" or importlib.util.find_spec(name) is not None]
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         model = Path(args.model) if args.model else tiny_model(folder / "model")
-        prompts = prompts_for(AutoTokenizer.from_pretrained(model), args.prompts, args.prompt_tokens)
-        contestants: dict[str, Any] = {"lightrft": Ours(model, prompts, args, folder / "ours")}
-        if importlib.util.find_spec("trl") is not None:
-            contestants["trl"] = Theirs(model, prompts, args, folder / "trl")
-        seconds: dict[str, list[float]] = {key: [] for key in contestants}
+        pipes, processes = {}, []
+        for name in names:
+            pipes[name], theirs = context.Pipe()
+            processes.append(context.Process(target=contestant, args=(name, model, args, folder / name, theirs)))
+            processes[-1].start()
+            theirs.close()
         for round_ in range(args.rounds + 1):
-            for key, contestant in contestants.items():
-                measured = contestant.run(args.steps)
+            for name in names:
+                pipes[name].send(args.steps)
+                measured = pipes[name].recv()
                 if round_:
-                    seconds[key] += measured
+                    seconds[name] += measured
+        for name, process in zip(names, processes, strict=True):
+            pipes[name].send(0)
+            process.join(30)
+            process.kill()
     what = f"{args.prompts} prompts x {args.samples} samples x {args.new_tokens} tokens, {args.dtype}"
-    log.info("%s, %d threads, %d steps each", what, torch.get_num_threads(), args.rounds * args.steps)
+    threads = args.threads or torch.get_num_threads()
+    log.info("%s, %d threads, %d steps each", what, threads, args.rounds * args.steps)
     medians = {key: statistics.median(values) for key, values in seconds.items()}
     for key, values in seconds.items():
         log.info("  %-9s %.4f s a step (from %.4f to %.4f)", key, medians[key], min(values), max(values))
