@@ -292,7 +292,7 @@ def test_the_table_of_trajectories(
 ) -> None:
     """Largest over the recipes; ``-rP`` or ``-s`` shows it."""
     floors = {name: noise_floor(recipe) for name, recipe in RECIPES.items()}
-    rows = {"one process, regrouped (the floor)": largest(floors.values())}
+    rows = {"one process (the floor)": largest(floors.values())}
     rows |= {backend: largest(found.values()) for backend, found in deviations.items()}
     columns = {}
     for title, found in {"tokens, Qwen2": dense, "tokens, Qwen3-MoE": mixture}.items():

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,6 +33,7 @@ BF16_ROUNDING = 2.0**-9
 CRITIC_LOSS = 1 / 64
 # The norm under which "clipping is on" and never acts.
 NEVER_CLIPS = 1e6
+EPS = torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,12 +241,18 @@ def _token_mean(model: nn.Module, ids: torch.Tensor, lengths: torch.Tensor) -> t
     return losses.masked_fill(~mask, 0.0).sum() / mask.sum()
 
 
-def run_trajectory(strategy: StrategyBase, recipe: Recipe) -> Trajectory:
+def run_trajectory(
+    strategy: StrategyBase, recipe: Recipe, touch: Callable[[nn.Module], None] = lambda model: None
+) -> Trajectory:
     """Train tiny models by the recipe. Every rank must call.
 
     :param strategy: made with ``recipe.settings(ranks)``.
+    :param touch: what to do to each model before it is prepared.
     """
-    roles = [_Role(strategy, recipe, role, model) for role, model in recipe.models().items()]
+    models = recipe.models()
+    for model in models.values():
+        touch(model)
+    roles = [_Role(strategy, recipe, role, model) for role, model in models.items()]
     for number in range(recipe.steps):
         for role in roles:
             role.step(number)
@@ -302,7 +309,8 @@ def noise_floor(recipe: Recipe) -> Deviation:
 
     Regrouping leaves the order alone in which a norm's squares are summed, and shards do not: the rounding of that sum
     counts too. And no gradient is asked to be nearer than two units in its last place: a backend's kernels may be
-    others.
+    others. What one process makes of gradients that are so far off, three times at random, counts as well: Adam
+    amplifies it wherever a gradient is nearly zero.
     """
     return _floor(replace(recipe, accumulation=1))
 
@@ -317,12 +325,32 @@ def _floor(recipe: Recipe) -> Deviation:
             compare(run_trajectory(FakeStrategy(**regrouped.settings(1)), regrouped), reference_trajectory(recipe))
         )
         parts *= 2
+    whole = replace(recipe, accumulation=1)
+    for seed in range(3):
+        shaken = run_trajectory(FakeStrategy(**whole.settings(1)), whole, functools.partial(_shake_gradients, seed))
+        deviations.append(compare(shaken, reference_trajectory(recipe)))
     return Deviation(
-        first_gradient=max(2 * torch.finfo(torch.float32).eps, *(d.first_gradient for d in deviations)),
+        first_gradient=max(2 * EPS, *(d.first_gradient for d in deviations)),
         loss=max(d.loss for d in deviations),
         grad_norm=max(_norm_rounding(recipe), *(d.grad_norm for d in deviations)),
         weights=max(d.weights for d in deviations),
     )
+
+
+def _shake_gradients(seed: int, model: nn.Module) -> None:
+    """Let each gradient tensor come out two units in the last place of its norm off, in a random direction."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def shake(parameter: torch.Tensor) -> None:
+        gradient = parameter.grad
+        assert gradient is not None
+        size = 2 * EPS * gradient.norm() / math.sqrt(gradient.numel())
+        noise = size * torch.randn(gradient.shape, generator=generator)
+        gradient.add_(noise.masked_fill_(gradient == 0, 0.0))  # what is exactly zero is so everywhere
+
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(shake)
 
 
 def _norm_rounding(recipe: Recipe) -> float:
