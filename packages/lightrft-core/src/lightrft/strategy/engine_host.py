@@ -63,10 +63,10 @@ class EngineHost:
         cls = self.engine_class(engine_type)
         check_engine(cls.name, cls.capabilities, self.config, self.strategy.device.type)
         self.placement = cls.placement
-        spec = self._spec(actor, cls)
+        spec, group = self._spec(actor, cls), self.strategy.engine_mp_group  # made by all ranks together
         if self.placement == "spmd" or self._is_leader():
             engine = cls()
-            engine.start(spec, self.strategy.engine_mp_group)
+            engine.start(spec, group)
             self.engine = engine
         self._there = True
         if actor is not None:
@@ -95,10 +95,9 @@ class EngineHost:
         if self.engine is not None:
             self.wake_engine(self.engine)
 
-    def sleep_engine(self, engine: Any) -> None:
-        """Release the KV cache, then the weights: kept on the host at level 1, dropped at level 2."""
-        engine.release("kv_cache")
-        engine.release("weights", keep=self.config.engine_sleep_level == 1)
+    def sleep_engine(self, engine: Any) -> int:
+        """Release the KV cache, then the weights: kept on the host at level 1, dropped at level 2. Returns bytes."""
+        return engine.release("kv_cache") + engine.release("weights", keep=self.config.engine_sleep_level == 1)
 
     def wake_engine(self, engine: Any) -> None:
         engine.restore("weights")
@@ -294,7 +293,10 @@ class EngineHost:
         if self.engine is not None:
             everyone = [prompt for share in shares for prompt in share]
             answers, problem = _attempt(self._run, self.engine, everyone, sampling, step)
-        self._raise_together(problem, RolloutError)
+        # A rank whose engine broke waits for nobody: the others may be stuck inside of it, waiting for this one.
+        with self.strategy.together("agree on the outcome", RolloutError):
+            if problem is not None:
+                raise problem
         outputs = answers or []
         if self.placement == "spmd":
             starts = [sum(len(share) for share in shares[:i]) * sampling.n for i in range(size + 1)]
@@ -359,7 +361,10 @@ class EngineHost:
             raise problem
         for rank, text in enumerate(texts):
             if text is not None:
-                raise kind(f"rank {rank}: {text}")
+                told = kind(f"rank {rank}: {text}")
+                if isinstance(told, LightRFTError):
+                    told.of_another_rank = True
+                raise told
 
     def _require(self, what: str) -> None:
         self.strategy.setup_distributed()
