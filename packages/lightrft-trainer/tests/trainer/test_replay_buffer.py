@@ -81,7 +81,7 @@ def test_samples_come_back_from_tensors_to_the_bit() -> None:
 
 def filled(ranks: int, prompts: int = 4, n: int = 2) -> list[ReplayBuffer]:
     samples = [sample(index, prompt=1 + index % 3) for index in range(prompts * n)]
-    records = {s.index: SampleRecord(s.index // n % ranks, s.length, s.response_length, s.reward) for s in samples}
+    records = {s.index: SampleRecord.of(s, s.index // n % ranks) for s in samples}
     buffers = [ReplayBuffer() for _ in range(ranks)]
     for rank, buffer in enumerate(buffers):
         buffer.fill([s for s in samples if records[s.index].owner == rank], records)

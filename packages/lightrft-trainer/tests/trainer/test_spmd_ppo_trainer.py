@@ -33,8 +33,11 @@ def test_a_run_learns_and_writes_a_line_a_step_with_every_key(make: Make) -> Non
     assert state.step == 12
     written = lines(setup)
     assert [line["step"] for line in written] == list(range(1, 13))
-    assert all(isinstance(line[key], (int, float)) for line in written for key in STEP_KEYS)
+    numbers = [key for key in STEP_KEYS if key != "sample_versions"]
+    assert all(isinstance(line[key], (int, float)) for line in written for key in numbers)
     assert [line["weight_version"] for line in written] == [written[0]["weight_version"] + i for i in range(12)]
+    # Each step's samples were written by the weights that the step before had left.
+    assert [line["sample_versions"] for line in written] == [{str(line["weight_version"] - 1): 32} for line in written]
     rewards = [line["reward_mean"] for line in written]
     assert sum(rewards[-3:]) > sum(rewards[:3])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -253,7 +254,8 @@ class ExperienceMaker:
         """Give every sample its global index, and let every rank know of every sample."""
         rank = self.strategy.data_parallel_rank
         mine = [
-            (group.place, rank, [(s.length, s.response_length, s.reward) for s in group.samples]) for group in groups
+            (group.place, [dataclasses.astuple(SampleRecord.of(sample, rank)) for sample in group.samples])
+            for group in groups
         ]
         told = all(s.engine_logprobs is not None for group in groups for s in group.samples)
         parts = self.strategy.gather_over_data((mine, told))
@@ -263,11 +265,11 @@ class ExperienceMaker:
                 for sample in group.samples:
                     sample.engine_logprobs = None
         everyone = sorted(item for part, _ in parts for item in part)
-        position = {place: number for number, (place, _, _) in enumerate(everyone)}
+        position = {place: number for number, (place, _) in enumerate(everyone)}
         n = self.sampling.n
-        for place, owner, figures in everyone:
-            for k, (length, response_length, reward) in enumerate(figures):
-                rollout.records[position[place] * n + k] = SampleRecord(owner, length, response_length, reward)
+        for place, records in everyone:
+            for k, fields in enumerate(records):
+                rollout.records[position[place] * n + k] = SampleRecord(*fields)
         for group in groups:
             for k, sample in enumerate(group.samples):
                 sample.index = position[group.place] * n + k

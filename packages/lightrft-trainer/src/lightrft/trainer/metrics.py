@@ -17,6 +17,8 @@ logger = logging.getLogger("lightrft")
 
 METRICS_FILE = "metrics.jsonl"
 # Every line has these; more may follow. Seconds are wall time of that part of the step, on the slowest rank.
+# weight_version is that of the weights which the step left in the engine; sample_versions says how many of its samples
+# were written by which version: {"7": 512}.
 STEP_KEYS = (
     "step",
     "reward_mean",
@@ -32,14 +34,16 @@ STEP_KEYS = (
     "seconds_sync",
     "logprob_drift",
     "weight_version",
+    "sample_versions",
 )
+Figure = float | int | Mapping[str, int] | None
 
 
 class MetricSink(Protocol):
     """Something that takes a step's figures."""
 
-    def log(self, step: int, values: Mapping[str, float | int | None]) -> None:
-        """Take figures by name; None means not measured in this step."""
+    def log(self, step: int, values: Mapping[str, Figure]) -> None:
+        """Take figures by name; None means not measured in this step. A sink of plain numbers leaves mappings out."""
 
     def close(self) -> None:
         """Write out what is buffered."""
@@ -58,7 +62,7 @@ class JsonlSink:
         scratch.replace(path)
         self._file = path.open("a", encoding="utf-8")
 
-    def log(self, step: int, values: Mapping[str, float | int | None]) -> None:
+    def log(self, step: int, values: Mapping[str, Figure]) -> None:
         """Append one line, visible to readers at once."""
         self._file.write(
             json.dumps({"step": step, **{name: _json_number(value) for name, value in values.items()}}) + "\n"
@@ -78,11 +82,10 @@ class TensorBoardSink:
 
         self._writer = SummaryWriter(log_dir=str(folder))
 
-    def log(self, step: int, values: Mapping[str, float | int | None]) -> None:
+    def log(self, step: int, values: Mapping[str, Figure]) -> None:
         """Write one scalar for each figure that was measured."""
-        for name, value in values.items():
-            if value is not None:
-                self._writer.add_scalar(name, value, step)
+        for name, value in _numbers(values).items():
+            self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Write out and close."""
@@ -97,9 +100,9 @@ class TrackerSink:
         options = {"dir": str(folder)} if module.__name__ == "wandb" else {}
         module.init(project=project, name=name, config=dict(config), **options)
 
-    def log(self, step: int, values: Mapping[str, float | int | None]) -> None:
+    def log(self, step: int, values: Mapping[str, Figure]) -> None:
         """Send the figures that were measured."""
-        self._module.log({name: value for name, value in values.items() if value is not None}, step=step)
+        self._module.log(_numbers(values), step=step)
 
     def close(self) -> None:
         """End the tracked run."""
@@ -147,5 +150,9 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
             yield line
 
 
-def _json_number(value: float | int | None) -> float | int | None:
+def _numbers(values: Mapping[str, Figure]) -> dict[str, float | int]:
+    return {name: value for name, value in values.items() if isinstance(value, (int, float))}
+
+
+def _json_number(value: Figure) -> Figure:
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -18,12 +18,20 @@ from .minibatches import MicroBatch, cut_microbatches, plan_minibatches
 
 @dataclass(frozen=True)
 class SampleRecord:
-    """What every rank knows of a sample: its owner (a data rank), its tokens and the response's, its reward."""
+    """What every rank knows of a sample: its owner (a data rank), its tokens and the response's, its reward, and the
+    version of the weights that wrote it.
+    """
 
     owner: int
     length: int
     response_length: int
     reward: float = 0.0
+    weight_version: int = 0
+
+    @classmethod
+    def of(cls, sample: Experience, owner: int) -> SampleRecord:
+        """The record of a sample."""
+        return cls(owner, sample.length, sample.response_length, sample.reward, sample.weight_version)
 
 
 @dataclass(frozen=True)
@@ -143,7 +151,7 @@ class ReplayBuffer:
         buffer = ReplayBuffer()
         for origin, sample in saved:
             owner = origin if len(states) == ranks else places[sample.index // n_samples] % ranks
-            buffer.records[sample.index] = SampleRecord(owner, sample.length, sample.response_length, sample.reward)
+            buffer.records[sample.index] = SampleRecord.of(sample, owner)
             if owner == rank:
                 buffer.samples[sample.index] = sample
         return buffer

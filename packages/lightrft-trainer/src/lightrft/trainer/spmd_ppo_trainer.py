@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -405,6 +406,7 @@ class SPMDPPOTrainer:
             "seconds_reward": seconds["reward"],
             "seconds_experience": seconds["experience"],
             "groups_dropped": rollout.groups_dropped,
+            "sample_versions": dict(sorted(Counter(str(record.weight_version) for record in records).items())),
             **{name: value / count for name, value in summed.items() if name.startswith("reward/")},
         }
 
@@ -510,6 +512,7 @@ class SPMDPPOTrainer:
             "seconds_sync": figures.get("seconds_sync", 0.0),
             "logprob_drift": status.get("logprob_drift"),
             "weight_version": self.strategy.engine_host.weight_version,
+            "sample_versions": figures.get("sample_versions", {}),
         }
         values |= {name: value for name, value in (*figures.items(), *status.items()) if name not in values}
         values["kl_coef"] = self.kl_ctl.value
