@@ -50,6 +50,15 @@ def test_a_killed_rank_is_the_cause_whoever_noticed_first() -> None:
     )
 
 
+def test_an_error_is_the_cause_where_the_launcher_killed_a_rank_that_was_stuck_because_of_it() -> None:
+    """Half a minute after the error, in which the other rank did not end by itself."""
+    failures = {0: failure(-signal.SIGKILL, timestamp=130), 1: failure(1, "the engine broke", timestamp=100)}
+    assert launch.describe_failures(failures) == "rank 1: the engine broke"
+    # A rank that lost a killed one in a call of its own notices later.
+    failures = {0: failure(-signal.SIGKILL, timestamp=100), 1: failure(1, "connection lost", timestamp=101)}
+    assert launch.describe_failures(failures).startswith("rank 0 was killed by SIGKILL")
+
+
 def test_an_abort_is_the_cause_only_where_nothing_else_is() -> None:
     aborted = failure(-signal.SIGABRT)
     assert launch.describe_failures({0: aborted, 1: failure(-signal.SIGKILL)}).startswith(

@@ -1,7 +1,7 @@
 """Start this node's ranks with torch's elastic launcher, wait for them, and say in one sentence what went wrong.
 
-A rank is ``python -m lightrft.cli.worker``. Parent and ranks share a folder: the parent puts the settings there, ranks
-their process ids (so that the parent can pass on Ctrl-C) and their final word.
+A training's rank is ``python -m lightrft.cli.worker``. Parent and ranks share a folder: the parent puts the settings
+there, ranks their process ids (so that the parent can pass on Ctrl-C) and their final word.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import signal
 import sys
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -50,12 +50,29 @@ def launch(config: StrategyConfig, options: argparse.Namespace, *, multimodal: b
     if config.output_dir != FIELDS["output_dir"].default:
         Path(config.output_dir).mkdir(parents=True, exist_ok=True)  # from now on --resume knows it
     with tempfile.TemporaryDirectory(prefix="lightrft-") as name:
-        folder = Path(name)
-        config.to_yaml(folder / CONFIG_FILE)
-        environment = {LAUNCH_DIR: name, **thread_environment(ranks, os.cpu_count() or 1)}
-        with _environment(environment):
-            failure = _run_ranks(_launch_config(options, ranks), folder, multimodal=multimodal)
-        return _report(folder, failure)
+        command = ("lightrft.cli.worker", *(["--multimodal"] if multimodal else []))
+        failures = run_ranks(
+            config, options, Path(name), command, stopping="the ranks finish their step and write a checkpoint"
+        )
+        return _report(Path(name), failures)
+
+
+def run_ranks(
+    config: StrategyConfig, options: argparse.Namespace, folder: Path, command: Sequence[str], *, stopping: str
+) -> dict[int, Any] | None:
+    """Start this node's ranks as ``python -m MODULE CONFIG FLAGS...`` and wait for them.
+
+    :param folder: shared with the ranks, which find it under the environment's :data:`LAUNCH_DIR`.
+    :param command: the module and its flags. :param stopping: what the ranks do after Ctrl-C, for the user.
+    :return: torch's ProcessFailure by rank; None where all succeeded.
+    """
+    ranks = ranks_on_this_node(options.nproc_per_node)
+    config.to_yaml(folder / CONFIG_FILE)
+    module, *flags = command
+    environment = {LAUNCH_DIR: str(folder), **thread_environment(ranks, os.cpu_count() or 1)}
+    with _environment(environment):
+        words = ["-m", module, str(folder / CONFIG_FILE), *flags]
+        return _run(_launch_config(options, ranks), folder, words, stopping)
 
 
 def ranks_on_this_node(asked: int | None) -> int:
@@ -113,7 +130,7 @@ def _launch_config(options: argparse.Namespace, ranks: int) -> Any:
     return LaunchConfig(**settings)
 
 
-def _run_ranks(config: Any, folder: Path, *, multimodal: bool) -> dict[int, Any] | None:
+def _run(config: Any, folder: Path, words: Sequence[str], stopping: str) -> dict[int, Any] | None:
     """Start the ranks and wait; returns the failures by rank, None where there are none."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -121,10 +138,9 @@ def _run_ranks(config: Any, folder: Path, *, multimodal: bool) -> dict[int, Any]
 
     # The launcher logs a table and a traceback for each rank; _report says the same in a sentence.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    command = ["-m", "lightrft.cli.worker", str(folder / CONFIG_FILE), *(["--multimodal"] if multimodal else [])]
-    with _forwarded_signals(folder):
+    with _forwarded_signals(folder, stopping):
         try:
-            elastic_launch(config, sys.executable)(*command)
+            elastic_launch(config, sys.executable)(*words)
         except ChildFailedError as error:
             return dict(error.failures)
         except SignalException:
@@ -134,8 +150,8 @@ def _run_ranks(config: Any, folder: Path, *, multimodal: bool) -> dict[int, Any]
 
 
 @contextlib.contextmanager
-def _forwarded_signals(folder: Path) -> Iterator[None]:
-    """Pass SIGINT and SIGTERM on to the ranks, which finish their step and save. A second Ctrl-C kills them."""
+def _forwarded_signals(folder: Path, stopping: str) -> Iterator[None]:
+    """Pass SIGINT and SIGTERM on to the ranks, which end in their own way. A second Ctrl-C kills them."""
     seen: list[int] = []
 
     def forward(number: int, _frame: FrameType | None) -> None:
@@ -146,9 +162,7 @@ def _forwarded_signals(folder: Path) -> Iterator[None]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM if first else signal.SIGKILL)
         if first:
-            sys.stderr.write(
-                "\nlightrft: stopping: the ranks finish their step and write a checkpoint (again: stop at once)\n"
-            )
+            sys.stderr.write(f"\nlightrft: stopping: {stopping} (again: stop at once)\n")
 
     before = {number: signal.signal(number, forward) for number in FORWARDED}
     try:
@@ -211,16 +225,23 @@ def describe_failures(failures: dict[int, Any]) -> str:
     if not failures:
         return "the ranks ended early"
 
+    def was_killed(failure: Any) -> bool:
+        return failure.exitcode < 0 and failure.exitcode not in (-signal.SIGTERM, -signal.SIGABRT)
+
+    first_kill = min((failure.timestamp for failure in failures.values() if was_killed(failure)), default=0)
+
     def order(item: tuple[int, Any]) -> tuple[int, int, int]:
         rank, failure = item
         if failure.exitcode == -signal.SIGTERM:  # ended by the launcher because another had failed
-            return 3, failure.timestamp, rank
-        if failure.exitcode < 0 and failure.exitcode != -signal.SIGABRT:
-            return 0, failure.timestamp, rank
+            place = 4
+        elif was_killed(failure):
+            place = 1
         # A rank whose peer went away fails too, with an error or from within gloo by an abort, but is not the cause.
-        if failure.exitcode == -signal.SIGABRT:
-            return 2, failure.timestamp, rank
-        return (2 if _extra(failure).get("secondary") else 1), failure.timestamp, rank
+        elif failure.exitcode == -signal.SIGABRT or _extra(failure).get("secondary"):
+            place = 3
+        else:  # an error before anybody was killed is the cause: the launcher kills ranks that do not end by themselves
+            place = 0 if failure.timestamp < first_kill else 2
+        return place, failure.timestamp, rank
 
     rank, failure = min(failures.items(), key=order)
     if failure.exitcode < 0:

@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from lightrft.trainer.run import RunResult
 
 PR_SET_PDEATHSIG = 1
+ORPHAN_SECONDS = 30.0  # as long as the launcher gives ranks that it ends
 
 
 def main() -> int:
@@ -34,9 +36,7 @@ def main() -> int:
     parser.add_argument("config")
     parser.add_argument("--multimodal", action="store_true")
     options = parser.parse_args()
-    die_with_parent()
-    if folder := os.environ.get(LAUNCH_DIR):
-        (Path(folder) / f"pid.{os.getpid()}").touch()
+    join_launcher()
     return run_rank(StrategyConfig.from_yaml(options.config), multimodal=options.multimodal)
 
 
@@ -91,10 +91,30 @@ def show_result(result: RunResult) -> None:
     )
 
 
+def join_launcher(patience: float = ORPHAN_SECONDS) -> None:
+    """End with the launcher, and tell it this rank's process id.
+
+    :param patience: seconds after the launcher's death in which this rank may end by itself.
+    """
+    launcher = os.getppid()
+    die_with_parent()
+    threading.Thread(target=_end_as_orphan, args=(launcher, patience), daemon=True, name="lightrft-orphan").start()
+    if folder := os.environ.get(LAUNCH_DIR):
+        (Path(folder) / f"pid.{os.getpid()}").touch()
+
+
 def die_with_parent() -> None:
-    """Ask Linux to end this rank when the launcher dies; elsewhere the collectives' deadline ends it."""
+    """Ask Linux to end this rank when the launcher dies, the friendly way: it may finish its step."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _end_as_orphan(launcher: int, patience: float) -> None:
+    """The thread that ends a rank which is stuck, say in a library's wait for another one, after its launcher's end."""
+    while os.getppid() == launcher:
+        time.sleep(min(1.0, patience))
+    time.sleep(patience)
+    os._exit(EXIT_FAILED)
 
 
 def _report_error(error: Exception, rank: int, output_dir: str | None, *, multimodal: bool) -> None:
