@@ -19,13 +19,13 @@ def test_help_and_wrong_settings_load_no_torch() -> None:
 import sys, json, contextlib, io
 from lightrft.cli.main import main
 codes = []
-for argv in ([], ["train", "--list_presets"], ["train", "--bf16", "--fp16"]):
+for argv in ([], ["train", "--list_presets"], ["train", "--bf16", "--fp16"], ["doctor", "--preset", "none"]):
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         codes.append(main(argv))
 heavy = [name for name in ("torch", "transformers", "datasets") if name in sys.modules]
 print(json.dumps([codes, heavy]))
 """
-    assert json.loads(run(code)) == [[0, 0, 2], []]
+    assert json.loads(run(code)) == [[0, 0, 2, 2], []]
 
 
 def test_wrong_settings_are_a_list_not_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:

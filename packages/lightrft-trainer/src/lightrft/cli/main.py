@@ -11,6 +11,8 @@ from lightrft.strategy.errors import LightRFTError
 from lightrft.utils import add_arguments
 from lightrft.utils.ckpt_scripts import add_convert_arguments, run_convert
 
+from .doctor import add_doctor_arguments, run_doctor
+
 EXIT_WRONG_USE = 2
 
 EPILOG = """\
@@ -39,6 +41,8 @@ def build_parser() -> argparse.ArgumentParser:
         )
         add_launch_arguments(command)
         add_arguments(command, suppress_defaults=True)
+    examine = commands.add_parser("doctor", help="examine this machine, backend and engine before a run is started")
+    add_doctor_arguments(examine, add_launch_arguments)
     add_convert_arguments(commands.add_parser("convert", help="make a checkpoint or a Hugging Face folder of another"))
     return parser
 
@@ -79,6 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if namespace.command == "convert":
         return run_convert(namespace)
+    if namespace.command == "doctor":
+        return run_doctor(namespace)
     return run_command(namespace, multimodal=namespace.command == "train-vl")
 
 

@@ -1,0 +1,7 @@
+"""``lightrft doctor``: is this machine, with this backend and engine, fit to train? Asked before a run is started."""
+
+from __future__ import annotations
+
+from .command import add_doctor_arguments, run_doctor
+
+__all__ = ["add_doctor_arguments", "run_doctor"]

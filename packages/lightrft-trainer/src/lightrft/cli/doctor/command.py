@@ -1,0 +1,112 @@
+"""The command itself: examine what can be without ranks, start them for the rest, say the verdict."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lightrft.strategy.config import FIELDS, StrategyConfig
+from lightrft.strategy.errors import ConfigError, LightRFTError
+from lightrft.utils import add_arguments
+
+from .findings import BEFORE_RANKS, ON_RANKS, Finding, Report, gather
+
+EXIT_UNFIT = 1
+EXIT_WRONG_USE = 2
+DESCRIPTION = """\
+Examine, in about a minute, whether a run with these flags can work on this machine, before it is started: what is
+installed, devices, ranks, a training step, a weight sync and its check, generation, engine and trainer logprobs side
+by side, also after a step at learning rate 0, sleep and wake with the memory that comes back.
+"""
+EPILOG = """\
+Takes the flags of `lightrft train`. Without --pretrain a tiny model is made; with it, yours is loaded. Exit code: 0 fit
+(also with warnings), 1 unfit, 2 wrong use.
+
+  lightrft doctor --fsdp --engine_type vllm
+  lightrft doctor --zero_stage 3 --engine_type vllm --engine_tp_size 2 --nproc_per_node 4 --json
+  torchrun --nproc-per-node 8 -m lightrft.cli.main doctor --config run.yaml      under a launcher of your own
+"""
+# Nobody waits ten minutes for an examination; who names a deadline gets it.
+DEADLINES = {"dist_timeout": 120.0, "engine_timeout": 60.0}
+
+
+def add_doctor_arguments(parser: argparse.ArgumentParser, add_launch: Callable[[Any], Any]) -> argparse.ArgumentParser:
+    """The flags of ``train``, and ``--json``. :param add_launch: adds those that say which ranks to start."""
+    parser.description, parser.epilog = DESCRIPTION, EPILOG
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--json", action="store_true", help="Write the findings as one JSON object.")
+    add_launch(parser)
+    return add_arguments(parser, suppress_defaults=True)
+
+
+def run_doctor(namespace: argparse.Namespace) -> int:
+    """Examine and report; returns the exit code."""
+    from ..settings import load_settings
+
+    begun = time.monotonic()
+    try:
+        config = load_settings(namespace)
+        ranks, world = _ranks(namespace)
+    except (ConfigError, LightRFTError) as error:
+        sys.stderr.write(f"lightrft: {error}\n")
+        return EXIT_WRONG_USE
+    overrides = {name: value for name, value in DEADLINES.items() if getattr(config, name) == FIELDS[name].default}
+    config = dataclasses.replace(config, **overrides, resume=False)
+    findings = _before_ranks(config, ranks, world)
+    if any(finding.status == "failed" for finding in findings):
+        done = {finding.check for finding in findings}
+        left = [check for check in (*BEFORE_RANKS, *ON_RANKS) if check not in done]
+        findings += [Finding(check=check, status="skipped") for check in left]
+    elif "RANK" in os.environ:
+        from .rank import examine_as_rank
+
+        findings += examine_as_rank(config)
+        if os.environ["RANK"] != "0":
+            return 0 if all(finding.status != "failed" for finding in findings) else EXIT_UNFIT
+    else:
+        findings += _on_ranks(config, namespace)
+    subject = {"backend": config.backend, "engine": config.engine_type, "ranks": world}
+    report = Report(findings=findings, subject=subject, seconds=round(time.monotonic() - begun, 1))
+    sys.stdout.write((report.to_json() if namespace.json else report.to_text()) + "\n")
+    return EXIT_UNFIT if report.failed else 0
+
+
+def _ranks(namespace: argparse.Namespace) -> tuple[int, int]:
+    """How many on this node, and in all. Under a launcher of the user's own it says so."""
+    from ..launch import ranks_on_this_node
+
+    if "RANK" in os.environ:
+        return int(os.environ.get("LOCAL_WORLD_SIZE", "1")), int(os.environ.get("WORLD_SIZE", "1"))
+    ranks = ranks_on_this_node(namespace.nproc_per_node)
+    return ranks, ranks * namespace.nnodes
+
+
+def _before_ranks(config: StrategyConfig, ranks: int, world: int) -> list[Finding]:
+    """Stops at what makes the next one impossible."""
+    from . import surroundings
+
+    findings = [surroundings.packages(config), surroundings.namespace()]
+    if findings[0].status == "failed":
+        return findings
+    from lightrft.strategy.device import local_device
+
+    findings.append(surroundings.machine(config, ranks))
+    return [*findings, surroundings.settings(config, world, local_device().type)]
+
+
+def _on_ranks(config: StrategyConfig, namespace: argparse.Namespace) -> list[Finding]:
+    from ..launch import describe_failures, run_ranks
+    from .notebook import read_notes
+
+    with tempfile.TemporaryDirectory(prefix="lightrft-doctor-") as name:
+        command = ("lightrft.cli.doctor.rank",)
+        failures = run_ranks(config, namespace, Path(name), command, stopping="the examination is given up")
+        end = None if failures is None else describe_failures(failures)
+        return gather(read_notes(Path(name)), end)

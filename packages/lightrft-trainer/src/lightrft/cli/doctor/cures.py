@@ -1,0 +1,68 @@
+"""From an error in a check to the layer at fault and what to do. Pure but for the errors' own types."""
+
+from __future__ import annotations
+
+from lightrft.strategy.config import StrategyConfig
+from lightrft.strategy.errors import (
+    CheckpointError,
+    ConfigError,
+    EngineStateError,
+    HubLayoutError,
+    NotBuiltError,
+    PluginError,
+    RankTimeoutError,
+    RolloutError,
+    WeightSyncError,
+)
+
+# The same list as in lightrft.strategy.memory, which loads torch.
+LESS_MEMORY = "--engine_mem_util, --engine_tp_size, --zero_stage, --fsdp_cpu_offload, --bf16"
+NETWORK = "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the network interface that joins the nodes"
+
+
+def layer_of(check: str, config: StrategyConfig) -> str:
+    """Who does the work that a check examines."""
+    return {
+        "ranks": "the launch, or the network between the ranks",
+        "model": "the model's folder",
+        "training": f"the training backend {config.backend!r}",
+        "engine": f"the engine {config.engine_type!r}",
+        "weight sync": f"the weight sync from {config.backend!r} to {config.engine_type!r}",
+        "generation": f"the engine {config.engine_type!r}",
+        "drift": f"the engine {config.engine_type!r}, or the model's weights in it",
+        "sleep": f"the engine {config.engine_type!r}, its sleep and wake",
+    }[check]
+
+
+def diagnose(error: BaseException, check: str, config: StrategyConfig) -> tuple[str, str]:
+    """(layer at fault, what to do)."""
+    layer, engine = layer_of(check, config), config.engine_type
+    names = " ".join(kind.__name__ for kind in type(error).__mro__)
+    if isinstance(error, ConfigError):
+        return "the settings", "change the flags that are named"
+    if isinstance(error, PluginError):
+        return "the installation", "install or remove what the message names"
+    if "OutOfMemory" in names or isinstance(error, MemoryError):
+        return "this machine's memory", f"flags that lower it: {LESS_MEMORY}; or a smaller model"
+    if isinstance(error, RankTimeoutError):
+        slow = f"if it was only slow, raise --dist_timeout (now {config.dist_timeout:g} s)"
+        return "the rank that the message names", f"look for its last words above; {slow}; between nodes, {NETWORK}"
+    if isinstance(error, TimeoutError):
+        return layer, f"if the machine is only slow, raise --engine_timeout (now {config.engine_timeout:g} s)"
+    if isinstance(error, (NotBuiltError, HubLayoutError)):
+        return layer, f"choose what the message offers, another --engine_type than {engine}, or another backend"
+    if isinstance(error, WeightSyncError):
+        return (
+            layer,
+            "do not train like this; try --engine_type hf, and report what `lightrft doctor --json` says",
+        )
+    if isinstance(error, (RolloutError, EngineStateError, CheckpointError)):
+        return layer, "read the message; if it is no wish of yours, report what `lightrft doctor --json` says"
+    if isinstance(error, ImportError):
+        return "the installation", f"reinstall what cannot be imported ({error.name or 'see the traceback'})"
+    if check == "model" or isinstance(error, OSError):
+        return (
+            layer_of("model", config),
+            "--pretrain takes a folder with config.json, weights and tokenizer that transformers reads, or a hub name",
+        )
+    return layer, "the traceback names the place; try another --engine_type, or --fsdp in place of --zero_stage"

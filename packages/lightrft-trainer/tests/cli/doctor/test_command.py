@@ -1,0 +1,51 @@
+"""The command as a user starts it: real ranks, real engine."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lightrft.cli.doctor.findings import CHECKS
+from lightrft.cli.main import main
+
+
+def test_two_ranks_with_fsdp_and_the_embedded_engine_are_fit(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "lightrft.cli.main", "doctor", "--fsdp", "--engine_type", "hf", "--json"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    environment.pop("RANK", None)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = json.loads(done.stdout)  # nothing else on standard output
+    assert told["verdict"] == "fit"
+    assert (told["backend"], told["engine"], told["ranks"]) == ("fsdp", "hf", 2)
+    assert [check["check"] for check in told["checks"]] == list(CHECKS)
+    assert all(check["status"] == "ok" for check in told["checks"])
+    assert list(tmp_path.glob("lightrft*")) == [], "it leaves nothing behind"
+
+
+def test_what_is_missing_is_told_without_starting_ranks(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--engine_type", "nowhere"]) == 1
+    shown = capsys.readouterr().out
+    assert "FAIL  packages" in shown
+    assert "-     ranks        not reached" in shown
+    assert "packages: at fault is the installation." in shown
+    assert "Verdict: unfit." in shown
+
+
+def test_wrong_settings_are_findings(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--temperature", "-1", "--json"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    failed = [check for check in told["checks"] if check["status"] == "failed"]
+    assert [check["check"] for check in failed] == ["settings"]
+    assert "--temperature -1.0" in failed[0]["text"]
+
+
+def test_a_value_of_a_wrong_type_is_wrong_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run.yaml").write_text("max_steps: many\n")
+    assert main(["doctor", "--config", str(tmp_path / "run.yaml")]) == 2
+    assert "max_steps" in capsys.readouterr().err
