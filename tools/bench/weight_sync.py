@@ -1,9 +1,12 @@
-"""Bandwidth of a weight sync into the embedded engine, against a memcpy of the same bytes.
+"""Bandwidth of a weight sync into an engine, against a memcpy of the same bytes, and against one call a parameter.
 
     python tools/bench/weight_sync.py --model smollm2 --bucket-mb 16 64 512
+    .nox/vllm_integration/bin/python tools/bench/weight_sync.py --engine vllm
 
 One rank: buckets are views of a model in memory, so what is measured is the engine's part (checks, ledger, copies).
-``memcpy`` copies as many bytes between two buffers of each tensor's size. Rounds alternate between the two.
+``memcpy`` copies as many bytes between two buffers of each tensor's size. ``singly`` sends the same tensors through the
+engine's own interface one a call: vLLM's ``load_weights`` with one tensor, for the embedded engine a bucket of one
+tensor. Rounds alternate between the three.
 A two-rank measurement belongs to a sharded strategy: it calls :func:`measure` with its own ``export``.
 """
 
@@ -24,9 +27,9 @@ from hf_engine import MODELS, timed
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from lightrft.engines.hf import HFEngine
 from lightrft.strategy.engine import EngineSpec, RolloutEngine
 from lightrft.strategy.hub_layout import HubLayout, hub_sources
+from lightrft.strategy.registry import load_plugin
 from lightrft.strategy.weights import TensorSpec, UpdatePlan, WeightBucket, plan_buckets, sample_positions
 
 log = logging.getLogger("bench.weight_sync")
@@ -35,10 +38,11 @@ Export = Callable[[UpdatePlan], Iterator[WeightBucket]]
 
 @dataclass(frozen=True)
 class Result:
-    """Seconds of one sync and of one copy of the same bytes (medians), and the bytes."""
+    """Seconds (medians) of one sync, of one copy of the same bytes and of one call a tensor, and the bytes."""
 
     sync: float
     memcpy: float
+    singly: float
     nbytes: int
     buckets: int
 
@@ -71,6 +75,7 @@ def measure(
     verify: bool = True,
 ) -> Result:
     """Time whole updates; ``reference`` is what they are compared with (default: a memcpy of the engine's bytes)."""
+    whole = UpdatePlan(version=0, specs=tuple(specs), bucket_bytes=2**40)
     sent: list[int] = []
 
     def sync() -> None:
@@ -90,16 +95,32 @@ def measure(
         for source, target in pairs:
             target.copy_(source)
 
+    def singly() -> None:
+        state = {name: tensor for bucket in export(whole) for name, tensor in bucket.tensors.items()}
+        if engine.name == "vllm":
+            from lightrft.engines.vllm import backend
+
+            load: Any = backend.model(engine._llm).load_weights  # type: ignore[attr-defined]
+            for name, tensor in state.items():
+                load([(name, tensor)])
+            return
+        engine.begin_update(engine.status().version + 1, specs, bucket_bytes=bucket_bytes)
+        for number, (name, tensor) in enumerate(state.items()):
+            engine.load_bucket(WeightBucket(number, {name: tensor}))
+        engine.finish_update()
+
     other = reference or memcpy
     other()
-    times = [(timed(sync), timed(other)) for _ in range(rounds)]
-    mine, copied = (statistics.median(column) for column in zip(*times, strict=True))
-    return Result(mine, copied, sent[0], sent[1])
+    singly()
+    times = [(timed(sync), timed(other), timed(singly)) for _ in range(rounds)]
+    mine, copied, single = (statistics.median(column) for column in zip(*times, strict=True))
+    return Result(mine, copied, single, sent[0], sent[1])
 
 
 def main() -> None:
     """Read the arguments and measure each bucket size."""
-    parser = argparse.ArgumentParser(description="bandwidth of a weight sync into the embedded engine")
+    parser = argparse.ArgumentParser(description="bandwidth of a weight sync into an engine")
+    parser.add_argument("--engine", default="hf")
     parser.add_argument("--model", choices=sorted(MODELS), default="smollm2")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--bucket-mb", type=float, nargs="+", default=[16.0, 64.0, 512.0])
@@ -112,18 +133,21 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     config, dtype = MODELS[args.model](), getattr(torch, args.dtype)
     model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
-    engine = HFEngine()
+    engine: RolloutEngine = load_plugin("engines", args.engine)()
+    extra = {"kv_cache_memory_bytes": 8 * 2**20} if args.engine == "vllm" else {}
     begun = time.perf_counter()
-    engine.start(EngineSpec(model_config=config, dtype=dtype))
+    engine.start(EngineSpec(model_config=config, dtype=dtype, max_model_len=64, extra=extra))
     log.info("engine started without weights in %.3f s", time.perf_counter() - begun)
     specs, export = views_of(model)
     for bucket_mb in args.bucket_mb:
         r = measure(engine, specs, export, bucket_bytes=int(bucket_mb * 2**20), rounds=args.rounds)
         log.info(
             "%s %s, %d tensors, %.1f MiB in %d buckets of at most %g MiB, %d thread(s): sync %.1f ms (%.2f GB/s), "
-            "memcpy %.1f ms (%.2f GB/s), share %.2f",
-            *(args.model, args.dtype, len(specs), r.nbytes / 2**20, r.buckets, bucket_mb, torch.get_num_threads()),
+            "memcpy %.1f ms (%.2f GB/s), share %.2f; one tensor a call %.1f ms (%.2f ×)",
+            *(f"{args.engine} {args.model}", args.dtype, len(specs)),
+            *(r.nbytes / 2**20, r.buckets, bucket_mb, torch.get_num_threads()),
             *(r.sync * 1e3, r.nbytes / r.sync / 1e9, r.memcpy * 1e3, r.nbytes / r.memcpy / 1e9, r.share),
+            *(r.singly * 1e3, r.singly / r.sync),
         )
 
 

@@ -1,10 +1,12 @@
 """Bandwidth and extra memory of a weight sync from sharded weights, against a bare all-gather of the same bytes.
 
     python tools/bench/weight_sync_ranks.py --model smollm2 --bucket-mb 16 64 512
+    .nox/vllm_integration/bin/python tools/bench/weight_sync_ranks.py --engine vllm
 
-Each rank holds its rows (FSDP2) and an embedded engine of its own. ``export`` gathers the buckets, ``sync`` is
-``update_engine_weights``: gather, load, verify, receipt. The bare all-gather moves as many bytes through a buffer of
-the bucket's size. Rounds alternate between the three. Extra memory is the rise of the process's resident size.
+Each rank holds its rows (FSDP2) and an engine of its own. A tiny ``--bucket-mb`` is one gather a parameter.
+``export`` gathers the buckets, ``sync`` is ``update_engine_weights``: gather, load, verify, receipt. The bare
+all-gather moves as many bytes through a buffer of the bucket's size. Rounds alternate between the three. Extra memory
+is the rise of the process's resident size.
 """
 
 from __future__ import annotations
@@ -78,12 +80,14 @@ def timed(run: Callable[[], Any]) -> float:
     return time.perf_counter() - begun
 
 
-def measure(name: str, bucket_mb: float, rounds: int) -> None:
+def measure(name: str, engine: str, bucket_mb: float, rounds: int) -> None:
     """Time the three in turn and log them on rank 0."""
     bucket_bytes = int(bucket_mb * MIB)
-    settings: Any = {"weight_bucket_mb": bucket_mb, "enable_engine_sleep": False, "engine_type": "hf"}
+    settings: Any = {"weight_bucket_mb": bucket_mb, "enable_engine_sleep": False, "engine_type": engine}
     batch = {"micro_train_batch_size": 1, "train_batch_size": dist.get_world_size()}
-    strategy = FSDPV2Strategy(**settings, **batch)
+    extra = {"kv_cache_memory_bytes": 8 * MIB} if engine == "vllm" else {}
+    lengths = {"max_model_len": 64, "prompt_max_len": 32}
+    strategy = FSDPV2Strategy(args={**settings, **batch, **lengths, "engine_extra": extra})
     torch.manual_seed(0)
     model = strategy.prepare(AutoModelForCausalLM.from_config(MODELS[name](), dtype=torch.float32))
     specs = tuple(strategy.export_spec(model))
@@ -96,7 +100,7 @@ def measure(name: str, bucket_mb: float, rounds: int) -> None:
 
     rise = max(strategy.all_gather_object(resident_rise(export)))
     bare = bare_all_gather(nbytes, bucket_bytes)
-    strategy.setup_inference_engine(None, "hf", model)
+    strategy.setup_inference_engine(None, engine, model)
     kinds = {"all-gather": bare, "export": export, "sync": lambda: strategy.update_engine_weights(model)}
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
     for counted in range(-1, rounds):
@@ -107,18 +111,20 @@ def measure(name: str, bucket_mb: float, rounds: int) -> None:
     if strategy.is_rank_0():
         bare_s, export_s, sync_s = (statistics.median(seconds[kind]) for kind in kinds)
         log.info(
-            "%s, %.1f MiB, buckets of %g MiB: all-gather %.1f ms (%.2f GB/s), export %.1f ms (%.2f ×), "
+            "%s into %s, %.1f MiB, buckets of %g MiB: all-gather %.1f ms (%.2f GB/s), export %.1f ms (%.2f ×), "
             "sync %.1f ms (%.2f ×); extra memory of an export at most %.1f MiB (largest tensor %.1f MiB)",
-            *(name, nbytes / MIB, bucket_mb, bare_s * 1e3, nbytes / bare_s / 1e9),
+            *(name, engine, nbytes / MIB, bucket_mb, bare_s * 1e3, nbytes / bare_s / 1e9),
             *(export_s * 1e3, bare_s / export_s, sync_s * 1e3, bare_s / sync_s),
             *(rise / MIB, max(spec.nbytes for spec in specs) / MIB),
         )
+    strategy.engine_host.shutdown()
 
 
 def main() -> None:
     """Start the ranks, or be one."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", choices=sorted(MODELS), default="smollm2")
+    parser.add_argument("--engine", default="hf")
     parser.add_argument("--bucket-mb", type=float, nargs="+", default=[16.0, 64.0, 512.0])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--ranks", type=int, default=2)
@@ -132,7 +138,7 @@ def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     for bucket_mb in args.bucket_mb:
-        measure(args.model, bucket_mb, args.rounds)
+        measure(args.model, args.engine, bucket_mb, args.rounds)
     dist.destroy_process_group()
 
 
