@@ -39,3 +39,8 @@ def empty_cache(device: torch.device) -> None:
 def widens_products(device: torch.device) -> bool:
     """Can ``torch.mm`` there take 16-bit factors and give fp32 (``out_dtype``), on its tensor cores?"""
     return device.type == "cuda"
+
+
+def replays_graphs(device: torch.device) -> bool:
+    """Can kernels be recorded there as a graph (a CUDA graph) and replayed?"""
+    return device.type == "cuda"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from .collectives import all_gather_object
+from .device import replays_graphs
 from .engine import EngineSpec
 from .errors import ConfigError, RolloutError
 from .registry import load_plugin
@@ -71,7 +72,7 @@ class RewardEngine:
             problems.append(
                 f"--rm_use_engine: {cls.name} serves no reward model on {device.type}; leave the flag away there"
             )
-        if config.rm_engine_cudagraph and device.type != "cuda":
+        if config.rm_engine_cudagraph and not replays_graphs(device):
             problems.append(f"--rm_engine_cudagraph: there are no CUDA graphs on {device.type}; leave it away")
         if problems:
             raise ConfigError(problems)
