@@ -69,6 +69,18 @@ def hold_root_weakly(model: nn.Module) -> None:
         stack[:] = [proxy if module is model else module for module in stack]
 
 
+def forget_backward_hooks(model: nn.Module) -> None:
+    """Let the next engine serve backward passes, after another has served this model.
+
+    The first one leaves functions of its own on every module, which ``destroy`` does not take and the next engine does
+    not replace (0.19.8, ``DeepSpeedZeRoOffload._register_deepspeed_module``). Gathering for backward would stay with an
+    engine that has seen no forward pass, which prefetches nothing. To be dropped when ``destroy`` takes them.
+    """
+    for module in model.modules():
+        for name in ("pre_bwd_fn", "post_bwd_fn"):
+            module.__dict__.pop(name, None)
+
+
 class ShardGroup:
     """The part of a Megatron-style ``mpu`` that DeepSpeed asks for: shards live within neighbouring ranks."""
 

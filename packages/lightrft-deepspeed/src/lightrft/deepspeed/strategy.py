@@ -29,7 +29,7 @@ from .deferred_engine import DeferredEngine
 from .ds_config import boundary_is_told, get_ds_eval_config, get_ds_train_config
 from .environment import join_process_group, load_deepspeed, make_secondary_group, require_dtype
 from .native_files import NATIVE
-from .sharding import ShardGroup, cast, hold_root_weakly, shard_unfilled
+from .sharding import ShardGroup, cast, forget_backward_hooks, hold_root_weakly, shard_unfilled
 
 
 class DeepspeedStrategy(BackendStrategy):
@@ -124,6 +124,7 @@ class DeepspeedStrategy(BackendStrategy):
         """Replace what ``prepare`` bound by an engine that trains with ``optimizer``."""
         if wrapper.engine is not None:
             wrapper.engine.destroy()
+            forget_backward_hooks(wrapper.module)
             wrapper.bind(None, None)
         config, ranks = get_ds_train_config(self.config), self.layout.world_size
         wrapper.bind(self._initialize(wrapper.module, optimizer, config, ranks), optimizer)

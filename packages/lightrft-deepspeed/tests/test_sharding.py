@@ -1,0 +1,35 @@
+"""A stage-3 model that was prepared before it had an optimizer trains as one that had it at once."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+from unittest import mock
+
+import pytest
+
+from lightrft.deepspeed import DeepspeedStrategy
+from lightrft.testing.strategy_claims.claims import StrategyClaims, on_ranks
+
+
+class TestSharding(StrategyClaims):
+    world_size: ClassVar[int] = 2
+
+    @classmethod
+    def make_strategy(cls, **settings: Any) -> DeepspeedStrategy:
+        return DeepspeedStrategy(zero_stage=3, **settings)
+
+    @pytest.mark.parametrize("optimizer_first", [False, True])
+    @on_ranks
+    def test_the_engine_that_trains_gathers_for_forward_and_backward(self, optimizer_first: bool) -> None:
+        strategy = self.strategy()
+        model: Any = self.model()
+        if optimizer_first:
+            optimizer = strategy.create_optimizer(model)
+            model, optimizer, _ = strategy.prepare((model, optimizer, None))
+        else:
+            model = strategy.prepare(model)
+            optimizer = strategy.create_optimizer(model)
+        coordinator = model.engine.optimizer.parameter_offload.get_param_coordinator()
+        with mock.patch.object(coordinator, "fetch_sub_module", wraps=coordinator.fetch_sub_module) as fetch:
+            self.train(strategy, model, optimizer)
+        assert {call.kwargs["forward"] for call in fetch.call_args_list} == {True, False}
