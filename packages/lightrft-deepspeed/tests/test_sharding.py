@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any, ClassVar
 from unittest import mock
 
@@ -33,3 +35,23 @@ class TestSharding(StrategyClaims):
         with mock.patch.object(coordinator, "fetch_sub_module", wraps=coordinator.fetch_sub_module) as fetch:
             self.train(strategy, model, optimizer)
         assert {call.kwargs["forward"] for call in fetch.call_args_list} == {True, False}
+
+
+SCRIPT = """
+import torch.distributed as dist
+from lightrft.deepspeed import DeepspeedStrategy
+from lightrft.testing.tiny_models import tiny_model
+
+def main():
+    strategy = DeepspeedStrategy(zero_stage=3, micro_train_batch_size=1, train_batch_size=1)
+    model = strategy.prepare(tiny_model("qwen2"))
+    dist.destroy_process_group()
+
+main()
+"""
+
+
+def test_a_model_may_outlive_the_process_group() -> None:
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "Exception ignored" not in done.stderr

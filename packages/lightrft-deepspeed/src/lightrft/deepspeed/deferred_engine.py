@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
@@ -54,7 +55,7 @@ class DeferredEngine(nn.Module):
         self.__dict__["_engine"], self.__dict__["_optimizer"] = engine, optimizer
         self.__dict__["_ending"] = None
         if engine is not None:
-            self.__dict__["_ending"] = ending = weakref.finalize(self, engine.destroy)
+            self.__dict__["_ending"] = ending = weakref.finalize(self, _end, engine)
             ending.atexit = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -77,3 +78,9 @@ class DeferredEngine(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("module"), name)
+
+
+def _end(engine: Any) -> None:
+    """Let go of an engine's module. Without ranks the process is about to end, and DeepSpeed would ask for its own."""
+    if dist.is_initialized():
+        engine.destroy()
