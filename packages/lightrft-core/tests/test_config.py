@@ -293,6 +293,15 @@ def test_a_file_that_holds_no_settings_is_refused(tmp_path: Path, text: str, wor
         read_yaml(path)
 
 
+def test_a_files_unknown_keys_and_wrong_values_are_named_together(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("sed: 3\nseed: many\n")
+    with pytest.raises(ConfigError) as caught:
+        read_yaml(path)
+    assert ["'sed'" in text for text in caught.value.problems] == [True, False]
+    assert "--seed 'many'" in caught.value.problems[1]
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"absent\.yaml"):
         read_yaml(tmp_path / "absent.yaml")

@@ -18,13 +18,13 @@ START_SECONDS = 240.0
 class Command:
     """A ``lightrft train`` on two CPU ranks, in its own temporary folder, that a test can watch and kill."""
 
-    def __init__(self, folder: Path, *arguments: str) -> None:
+    def __init__(self, folder: Path, *arguments: str, name: str = "train") -> None:
         self.scratch = folder / "tmp"
         self.scratch.mkdir(parents=True, exist_ok=True)
         self.log = (folder / "log.txt").open("a+")
         environment = {**os.environ, "TMPDIR": str(self.scratch), "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "lightrft.cli.main", "train", *arguments],
+            [sys.executable, "-m", "lightrft.cli.main", name, *arguments],
             stdout=self.log,
             stderr=subprocess.STDOUT,
             env=environment,
@@ -87,8 +87,8 @@ def train(tmp_path: Path) -> Iterator[Callable[..., Command]]:
     """Starts commands; all of them and their ranks are gone when the test ends."""
     started: list[Command] = []
 
-    def start(folder: Path, *arguments: str) -> Command:
-        started.append(Command(folder, *arguments))
+    def start(folder: Path, *arguments: str, name: str = "train") -> Command:
+        started.append(Command(folder, *arguments, name=name))
         return started[-1]
 
     yield start

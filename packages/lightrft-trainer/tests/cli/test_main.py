@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lightrft.cli.main import build_parser, main
+from lightrft.cli.main import EXIT_WRONG_USE, build_parser, main
 
 
 def run(code: str) -> str:
@@ -55,6 +55,27 @@ def test_presets_are_listed_with_what_they_do(capsys: pytest.CaptureFixture[str]
 def test_the_documents_command_lines_parse(flags: str) -> None:
     for command in ("train", "train-vl"):
         assert build_parser().parse_args([command, *flags.split()]).command == command
+
+
+def test_all_faults_of_a_command_line_are_named_at_once_without_a_screen_of_usage(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    typed = "--temprature 0.5 --eps_clip x --kl_estimator k9 --top_p 2 --qqqq --generate_max_len 0"
+    assert main(["train", *typed.split()]) == EXIT_WRONG_USE
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "lightrft: 6 settings are wrong:"
+    said = sorted(line.removeprefix("  - ") for line in lines[1:])
+    flags = "--eps_clip 'x'", "--generate_max_len 0", "--kl_estimator 'k9'", "--qqqq", "--temprature", "--top_p 2.0"
+    assert [text.split(": ")[0] for text in said] == list(flags)
+    assert any("did you mean --temperature?" in text for text in said)
+
+
+def test_what_argparse_refuses_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for typed in (["trian"], ["train", "--top_p"], ["convert"]):
+        with pytest.raises(SystemExit) as left:
+            main(typed)
+        assert left.value.code == EXIT_WRONG_USE
+        assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 @pytest.mark.parametrize("name", ["train.py", "train_vl.py"])

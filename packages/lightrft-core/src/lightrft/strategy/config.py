@@ -441,7 +441,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
             hint = f"did you mean {', '.join(near)}?" if near else "see lightrft train --help for all settings"
             problems.append(f"--config {path}: unknown setting {key!r}; {hint}")
     if problems:
-        raise ConfigError(problems)
+        known = {name: value for name, value in loaded.items() if name in FIELDS}
+        raise ConfigError([*problems, *config_checks.convert(StrategyConfig, known)[1].values()])
     return dict(loaded)
 
 

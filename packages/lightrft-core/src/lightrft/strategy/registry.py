@@ -91,8 +91,10 @@ def load_plugin(kind: Kind, name: str) -> Any:
 
 
 def _cure(kind: Kind, name: str) -> str:
-    """What to install; of the two backends, also the one that is there, or how to have the other."""
+    """What to install; also what is there instead, or of the two backends how to have the other."""
     cure = INSTALL.get((kind, name), f"choose one of them with {FLAGS[kind]}")
+    if kind == "engines" and name in ("vllm", "sglang") and "hf" in available(kind):
+        return f"{cure}, or pass --engine_type hf for the embedded engine"
     if kind != "strategies" or name not in INSTEAD:
         return cure
     other, instead = INSTEAD[name]

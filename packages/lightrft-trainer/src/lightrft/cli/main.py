@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
+from typing import Never
 
-from lightrft.strategy.errors import LightRFTError
+from lightrft.strategy.config import FIELDS
+from lightrft.strategy.errors import ConfigError, LightRFTError
 from lightrft.utils import add_arguments
 from lightrft.utils.ckpt_scripts import add_convert_arguments, run_convert
 
@@ -25,11 +28,16 @@ Settings come from, each overriding the one before: a preset (the default one wh
 """
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, not after a screen of flags."""
+
+    def error(self, message: str) -> Never:
+        self.exit(EXIT_WRONG_USE, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command's parser, with one subparser for each subcommand."""
-    parser = argparse.ArgumentParser(
-        prog="lightrft", description="Reinforcement fine-tuning of language and vision-language models."
-    )
+    parser = Parser(prog="lightrft", description="Reinforcement fine-tuning of language and vision-language models.")
     parser.add_argument("--version", action="version", version=f"lightrft-trainer {version('lightrft-trainer')}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, text in (
@@ -41,10 +49,31 @@ def build_parser() -> argparse.ArgumentParser:
         )
         add_launch_arguments(command)
         add_arguments(command, suppress_defaults=True)
+        _leave_values_unread(command)
     examine = commands.add_parser("doctor", help="examine this machine, backend and engine before a run is started")
     add_doctor_arguments(examine, add_launch_arguments)
     add_convert_arguments(commands.add_parser("convert", help="make a checkpoint or a Hugging Face folder of another"))
     return parser
+
+
+def _leave_values_unread(parser: argparse.ArgumentParser) -> None:
+    """Settings stay text: argparse would stop at the first that does not fit, the configuration names them all."""
+    for action in parser._actions:
+        if action.dest in FIELDS and action.option_strings:
+            if action.choices is not None:
+                action.metavar, action.choices = f"{{{','.join(action.choices)}}}", None
+            action.type = None
+
+
+def unknown_flags(given: Iterable[str], parser: argparse.ArgumentParser) -> list[str]:
+    """A sentence for each argument that the parser does not know, with the nearest flags that it does."""
+    known = [flag for action in parser._actions for flag in action.option_strings]
+    problems = []
+    for flag in (text.split("=")[0] for text in given if text.startswith("-")):
+        near = difflib.get_close_matches(flag, known, n=3, cutoff=0.75)
+        hint = f"did you mean {', '.join(near)}?" if near else f"see {parser.prog} --help"
+        problems.append(f"{flag}: no such flag; {hint}")
+    return problems or [f"{text!r}: belongs to no flag" for text in given]
 
 
 def add_launch_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -77,7 +106,9 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0 done, 1 failed, 2 wrong use, 130 stopped by Ctrl-C."""
     parser = build_parser()
-    namespace = parser.parse_args(argv)
+    namespace, rest = parser.parse_known_args(argv)
+    if namespace.command not in ("train", "train-vl"):
+        namespace = parser.parse_args(argv)  # which refuses what it does not know
     if namespace.command is None:
         parser.print_help()
         return 0
@@ -85,11 +116,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run_convert(namespace)
     if namespace.command == "doctor":
         return run_doctor(namespace)
-    return run_command(namespace, multimodal=namespace.command == "train-vl")
+    problems = unknown_flags(rest, _command(parser, namespace.command)) if rest else []
+    return run_command(namespace, multimodal=namespace.command == "train-vl", problems=problems)
 
 
-def run_command(namespace: argparse.Namespace, *, multimodal: bool) -> int:
-    """Check the settings, then start the ranks (or be one, under torchrun)."""
+def _command(parser: argparse.ArgumentParser, name: str) -> argparse.ArgumentParser:
+    commands = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    return commands.choices[name]
+
+
+def run_command(namespace: argparse.Namespace, *, multimodal: bool, problems: Sequence[str] = ()) -> int:
+    """Check the settings, then start the ranks (or be one, under torchrun).
+
+    :param problems: faults of the command line that were found already; they are named with the settings'.
+    """
     from . import settings
 
     if namespace.list_presets:
@@ -97,7 +137,15 @@ def run_command(namespace: argparse.Namespace, *, multimodal: bool) -> int:
             sys.stdout.write(f"{name}: {settings.preset_title(name)}\n")
         return 0
     try:
-        config = settings.check_settings(settings.load_settings(namespace), multimodal=multimodal)
+        ranks = namespace.nproc_per_node * namespace.nnodes if namespace.nproc_per_node else None
+        try:
+            config = settings.check_settings(
+                settings.load_settings(namespace), multimodal=multimodal, world_size=ranks if (ranks or 0) > 0 else None
+            )
+        except ConfigError as error:
+            raise ConfigError([*problems, *error.problems]) from error
+        if problems:
+            raise ConfigError(list(problems))
         from .launch import launch
 
         return launch(config, namespace, multimodal=multimodal)

@@ -82,7 +82,11 @@ def load_settings(namespace: argparse.Namespace) -> StrategyConfig:
     merged = merge_settings(typed=typed, file=file, preset=preset)
     if merged.get("resume"):
         merged = _resumed(merged, typed=typed, file=file)
-    return StrategyConfig.from_args(merged)
+    try:
+        return StrategyConfig.from_args(merged)
+    except ConfigError:
+        StrategyConfig(**merged).checked()  # raises with these faults and the other settings' own
+        raise
 
 
 def _resumed(merged: Mapping[str, Any], *, typed: Mapping[str, Any], file: Mapping[str, Any]) -> dict[str, Any]:
