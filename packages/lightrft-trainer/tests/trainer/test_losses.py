@@ -103,7 +103,7 @@ def test_gspo_clips_the_sequence_ratio_and_spreads_its_gradient() -> None:
 def plain_cpgd(
     logp: float, old: float, a: float, low: float, high: float, drift_coef: float, drift_clip: float
 ) -> tuple[float, float]:
-    """One token's loss and its derivative by logp, written out from the paper's objective in float64."""
+    """One token's loss and its derivative by logp, written out with the math module in float64."""
     log_ratio = logp - old
     ratio = math.exp(log_ratio)
     cut = (a > 0 and ratio > 1 + high) or (a < 0 and ratio < 1 - low)
@@ -115,7 +115,7 @@ def plain_cpgd(
 
 @pytest.mark.parametrize("drift_coef", [0.0, 0.3])
 @pytest.mark.parametrize("drift_clip", [0.1, 2.0])
-def test_cpgd_is_the_papers_objective_in_value_and_gradient(drift_coef: float, drift_clip: float) -> None:
+def test_cpgd_is_a_clipped_log_ratio_with_a_drift_of_bounded_slope(drift_coef: float, drift_clip: float) -> None:
     logprobs, old, advantages, mask = case(rows=12)
     logprobs.requires_grad_()
     loss = policy_loss(

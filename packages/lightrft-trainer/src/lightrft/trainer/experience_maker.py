@@ -61,6 +61,7 @@ class _Group:
     samples: list[Experience]
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class ExperienceMaker:
     """Makes the experience of one rollout step on this rank; the ranks call it together.
 
@@ -69,36 +70,24 @@ class ExperienceMaker:
     :param trajectories: texts to keep of each draw, for the log.
     """
 
-    def __init__(
-        self,
-        *,
-        strategy: StrategyBase,
-        actor: torch.nn.Module,
-        critic: torch.nn.Module | None,
-        initial_model: torch.nn.Module | None,
-        tokenizer: Any,
-        prompt_max_len: int,
-        kl_controller: FixedKLController,
-        grader: Grader,
-        sampling: SamplingParams,
-        micro_batch_size: int,
-        needs_old_logprobs: bool,
-        processor: Any = None,
-        trajectories: int = 0,
-    ) -> None:
-        self.strategy, self.config = strategy, strategy.config
-        self.actor, self.critic, self.initial_model = actor, critic, initial_model
-        self.tokenizer, self.processor = tokenizer, processor
-        self.prompt_max_len = prompt_max_len
-        self.kl_ctl = kl_controller
-        self.grader = grader
-        self.sampling = sampling
-        self.micro_batch_size = micro_batch_size
-        self.needs_old_logprobs = needs_old_logprobs
-        self.trajectories = trajectories
+    strategy: StrategyBase
+    actor: torch.nn.Module
+    critic: torch.nn.Module | None
+    initial_model: torch.nn.Module | None
+    tokenizer: Any
+    processor: Any = None
+    prompt_max_len: int
+    kl_controller: FixedKLController
+    grader: Grader
+    sampling: SamplingParams
+    micro_batch_size: int
+    needs_old_logprobs: bool
+    trajectories: int = 0
+
+    def __post_init__(self) -> None:
+        self.config = config = self.strategy.config
         self.has_engine_logprobs = True  # until an engine brings none
         self.moments = RunningMoments()
-        config = self.config
         self.shaping = RewardShaping(
             clip=config.reward_clip,
             running_norm=config.reward_running_norm,
@@ -106,7 +95,7 @@ class ExperienceMaker:
             overlong=config.overlong_buffer,
             overlong_buffer_len=config.overlong_buffer_len,
             overlong_penalty_factor=config.overlong_buffer_penalty_factor,
-            max_length=sampling.max_tokens,
+            max_length=self.sampling.max_tokens,
         )
 
     @property
@@ -344,7 +333,7 @@ class ExperienceMaker:
         kl = None
         if self.initial_model is not None and not config.use_kl_loss:
             kl = approximate_kl(batch.old_logprobs, batch.reference_logprobs, config.kl_estimator)
-        spread = token_rewards(scores, mask, kl, self.kl_ctl.value)
+        spread = token_rewards(scores, mask, kl, self.kl_controller.value)
         if config.advantage_estimator == "gae":
             advantages, returns = gae(spread, batch.values, mask, config.gamma, config.lambd)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from lightrft.strategy import StrategyBase
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class PolicyUpdater:
     """Takes optimizer steps on batches of a replay buffer.
 
@@ -36,36 +38,25 @@ class PolicyUpdater:
         drift.
     """
 
-    def __init__(
-        self,
-        *,
-        strategy: StrategyBase,
-        actor: nn.Module,
-        actor_optim: Optimizer,
-        actor_scheduler: Any,
-        critic: nn.Module | None,
-        critic_optim: Optimizer | None,
-        critic_scheduler: Any,
-        ema_model: nn.Module | None,
-        ema_beta: float,
-        pad_token_id: int,
-        objective: PolicyObjective,
-        loss_agg_mode: AggregationMode,
-        eps_clip: float,
-        value_clip: float,
-        kl_controller: FixedKLController,
-        comparable: bool,
-    ) -> None:
-        self.strategy, self.config = strategy, strategy.config
-        self.actor, self.actor_optim, self.actor_scheduler = actor, actor_optim, actor_scheduler
-        self.critic, self.critic_optim, self.critic_scheduler = critic, critic_optim, critic_scheduler
-        self.ema_model, self.ema_beta = ema_model, ema_beta
-        self.pad_token_id = pad_token_id
-        self.objective: PolicyObjective = objective
-        self.loss_agg_mode: AggregationMode = loss_agg_mode
-        self.eps_clip, self.value_clip = eps_clip, value_clip
-        self.kl_ctl = kl_controller
-        self.comparable = comparable
+    strategy: StrategyBase
+    actor: nn.Module
+    actor_optim: Optimizer
+    actor_scheduler: Any
+    critic: nn.Module | None
+    critic_optim: Optimizer | None
+    critic_scheduler: Any
+    ema_model: nn.Module | None
+    ema_beta: float
+    pad_token_id: int
+    objective: PolicyObjective
+    loss_agg_mode: AggregationMode
+    eps_clip: float
+    value_clip: float
+    kl_controller: FixedKLController
+    comparable: bool
+
+    def __post_init__(self) -> None:
+        self.config = self.strategy.config
 
     def step(
         self, batch: OptimizerBatch, buffer: ReplayBuffer, token_fields: Sequence[str], *, train_actor: bool = True
@@ -122,7 +113,7 @@ class PolicyUpdater:
             kl = approximate_kl(logprobs, fields["reference_logprobs"], config.kl_estimator)
             sums.add("kl", kl, mask)
             if config.use_kl_loss:
-                token_losses = token_losses + self.kl_ctl.value * kl
+                token_losses = token_losses + self.kl_controller.value * kl
         if statistics.entropies is not None:
             sums.add("entropy", statistics.entropies, mask)
             token_losses = token_losses - config.entropy_coef * statistics.entropies
