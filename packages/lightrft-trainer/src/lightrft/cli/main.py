@@ -20,7 +20,8 @@ EXIT_WRONG_USE = 2
 
 EPILOG = """\
 Settings come from, each overriding the one before: a preset (the default one where neither --pretrain nor
---prompt_data is named), the saved run (with --resume), --config FILE, the flags you type.
+--prompt_data is named), the saved run (with --resume), --config FILE, the flags you type. What is on in one of them
+is switched off with --no_FLAG.
 
   lightrft train                                          the built-in task, on this machine as it is
   lightrft train --pretrain DIR --prompt_data FILE.jsonl --reward exact_match --fsdp --engine_type hf
@@ -45,7 +46,12 @@ def build_parser() -> argparse.ArgumentParser:
         ("train-vl", "train a vision-language model"),
     ):
         command = commands.add_parser(
-            name, help=text, description=text, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+            name,
+            usage=f"lightrft {name} [--FLAG VALUE ...]",
+            help=text,
+            description=text,
+            epilog=EPILOG,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         add_launch_arguments(command)
         add_arguments(command, suppress_defaults=True)
