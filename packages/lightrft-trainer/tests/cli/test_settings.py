@@ -184,3 +184,10 @@ def test_an_engine_for_the_reward_model_needs_a_model_and_an_engine_that_serves_
     assert any("--reward_pretrain, which is not given" in fault for fault in faults("--rm_use_engine"))
     assert any("works only with --rm_use_engine" in fault for fault in faults("--rm_engine_cudagraph"))
     assert any("leave --rm_use_engine away" in fault for fault in faults("--rm_use_engine", *model))
+
+
+@pytest.mark.parametrize("flag", ["--output_dir", "--log_dir"])
+def test_a_file_where_a_folder_is_wanted_is_refused(tmp_path: Path, flag: str) -> None:
+    path = tmp_path / "file"
+    path.touch()
+    assert f"{flag} {str(path)!r}: is a file; name a folder" in faults(flag, str(path))

@@ -168,11 +168,13 @@ def _reward_faults(config: StrategyConfig) -> list[str]:
 
 
 def _output_faults(config: StrategyConfig) -> list[str]:
-    folder = Path(config.output_dir)
-    if config.output_dir == FIELDS["output_dir"].default or config.resume:
-        return []
-    if folder.is_file():
-        return [f"--output_dir {config.output_dir!r}: is a file; name a folder"]
-    if (folder / CONFIG_FILE).exists():
-        return [f"--output_dir {config.output_dir!r}: {TAKEN}"]
-    return []
+    given = {"output_dir": config.output_dir, "log_dir": config.log_dir}
+    problems = [f"--{name} {path!r}: is a file; name a folder" for name, path in given.items() if _is_file(path)]
+    own = config.output_dir != FIELDS["output_dir"].default and not config.resume
+    if own and (Path(config.output_dir) / CONFIG_FILE).exists():
+        problems.append(f"--output_dir {config.output_dir!r}: {TAKEN}")
+    return problems
+
+
+def _is_file(path: str | None) -> bool:
+    return path is not None and Path(path).is_file()
