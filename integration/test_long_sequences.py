@@ -59,11 +59,11 @@ def settings(ranks: int, sp_size: int, **given: Any) -> StrategyConfig:
     )
 
 
-def on_ranks(backend: dict[str, Any], kind: str, mixtures: list[Any], checkpointing: bool) -> list[Any]:
+def on_ranks(backend: dict[str, Any], kind: str, mixtures: list[Any], checkpointing: bool, ranks: int) -> list[Any]:
     """Loss over all rows and gradient of each mixture."""
     found = []
     for packing, fused, sp_size in mixtures:
-        strategy = get_strategy(settings(RANKS, sp_size, **backend))
+        strategy = get_strategy(settings(ranks, sp_size, **backend))
         mine = slice(strategy.data_parallel_rank, None, strategy.data_parallel_size)
         options = {"packing_samples": packing, "fused_linear_logprob": fused, "chunk_size": 3}
         loss, gradient = one_step(strategy, kind, mine, gradient_checkpointing=checkpointing, **options)
@@ -82,15 +82,24 @@ def distances(found: list[Any], kind: str) -> list[tuple[float, float]]:
 
 
 @pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("backend", ["FSDP2", "ZeRO 2", "ZeRO 3"])
+@pytest.mark.parametrize("backend", ["FSDP2", pytest.param("ZeRO 1", marks=pytest.mark.full), "ZeRO 2", "ZeRO 3"])
 def test_every_mixture_gives_the_plain_loss_and_gradient(ranks: Any, backend: str, kind: str) -> None:
     """``-rP`` prints the rows of the table in docs/equivalence.md."""
-    for found in ranks.run(on_ranks, BACKENDS[backend], MODELS[kind], MIXTURES, True):
+    for found in ranks.run(on_ranks, BACKENDS[backend], MODELS[kind], MIXTURES, True, RANKS):
         measured = distances(found, MODELS[kind])
         for (packing, fused, sp_size), (loss, gradient) in zip(MIXTURES, measured, strict=True):
             words = f"{'packed' if packing else 'padded'}, {'fused' if fused else 'plain'}, sp_size {sp_size}"
             sys.stdout.write(f"| {backend}, {kind}: {words} | {loss:.1e} | {gradient:.1e} |\n")
             assert loss < ROUNDING and gradient < ROUNDING, words
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_pairs_of_ranks_that_share_sequences_average_their_gradients(rank_pools: Any, backend: str) -> None:
+    """Four ranks, two to a sequence: what is shared within a pair is summed over pairs, and not the other way about."""
+    mixtures = [(False, False, 2), (True, True, 2)]
+    for found in rank_pools(4).run(on_ranks, BACKENDS[backend], "qwen2", mixtures, True, 4):
+        assert all(loss < ROUNDING and gradient < ROUNDING for loss, gradient in distances(found, "qwen2"))
 
 
 # ---- rollouts of ranks that share their sequences ------------------------------------------------------------------

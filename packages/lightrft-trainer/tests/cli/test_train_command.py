@@ -134,6 +134,17 @@ def test_packed_fused_and_cut_sequences_train_as_plain_ones(tiny: Tiny, tmp_path
 
 
 @pytest.mark.full
+def test_the_default_task_is_learned_packed_fused_and_cut(train: Tiny, tmp_path: Path) -> None:
+    """The whole run, and the plain one beside it, is in docs/equivalence.md."""
+    steps = ("--max_steps", "101", "--eval_steps", "50")
+    command = train(tmp_path, *CUT, *steps, "--output_dir", str(tmp_path / "run"))
+    assert command.finish() == 0, command.output()
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    half_way, end = (line["eval_accuracy"] for line in lines if "eval_accuracy" in line)
+    assert half_way < 0.6 and end > 0.7
+
+
+@pytest.mark.full
 def test_cut_sequences_go_on_whole(tiny: Tiny, tmp_path: Path, uninterrupted: Path) -> None:
     """Two ranks held the same samples; on one rank each has them once."""
     first = tiny(tmp_path, *CUT)

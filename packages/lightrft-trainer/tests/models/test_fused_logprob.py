@@ -173,7 +173,8 @@ def test_no_more_logits_than_a_chunks_exist_at_one_time():
 
 def test_a_block_is_no_larger_than_pays_and_no_smaller_than_computes_well():
     cpu = torch.device("cpu")
-    assert module.rows_in_block(4096, 32768, torch.float32, cpu) == 256
+    assert module.rows_in_block(4096, 32768, torch.float32, cpu) == 512
+    assert module.rows_in_block(4096, 32768, torch.float32, cpu, matrices=2) == 256
     assert module.rows_in_block(4096, 151936, torch.float32, cpu) == module.SMALLEST_BLOCK
     assert module.rows_in_block(16, 151936, torch.float32, cpu) == 16
 

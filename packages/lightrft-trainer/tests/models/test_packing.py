@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from lightrft.models import Actor, ActorVL, Critic, pad_rows
 from lightrft.testing.tiny_models import TEXT_KINDS, tiny_config, tiny_model
 
-PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [4], [3, 3, 3, 9, 9, 8]]
-RESPONSES = [[20, 21, 2], [30, 31, 32, 33, 2], [40, 2], [7, 8, 9, 7, 8, 9, 7, 8, 9, 2]]
+# The last two are of one length, and computed as a batch.
+PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [4], [3, 3, 3, 9, 9, 8], [6, 5, 4, 3, 3, 3, 3, 3]]
+RESPONSES = [[20, 21, 2], [30, 31, 32, 33, 2], [40, 2], [7, 8, 9, 7, 8, 9, 7, 8, 9, 2], [9, 8, 7, 6, 6, 8, 9, 2]]
 ROWS = pad_rows(PROMPTS, RESPONSES, pad_token_id=0)
 # Sliding windows of 8 tokens, shorter than the longest sample.
 KINDS = [*TEXT_KINDS, "qwen2_sliding", "mistral"]
@@ -60,12 +61,13 @@ def test_the_model_sees_one_row_without_padding():
     assert seen == [(1, sum(map(len, PROMPTS)) + sum(map(len, RESPONSES)))]
 
 
+@pytest.mark.parametrize("sample", [1, 3])
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3_moe", "mistral"])
-def test_a_sample_moves_none_of_its_neighbours(kind: str):
+def test_a_sample_moves_none_of_its_neighbours(kind: str, sample: int):
     actor = Actor(tiny_model(kind), packing_samples=True)
     other = ROWS.sequences.clone()
-    other[1, :10] = torch.randint(3, 500, (10,), generator=torch.Generator().manual_seed(1))
-    neighbours = [0, 2, 3]
+    other[sample, :10] = torch.randint(3, 500, (10,), generator=torch.Generator().manual_seed(1))
+    neighbours = [row for row in range(len(PROMPTS)) if row != sample]
     embedding = actor.model.get_input_embeddings().weight
     found = []
     for sequences in (ROWS.sequences, other):
@@ -75,7 +77,7 @@ def test_a_sample_moves_none_of_its_neighbours(kind: str):
         found.append((logprobs.detach(), gradient))
     (before, gradient), (after, moved) = found
     assert torch.equal(before[neighbours], after[neighbours]) and torch.equal(gradient, moved)
-    assert not torch.equal(before[1], after[1])
+    assert not torch.equal(before[sample], after[sample])
 
 
 def test_a_row_without_response_tokens_still_reaches_every_parameter():
@@ -92,6 +94,22 @@ def test_the_model_itself_still_attends_as_transformers_does():
         actor = Actor(copy.deepcopy(model), packing_samples=True)
         assert torch.equal(actor.model(**padded_left).logits, expected)
         assert torch.equal(copy.deepcopy(actor).model(**padded_left).logits, expected)
+
+
+@pytest.mark.parametrize("build", [Actor, Critic])
+def test_a_router_that_would_give_its_auxiliary_loss_changes_nothing(build: Any):
+    """Some mixtures of experts ask for it in their configuration; it is no part of what is learned here."""
+    torch.manual_seed(0)
+    plain = build(tiny_model("qwen3_moe") if build is Actor else tiny_config("qwen3_moe"))
+    if build is Critic:
+        nn.init.normal_(plain.value_head.weight)
+    asking = copy.deepcopy(plain)
+    asking.model.config.output_router_logits = True
+    packed = build(copy.deepcopy(asking.model), packing_samples=True)
+    packed.load_state_dict(plain.state_dict())
+    expected = gradients(plain.train())
+    assert_same(gradients(asking.train()), expected)
+    assert_same(gradients(packed.train()), expected)
 
 
 def test_attention_that_would_leak_is_refused_by_name():

@@ -8,6 +8,7 @@ them again; a call without one is transformers' own attention.
 from __future__ import annotations
 
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -108,20 +109,32 @@ def attend(
     ranks = row_layout.ranks
     if ranks is not None:
         key, value = (_with_heads_for(part, query.shape[1], ranks.size) for part in (key, value))
-        query, key, value = (_tokens_for_heads(part, ranks) for part in (query, key, value))
+        query, key, value = _tokens_for_heads((query, key, value), ranks)
     segments = row_layout.segments
     causal = bool(getattr(module, "is_causal", True))
     options = {"dropout": dropout, "scaling": scaling, "window": sliding_window, "causal": causal}
     if kernel == "flash_attention_2":
         out = _flash(query, key, value, segments, **options)
-    elif len(segments) == 1:
-        out = _sdpa(query, key, value, **options)
     else:
-        parts = zip(*(part.split(segments, dim=2) for part in (query, key, value)), strict=True)
-        out = torch.cat([_sdpa(*part, **options) for part in parts], dim=2)
+        out = _in_segments(query, key, value, segments, **options)
     if ranks is not None:
         out = _Exchange.apply(out, ranks, 2, 1)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _in_segments(query: Tensor, key: Tensor, value: Tensor, segments: tuple[int, ...], **options: Any) -> Tensor:
+    """Attention within each segment; neighbours of one length are computed as a batch."""
+    if len(segments) == 1:
+        return _sdpa(query, key, value, **options)
+    out, runs = [], [(length, len(list(run))) for length, run in groupby(segments)]
+    sizes = [length * count for length, count in runs]
+    parts = zip(*(part.split(sizes, dim=2) for part in (query, key, value)), strict=True)
+    for (length, count), part in zip(runs, parts, strict=True):
+        # [R, heads, count * length, width] as [R * count, heads, length, width], and back
+        rows = (each.unflatten(2, (count, length)).transpose(1, 2).flatten(0, 1) for each in part)
+        found = _sdpa(*rows, **options).unflatten(0, (-1, count))
+        out.append(found.transpose(1, 2).flatten(2, 3))
+    return torch.cat(out, dim=2)
 
 
 def _sdpa(
@@ -196,9 +209,16 @@ def _with_heads_for(part: Tensor, queries: int, ranks: int) -> Tensor:
     return part if times == 1 else part.repeat_interleave(times, dim=1)
 
 
-def _tokens_for_heads(part: Tensor, ranks: SequenceRanks) -> Tensor:
-    """``[R, heads, L, width]`` of this rank's tokens as ``[R, heads / size, L * size, width]`` of its heads."""
-    return _Exchange.apply(part, ranks, 1, 2)
+def _tokens_for_heads(parts: tuple[Tensor, ...], ranks: SequenceRanks) -> tuple[Tensor, ...]:
+    """Each ``[R, heads, L, width]`` of this rank's tokens as ``[R, heads / size, L * size, width]`` of its heads.
+
+    Ranks wait for each other once, not once for each part, where all are of one width.
+    """
+    if len({part.shape[-1] for part in parts}) > 1:
+        return tuple(_Exchange.apply(part, ranks, 1, 2) for part in parts)
+    cut = [part.chunk(ranks.size, dim=1) for part in parts]
+    joined = torch.cat([piece for pieces in zip(*cut, strict=True) for piece in pieces], dim=1)
+    return _Exchange.apply(joined, ranks, 1, 2).split([part.shape[1] // ranks.size for part in parts], dim=1)
 
 
 class _Exchange(torch.autograd.Function):

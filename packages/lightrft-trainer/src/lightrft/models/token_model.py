@@ -127,6 +127,9 @@ class TokenModel(nn.Module):
         wanted = (trimmed if response_mask is None else response_mask[:, :length]).bool()
         asked, following = nn.functional.pad(wanted[:, 1:], (0, 1)), nn.functional.pad(tokens[:, 1:], (0, 1))
         extras = multimodal_inputs(self.config, tokens, multimodal)
+        if getattr(self.config.get_text_config(decoder=True), "output_router_logits", False):
+            # Its router's auxiliary loss is no part of an objective here, and rows in parts would not give it.
+            extras = {"output_router_logits": False, **extras}
         if not self.packing_samples and self.sequence_ranks is None:
             inputs = {"input_ids": tokens, "attention_mask": trimmed, "use_cache": False, **extras}
             return Question(inputs, asked, following[asked], None, sequences.shape)
