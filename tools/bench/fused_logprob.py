@@ -4,12 +4,14 @@
     uv run --no-sync --with trl==1.16.0 --with liger-kernel python tools/bench/fused_logprob.py --grow
 
 Each way runs in a process of its own, one after the other in turns, so that its peak memory is its own and whatever
-else the machine does meets all alike. Printed are the medians of the seconds (of the processor, on one thread), the
-ratio of each turn's seconds to plain torch's, and what the peak of the process's memory rose by.
+else the machine does meets all alike. Printed are the medians of the seconds by the clock on the wall (with
+``--processor``, on a busy machine: of the processor, all threads together), the ratio of each turn's seconds to plain
+torch's, and what the peak of the process's memory rose by.
 
 plain: ``log_softmax`` of the logits. chunked: the same in slices of 1024 tokens with logits recomputed in the backward
-pass (``torch.utils.checkpoint``), as several trainers do. selective: TRL's selective_log_softmax. liger: its chunked
-GRPO loss without compiling, which gives a loss rather than logprobs.
+pass (``torch.utils.checkpoint``), as several trainers do. selective: TRL's selective_log_softmax. trl_chunked: TRL's
+ChunkedLogProbFunction over 4096 entries of the vocabulary at a time. liger: its chunked GRPO loss without compiling,
+which gives a loss rather than logprobs.
 """
 
 from __future__ import annotations
@@ -66,6 +68,13 @@ def selective(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return selective_log_softmax(hidden @ weight.t(), labels)
 
 
+def trl_chunked(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """TRL's, in tiles of the logits; its trainers take tiles of 4096 tokens × 32768, which here were all of them."""
+    from trl.kernels import ChunkedLogProbFunction  # pyright: ignore[reportMissingImports]
+
+    return ChunkedLogProbFunction.apply(hidden, weight, None, labels, 1.0, 4096, None, 1.0, ())[0]
+
+
 def liger(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """Liger's chunked GRPO loss, for which every row of 256 tokens is a sample."""
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss  # pyright: ignore[reportMissingImports]
@@ -82,16 +91,19 @@ WAYS: dict[str, tuple[Way, str]] = {
     "fused_entropy": (fused_entropy, "torch"),
     "chunked": (chunked, "torch"),
     "selective": (selective, "trl"),
+    "trl_chunked": (trl_chunked, "trl"),
     "liger": (liger, "liger_kernel"),
 }
 CHUNK = 4096
 
 
-def measure(name: str, tokens: int, width: int, vocabulary: int, dtype: str, rounds: int) -> tuple[list[float], float]:
+def measure(args: argparse.Namespace) -> tuple[list[float], float]:
     """Seconds of each round and MiB by which the process's peak rose, in this process."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(args.threads)
+    name, tokens, width, vocabulary = args.only, args.tokens, args.width, args.vocabulary
+    clock = time.process_time if args.processor else time.perf_counter
     generator = torch.Generator().manual_seed(0)
-    kind = getattr(torch, dtype)
+    kind = getattr(torch, args.dtype)
     hidden = torch.randn(tokens, width, generator=generator).to(kind).requires_grad_()
     weight = (torch.randn(vocabulary, width, generator=generator) * 0.05).to(kind).requires_grad_()
     labels = torch.randint(vocabulary, (tokens,), generator=generator)
@@ -99,10 +111,10 @@ def measure(name: str, tokens: int, width: int, vocabulary: int, dtype: str, rou
     few = torch.randn(256, 8, requires_grad=True), torch.randn(64, 8, requires_grad=True), labels[:256] % 64
     way(*few).sum().backward()  # threads and libraries have started
     before, seconds = peak(), []
-    for _ in range(rounds):
-        begun = time.process_time()
+    for _ in range(args.rounds):
+        begun = clock()
         way(hidden, weight, labels).sum().backward()
-        seconds.append(time.process_time() - begun)
+        seconds.append(clock() - begun)
         hidden.grad = weight.grad = None
     return seconds, peak() - before
 
@@ -139,6 +151,8 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=32768)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--chunk_size", type=int, default=CHUNK)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--processor", action="store_true", help="count the processor's seconds")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--grow", action="store_true", help="also twice and four times the tokens and the vocabulary")
@@ -147,7 +161,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     CHUNK = args.chunk_size
     if args.only:
-        print(json.dumps(measure(args.only, args.tokens, args.width, args.vocabulary, args.dtype, args.rounds)))
+        print(json.dumps(measure(args)))
         return
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**20))  # freed blocks go back, so that a peak is a peak
     names = [name for name, (_, library) in WAYS.items() if importlib.util.find_spec(library) is not None]
@@ -156,10 +170,14 @@ def main() -> None:
         shapes += [(args.tokens * k, args.vocabulary) for k in (2, 4)]
         shapes += [(args.tokens, args.vocabulary * k) for k in (2, 4)]
     for place, (tokens, vocabulary) in enumerate(shapes):
-        log.info("N=%d H=%d V=%d %s, chunk %d", tokens, args.width, vocabulary, args.dtype, CHUNK)
+        log.info(
+            "N=%d H=%d V=%d %s, chunk %d, %d threads",
+            *(tokens, args.width, vocabulary, args.dtype, CHUNK, args.threads),
+        )
         shape = {"tokens": tokens, "vocabulary": vocabulary, "width": args.width, "dtype": args.dtype}
-        shape |= {"chunk_size": CHUNK, "rounds": args.rounds}
+        shape |= {"chunk_size": CHUNK, "rounds": args.rounds, "threads": args.threads}
         flags = [word for name, value in shape.items() for word in (f"--{name}", str(value))]
+        flags += ["--processor"] * args.processor
         compare(names if place == 0 else ["plain", "fused"], args.turns if place == 0 else 1, flags)
 
 

@@ -1,0 +1,118 @@
+"""Tokens per second with and without ``--packing_samples``, on samples whose lengths are drawn from a log-normal.
+
+    python tools/bench/packing.py --order drawn sorted
+
+A step is forward and backward of an actor over micro-batches of the same samples, padded or packed; a quarter of each
+is prompt, of which no logits are made. *drawn* takes the samples as they come, *sorted* by length, as the trainer
+does to keep padding low. The fill ratio is the share of the padded rows that is tokens: packed, a step should take
+that share of the time. Turns alternate, so that whatever else the machine does meets both alike; the speed-up is the
+median over the turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import logging
+import statistics
+import sys
+import time
+
+import torch
+from transformers import Qwen2Config
+
+from lightrft.models import Actor, TokenRows, pad_rows
+
+log = logging.getLogger("bench.packing")
+MEDIAN, SPREAD, SHORTEST, LONGEST = 128, 0.8, 16, 2048
+VOCABULARY = 8192
+
+
+def build() -> Actor:
+    """An actor whose layers are most of it."""
+    torch.manual_seed(0)
+    return Actor(
+        Qwen2Config(
+            vocab_size=VOCABULARY,
+            hidden_size=256,
+            intermediate_size=1024,
+            num_hidden_layers=6,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=LONGEST,
+        )
+    )
+
+
+def draw(samples: int, seed: int) -> list[int]:
+    """Lengths of samples."""
+    normal = torch.randn(samples, generator=torch.Generator().manual_seed(seed))
+    return (MEDIAN * (SPREAD * normal).exp()).round().int().clamp(SHORTEST, LONGEST).tolist()
+
+
+def batches_of(lengths: list[int], size: int) -> list[TokenRows]:
+    """Micro-batches of ``size`` samples, in order."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = [torch.randint(3, VOCABULARY, (n,), generator=generator).tolist() for n in lengths]
+    parts = [tokens[i : i + size] for i in range(0, len(tokens), size)]
+    return [
+        pad_rows([row[: len(row) // 4] for row in part], [row[len(row) // 4 :] for row in part], pad_token_id=0)
+        for part in parts
+    ]
+
+
+def step(actor: Actor, batches: list[TokenRows]) -> tuple[float, float]:
+    """Seconds of forward and backward over all micro-batches, and the sum of the logprobs."""
+    total, begun = 0.0, time.perf_counter()
+    for rows in batches:
+        logprobs = actor(rows.sequences, rows.attention_mask, rows.response_mask)
+        logprobs.sum().backward()
+        total += logprobs.sum().item()
+    seconds = time.perf_counter() - begun
+    actor.zero_grad()
+    return seconds, total
+
+
+def compare(order: str, lengths: list[int], size: int, turns: int) -> None:
+    """Take turns and log a line."""
+    batches = batches_of(sorted(lengths) if order == "sorted" else lengths, size)
+    fill = sum(lengths) / sum(rows.sequences.numel() for rows in batches)
+    padded = build()
+    packed = Actor(copy.deepcopy(padded.model), packing_samples=True)
+    seconds: dict[str, list[float]] = {"padded": [], "packed": []}
+    for turn in range(turns + 1):
+        totals = {}
+        for name, actor in (("padded", padded), ("packed", packed)):
+            taken, totals[name] = step(actor, batches)
+            if turn:  # the first warms up
+                seconds[name].append(taken)
+        if abs(totals["packed"] - totals["padded"]) > 1e-5 * abs(totals["padded"]):
+            raise SystemExit(f"the two part: {totals}")
+    speed = {name: sum(lengths) / statistics.median(found) for name, found in seconds.items()}
+    gain = statistics.median(a / b for a, b in zip(seconds["padded"], seconds["packed"], strict=True))
+    log.info(
+        "%s: fill ratio %.2f; padded %.0f, packed %.0f tokens/s: %.2f × padded, %.2f × (1 / fill) × padded",
+        *(order, fill, speed["padded"], speed["packed"], gain, gain * fill),
+    )
+
+
+def main() -> None:
+    """Compare in each order."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--order", nargs="+", choices=("drawn", "sorted"), default=["drawn", "sorted"])
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--size", type=int, default=16, help="Samples of a micro-batch.")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    torch.set_num_threads(args.threads)
+    lengths = draw(args.samples, args.seed)
+    log.info("%d samples of %d to %d tokens, %d a micro-batch", len(lengths), min(lengths), max(lengths), args.size)
+    for order in args.order:
+        compare(order, lengths, args.size, args.turns)
+
+
+if __name__ == "__main__":
+    main()
