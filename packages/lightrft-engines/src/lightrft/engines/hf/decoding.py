@@ -15,10 +15,10 @@ import torch
 
 from lightrft.strategy.sampling import SamplingParams
 
+from ..processed_prompts import Prompt
+from ..sampling import RowSampling, SamplingShape, draw, noise_stream
 from .batching import group_equal, prefill_buckets, swap_remove, worth_compacting
 from .cache import Prefill, SlotCache
-from .prompts import Prompt
-from .sampling import RowSampling, SamplingShape, draw, noise_stream
 
 # Columns of a row's integers and floats.
 _SAMPLE, _LENGTH, _SHIFT, _TOKEN, _INDEX, _LIMIT, _MINIMUM, _SEED, _TOP_K = range(9)

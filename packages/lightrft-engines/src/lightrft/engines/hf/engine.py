@@ -55,10 +55,10 @@ class HFEngine(BatchEngine):
     # ---- life -------------------------------------------------------------------------------------------------------
     def _start(self, spec: EngineSpec, group: Any) -> None:
         loading.require_transformers()
+        from ..processed_prompts import PromptReader
         from . import attention
         from .cache import SlotCache, attention_windows
         from .decoding import Decoder, DecoderModel
-        from .prompts import PromptReader
         from .weights import WeightMemory
 
         if spec.pretrain is None and spec.model_config is None:
@@ -113,7 +113,7 @@ class HFEngine(BatchEngine):
 
     # ---- generation -------------------------------------------------------------------------------------------------
     def _read(self, requests: Mapping[RequestId, GenerationRequest]) -> Mapping[RequestId, Any]:
-        from .prompts import prompt_key
+        from ..processed_prompts import prompt_key, too_long
 
         read: dict[Any, Any] = {}
         for request in requests.values():
@@ -123,11 +123,7 @@ class HFEngine(BatchEngine):
                 if not prompt.ids:
                     raise ValueError("a prompt is empty: it must have at least one token")
                 if self._context is not None and len(prompt.ids) >= self._context:
-                    raise ValueError(
-                        f"a prompt of {len(prompt.ids)} tokens leaves no room for a response in a context of "
-                        f"{self._context}: shorten it (--prompt_max_len) or give the engine a longer context "
-                        "(--max_model_len)"
-                    )
+                    raise ValueError(too_long(len(prompt.ids), self._context))
         return {name: read[prompt_key(request)] for name, request in requests.items()}
 
     def _write(

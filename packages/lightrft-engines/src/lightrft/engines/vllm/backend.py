@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import gc
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,11 +20,12 @@ from vllm.v1.engine.llm_engine import LLMEngine  # pyright: ignore[reportMissing
 from lightrft.strategy.device import empty_cache
 from lightrft.strategy.engine import EngineSpec
 from lightrft.strategy.errors import NotBuiltError
-from lightrft.strategy.weights import sample_positions
 
+from ..model_folder import read_configs
+from ..recorded_weights import WeightMap
 from . import memory as memories
+from .loading import plain_layers_on_cpu
 from .options import CLASSIFIER, classifier_arguments, engine_arguments, field_names
-from .weights import WeightMap, plain_layers_on_cpu
 
 
 class _World:
@@ -43,13 +43,7 @@ def start(spec: EngineSpec, folder: str) -> tuple[Any, Any, Any]:
 
     :raises NotBuiltError: vLLM has no class for the model.
     """
-    from transformers import AutoConfig, GenerationConfig
-
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
-    try:
-        generation = GenerationConfig.from_pretrained(folder)
-    except OSError:
-        generation = None
+    config, generation = read_configs(folder, trust_remote_code=spec.trust_remote_code)
     _know_in_this_process(list(getattr(config, "architectures", None) or []))
     arguments = engine_arguments(spec, folder, config, field_names(EngineArgs), distributed=_in_a_launch())
     return launch(spec, arguments), config, generation
@@ -60,10 +54,8 @@ def start_classifier(spec: EngineSpec, *, cuda_graphs: bool) -> tuple[Any, Any]:
 
     :raises NotBuiltError: the model is no sequence classifier with one output, or vLLM has no class for it.
     """
-    from transformers import AutoConfig
-
     folder = str(spec.pretrain)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
+    config, _ = read_configs(folder, trust_remote_code=spec.trust_remote_code)
     arguments = classifier_arguments(
         spec, folder, config, field_names(EngineArgs), distributed=_in_a_launch(), cuda_graphs=cuda_graphs
     )
@@ -116,20 +108,6 @@ def _own_shared_memory(device: torch.device) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
-def save_config(config: Any, folder: str) -> None:
-    """Write a model's configuration as a folder that vLLM reads; the trainer's own object is left as it is."""
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-    )
-
-    config = copy.deepcopy(config)
-    if not config.architectures:
-        classes = {**MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, **MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}
-        config.architectures = [classes[config.model_type]]
-    config.save_pretrained(folder)
-
-
 def _know_in_this_process(names: list[str]) -> None:
     """Look at the model's class here. vLLM would do it in a new process, half a minute for each rank."""
     supported = ModelRegistry.get_supported_archs()
@@ -166,14 +144,6 @@ def architecture(llm: Any) -> str:
 def context(llm: Any) -> int:
     """Most tokens of prompt and response."""
     return llm.model_config.max_model_len
-
-
-def image_placeholder(config: Any) -> int | None:
-    """The token id that stands for an image in a prompt."""
-    for name in ("image_token_id", "image_token_index"):
-        if (token := getattr(config, name, None)) is not None:
-            return int(token)
-    return None
 
 
 def sampling_params(arguments: dict[str, Any]) -> Any:
@@ -246,30 +216,6 @@ def reset_caches(llm: Any, *, zero: bool) -> None:
     llm.reset_encoder_cache()
     if zero:
         memories.zero_caches(caches(llm))
-
-
-def check_loaded(weights: WeightMap, folder: str, dtype: torch.dtype) -> None:
-    """Some elements of each tensor that vLLM read from a folder, against the folder.
-
-    :raises NotBuiltError: vLLM keeps a weight in another form than it was loaded in, so that a sync would garble it.
-    """
-    from safetensors import safe_open
-
-    for file in sorted(Path(folder).glob("*.safetensors")):
-        with safe_open(file, framework="pt") as saved:
-            for name in saved.keys():  # noqa: SIM118 - no mapping
-                if name not in weights.manifest.shapes or (shape := weights.manifest.shapes[name]) == ():
-                    continue
-                first = saved.get_slice(name)[:1].reshape(-1)
-                if tuple(saved.get_slice(name).get_shape()) != tuple(shape):
-                    continue
-                mine = weights.local({name: sample_positions(first.numel())})[name]
-                held = weights.sample({name: mine})[name]
-                if not torch.equal(held, first[mine].to(held.dtype)):
-                    raise NotBuiltError(
-                        f'engine "vllm" keeps {name} in another form than the checkpoint on this device; weights '
-                        "cannot be streamed into it: take --engine_type hf for this model"
-                    )
 
 
 def end(llm: Any) -> None:

@@ -25,6 +25,8 @@ from lightrft.strategy.errors import LightRFTError, RolloutError
 from lightrft.strategy.lifecycle import KVCache, Resource
 from lightrft.strategy.weights import TensorSpec
 
+from ..model_facts import end_tokens, image_placeholder, takes_images
+from ..model_folder import check_loaded, save_config
 from . import options, prompts
 from .process_guard import ProcessGuard
 
@@ -74,27 +76,27 @@ class VLLMEngine(BatchEngine):
         with contextlib.ExitStack() as stack:
             folder = spec.pretrain or stack.enter_context(tempfile.TemporaryDirectory(prefix="lightrft-vllm-"))
             if spec.pretrain is None:
-                backend.save_config(spec.model_config, folder)
+                save_config(spec.model_config, folder)
             stack.enter_context(self._guard)
             try:
                 self._llm, config, generation = backend.start(spec, folder)
                 backend.check_groups(group, spec.tensor_parallel_size)
-                from .weights import WeightMap
+                from ..recorded_weights import WeightMap
 
-                self._weights = WeightMap(backend.model(self._llm), config, spec.dtype)
+                self._weights = WeightMap(self.name, backend.model(self._llm), config, spec.dtype)
                 backend.check_whole(self._weights)
                 if spec.pretrain is not None:
-                    backend.check_loaded(self._weights, folder, spec.dtype)
+                    check_loaded(self.name, self._weights, folder)
                 self._memory = backend.memory(self._llm, spec.device)
             except BaseException:
                 self._end()
                 raise
         context = backend.context(self._llm)
-        self._ends = options.end_tokens(config, generation)
+        self._ends = end_tokens(config, generation)
         self._reader = prompts.PromptReader(
             backend.architecture(self._llm),
             self._load_tokenizer,
-            placeholder=backend.image_placeholder(config) if options.takes_images(config) else None,
+            placeholder=image_placeholder(config) if takes_images(config) else None,
             context=context,
             max_images=spec.max_images,
         )

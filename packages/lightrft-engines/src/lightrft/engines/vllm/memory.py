@@ -7,6 +7,8 @@ from typing import Any, Protocol
 
 import torch
 
+from ..storages import Storages
+
 
 class EngineMemory(Protocol):
     """What can be given back and taken again."""
@@ -32,8 +34,8 @@ class CPUMemory:
     """vLLM has no sleep mode on a CPU: the storages behind its tensors are emptied, and filled again in place."""
 
     def __init__(self, model: torch.nn.Module, caches: Iterable[torch.Tensor]) -> None:
-        self._caches = _Storages(caches)
-        self._weights = _Storages(parameter.data for parameter in model.parameters())
+        self._caches = Storages(caches)
+        self._weights = Storages(parameter.data for parameter in model.parameters())
 
     def release_cache(self) -> int:
         return self._caches.empty()
@@ -46,27 +48,6 @@ class CPUMemory:
 
     def restore_weights(self) -> None:
         self._weights.fill()
-
-
-class _Storages:
-    """The storages behind some tensors, each once."""
-
-    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
-        found = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}
-        self._storages = [(storage, storage.nbytes()) for storage in found.values()]
-
-    def empty(self) -> int:
-        freed = sum(storage.nbytes() for storage, _ in self._storages)
-        for storage, _ in self._storages:
-            storage.resize_(0)
-        return freed
-
-    def fill(self) -> None:
-        """Zeros: padding that no weight fills must be zero, and a cache must not hold a NaN."""
-        for storage, size in self._storages:
-            if storage.nbytes() != size:
-                storage.resize_(size)
-                torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage).zero_()
 
 
 class DeviceMemory:

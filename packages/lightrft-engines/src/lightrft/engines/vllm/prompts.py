@@ -8,6 +8,8 @@ from typing import Any, Literal
 from lightrft.strategy.engine import GenerationRequest
 from lightrft.strategy.sampling import SamplingParams
 
+from ..processed_prompts import too_long
+
 
 class PromptReader:
     """Turns a request into token ids, with one placeholder for each image.
@@ -69,14 +71,6 @@ class PromptReader:
                 f"a prompt has {placeholders} image placeholders (token {self._placeholder}) and {len(images)} images: "
                 "write one placeholder for each image"
             )
-
-
-def too_long(length: int, context: int) -> str:
-    """What is wrong with a prompt that fills the context."""
-    return (
-        f"a prompt of {length} tokens leaves no room for a response in a context of {context}: shorten it "
-        "(--prompt_max_len) or give the engine a longer context (--max_model_len)"
-    )
 
 
 def sampling_arguments(sampling: SamplingParams, ends: tuple[int, ...], seed: int) -> dict[str, Any]:

@@ -1,14 +1,13 @@
-"""Where each hub tensor lies in vLLM's parameters, learnt from vLLM's own loaders.
+"""Where each hub tensor lies in an engine's parameters, learnt from the engine's own loaders.
 
-vLLM fuses modules (qkv, gate-up, an expert set), splits them over ranks and renames them. Rather than to know how, its
-``load_weights`` is run once on meta tensors, and every copy that it would have made is written down: which slice of
-which hub tensor goes to which slice of which parameter. From then on a sync is these copies, one tensor at a time and
-in any order, and reading back is the same copies the other way round.
+vLLM and SGLang fuse modules (qkv, gate-up, an expert set), split them over ranks and rename them. Rather than to know
+how, the model's ``load_weights`` is run once on meta tensors, and every copy that it would have made is written down:
+which slice of which hub tensor goes to which slice of which parameter. From then on a sync is these copies, one tensor
+at a time and in any order, and reading back is the same copies the other way round.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,7 @@ from lightrft.strategy.errors import NotBuiltError, WeightSyncError
 from lightrft.strategy.hub_layout import HubLayout, hub_sources
 from lightrft.strategy.weights import TensorSpec
 
-from ..manifest import Manifest, read_manifest
+from .manifest import Manifest, read_manifest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,17 +37,19 @@ class Piece:
 
 
 class WeightMap:
-    """The weights of vLLM's model by hub name.
+    """The weights of an engine's model by hub name.
 
-    :param model: vLLM's module. :param config: the transformers configuration. :param dtype: in which weights come.
-    :raises NotBuiltError: vLLM keeps some weights in a form that cannot be streamed into.
+    :param engine: its name, for messages. :param model: the engine's module.
+    :param config: the transformers configuration. :param dtype: in which weights come.
+    :raises NotBuiltError: the engine keeps some weights in a form that cannot be streamed into.
     """
 
-    def __init__(self, model: torch.nn.Module, config: Any, dtype: torch.dtype) -> None:
+    def __init__(self, engine: str, model: torch.nn.Module, config: Any, dtype: torch.dtype) -> None:
         self.manifest = expected_manifest(config)
+        self._engine = engine
         self._dtype = dtype
         self._written: set[str] = set()
-        self._pieces = trace_copies(model, self.manifest.shapes, dtype)
+        self._pieces = trace_copies(engine, model, self.manifest.shapes, dtype)
         self._check_targets(model)
 
     def counts(self) -> dict[str, int]:
@@ -58,6 +59,10 @@ class WeightMap:
     def check(self, specs: Sequence[TensorSpec]) -> None:
         """:raises WeightSyncError: the announced manifest is not the model's."""
         self.manifest.check(specs)
+        self.begin()
+
+    def begin(self) -> None:
+        """A new update: nothing of it has come yet."""
         self._written.clear()
 
     @torch.no_grad()
@@ -110,7 +115,7 @@ class WeightMap:
             return torch.empty(0, dtype=self._dtype)
         if values is None or not here.all():
             raise WeightSyncError(f"{name}: {int((~here).sum())} of the elements asked for lie on another rank")
-        # vLLM keeps a few weights in float32 whatever was asked; what came for them was in the engine's dtype.
+        # An engine keeps a few weights in float32 whatever was asked; what came for them was in the engine's dtype.
         return values.to(self._dtype) if values.is_floating_point() else values
 
     def _lookups(self, name: str, at: torch.Tensor) -> Iterator[tuple[Piece, torch.Tensor]]:
@@ -120,7 +125,7 @@ class WeightMap:
             yield piece, find_in_piece(piece, shape, at)
 
     def _check_targets(self, model: torch.nn.Module) -> None:
-        """Every hub tensor has a place, every parameter is reached, and all are vLLM's live parameters."""
+        """Every hub tensor has a place, every parameter is reached, and all are the model's live parameters."""
         live = {tensor.untyped_storage()._cdata for _, tensor in hub_sources(model)}
         reached = {piece.target.untyped_storage()._cdata for pieces in self._pieces.values() for piece in pieces}
         problems = [f"{name} has no place in it" for name in self.manifest.shapes if not self._pieces.get(name)]
@@ -133,8 +138,8 @@ class WeightMap:
         ]
         if problems:
             raise NotBuiltError(
-                f'engine "vllm": the weights of {type(model).__name__} cannot be streamed: {"; ".join(problems[:5])}; '
-                "take --engine_type hf for this model"
+                f'engine "{self._engine}": the weights of {type(model).__name__} cannot be streamed: '
+                f"{'; '.join(problems[:5])}; take --engine_type hf for this model"
             )
 
 
@@ -150,13 +155,15 @@ def expected_manifest(config: Any) -> Manifest:
     return read_manifest(model, HubLayout(model), dict(hub_sources(model)))
 
 
-def trace_copies(model: Any, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, list[Piece]]:
+def trace_copies(
+    engine: str, model: Any, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
+) -> dict[str, list[Piece]]:
     """Run ``model.load_weights`` on meta tensors and note each copy; nothing is written.
 
     :return: for each name the pieces of it that this rank holds.
     """
     whole = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
-    recorder = _CopyRecorder(whole)
+    recorder = _CopyRecorder(engine, whole)
     with recorder, torch.no_grad():
         model.load_weights(iter(whole.items()))
     return recorder.pieces
@@ -165,8 +172,9 @@ def trace_copies(model: Any, shapes: Mapping[str, tuple[int, ...]], dtype: torch
 class _CopyRecorder(TorchDispatchMode):
     """Within it a copy out of one of the given meta tensors is noted instead of made."""
 
-    def __init__(self, whole: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, engine: str, whole: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
+        self._engine = engine
         self._owner = {tensor.untyped_storage()._cdata: name for name, tensor in whole.items()}
         self.pieces: dict[str, list[Piece]] = {}
 
@@ -177,7 +185,9 @@ class _CopyRecorder(TorchDispatchMode):
         target, source = args[0], args[1]
         name = self._owner.get(source.untyped_storage()._cdata)
         if name is None:
-            raise NotBuiltError('engine "vllm": a weight is computed from others while it loads; it cannot be streamed')
+            raise NotBuiltError(
+                f'engine "{self._engine}": a weight is computed from others while it loads; it cannot be streamed'
+            )
         source = source.expand(target.shape)
         piece = Piece(
             shape=tuple(source.shape),
@@ -229,25 +239,3 @@ def _find_densely(piece: Piece, numel: int, at: torch.Tensor) -> torch.Tensor:
     count = piece.target.numel()
     table.as_strided(piece.shape, piece.stride, piece.offset).copy_(torch.arange(count).view(piece.shape))
     return table[at]
-
-
-@contextlib.contextmanager
-def plain_layers_on_cpu() -> Iterator[None]:
-    """Within it vLLM's CPU layers keep their weights as they were loaded.
-
-    Otherwise it repacks them for oneDNN and throws the originals away, so that nothing could be updated in place or
-    read back. torch's own linear calls oneDNN too.
-    """
-    from vllm.model_executor.layers import utils  # pyright: ignore[reportMissingImports]
-
-    def keep(layer: Any, remove_weight: bool) -> None:
-        if layer.weight.ndim != 2:
-            original(layer, remove_weight)
-        else:
-            layer.cpu_linear = torch.nn.functional.linear
-
-    original, utils.dispatch_cpu_unquantized_gemm = utils.dispatch_cpu_unquantized_gemm, keep
-    try:
-        yield
-    finally:
-        utils.dispatch_cpu_unquantized_gemm = original

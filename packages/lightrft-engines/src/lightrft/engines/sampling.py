@@ -73,6 +73,11 @@ def noise_stream(seed: torch.Tensor) -> torch.Tensor:
     return splitmix64(seed)
 
 
+def noise_start(seed: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """The noise stream of samples whose output tokens are counted from ``-shift`` instead of 0: int64, int64 each."""
+    return noise_stream(seed) + shift * _GOLDEN
+
+
 def noise_keys(stream: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """A 64-bit key for output token ``index`` of the sample with that noise stream.
 

@@ -104,3 +104,11 @@ class PromptReader:
 
 
 _PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids")
+
+
+def too_long(length: int, context: int) -> str:
+    """What is wrong with a prompt that fills the context."""
+    return (
+        f"a prompt of {length} tokens leaves no room for a response in a context of {context}: shorten it "
+        "(--prompt_max_len) or give the engine a longer context (--max_model_len)"
+    )

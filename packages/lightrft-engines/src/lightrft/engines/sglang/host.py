@@ -1,0 +1,211 @@
+"""The process that owns SGLang's engine and its schedulers: ``python -m lightrft.engines.sglang.host DESCRIPTOR``.
+
+SGLang expects a process of its own: it forks or spawns, sets signal handlers that end the whole process tree, changes
+the environment, and at its end kills every child that it finds. So the trainer keeps none of it in its own process, and
+talks to this one over a socket: (method, arguments) in, ("done", value) or (a kind of error, its text) back. Where the
+trainer is gone, everything here ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import traceback
+from collections.abc import Coroutine, Mapping, Sequence
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+
+class Host:
+    """SGLang's engine, and what may be asked of it."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._engine: Any = None
+        self._session = False
+
+    # ---- life -------------------------------------------------------------------------------------------------------
+    def start(self, arguments: Mapping[str, Any]) -> None:
+        """Start SGLang. :raises ValueError: it has no such option."""
+        import sglang.srt.entrypoints.engine as entrypoint  # pyright: ignore[reportMissingImports]
+
+        from . import sampler, scheduler
+
+        sampler.register()  # so that the name is known where arguments are checked
+        known = set(entrypoint.ServerArgs.__struct_fields__)
+        if unknown := sorted(set(arguments) - known):
+            raise ValueError(
+                f'engine "sglang" has no option {", ".join(unknown)}; it has those of SGLang\'s ServerArgs'
+            )
+        if arguments["device"] == "cpu":
+            # This process is ours and has no threads yet: forked schedulers need not import everything again.
+            entrypoint.mp.set_start_method("fork", force=True)
+            entrypoint.mp.set_start_method = _stay
+
+        class Engine(entrypoint.Engine):
+            """With our schedulers, and without a detokenizer: text is none of its business."""
+
+            run_scheduler_process_func = staticmethod(scheduler.run)
+
+            @classmethod
+            def _launch_detokenizer_subprocesses(cls, *args: Any, **kwargs: Any) -> tuple[list[Any], list[str]]:
+                return [], []
+
+        self._engine = Engine(**arguments)
+
+    def stop(self) -> None:
+        """End SGLang's processes."""
+        if self._engine is not None:
+            self._engine.shutdown()
+
+    # ---- generation -------------------------------------------------------------------------------------------------
+    def generate(
+        self,
+        input_ids: Sequence[Sequence[int]],
+        sampling: Sequence[Mapping[str, Any]],
+        seconds: float | None,
+    ) -> list[Mapping[str, Any]]:
+        """One answer a prompt. :raises TimeoutError: it took longer; nothing of it runs on."""
+        return self._run(self._generate(input_ids, sampling, seconds))
+
+    async def _generate(
+        self,
+        input_ids: Sequence[Sequence[int]],
+        sampling: Sequence[Mapping[str, Any]],
+        seconds: float | None,
+    ) -> list[Mapping[str, Any]]:
+        task = asyncio.ensure_future(
+            self._engine.async_generate(
+                input_ids=[list(ids) for ids in input_ids],
+                sampling_params=[dict(each) for each in sampling],
+                return_logprob=True,
+            )
+        )
+        done, _ = await asyncio.wait({task}, timeout=seconds)
+        if not done:
+            while not done:  # some may still be on their way to the scheduler
+                self._engine.tokenizer_manager.abort_request(abort_all=True)
+                done, _ = await asyncio.wait({task}, timeout=0.2)
+            task.exception()  # whichever: nothing is left running
+            raise TimeoutError(f"{len(input_ids)} samples were not written within {seconds:g} s")
+        return list(task.result())
+
+    # ---- weights ----------------------------------------------------------------------------------------------------
+    def begin(self) -> None:
+        """Open SGLang's weight update."""
+        _check(self._engine.begin_weight_update())
+        self._session = True
+
+    def end(self) -> None:
+        """Close it, and forget what the old weights had computed."""
+        if self._session:
+            self._session = False
+            _check(self._engine.end_weight_update())
+            self.flush()
+
+    def tell(self, messages: Sequence[str]) -> None:
+        """Hand each scheduler its message (:func:`.scheduler.load`); they answer in the mailbox."""
+        from sglang.srt.managers.io_struct import UpdateWeightsFromTensorReqInput  # pyright: ignore[reportMissingImports]
+        from sglang.srt.utils import MultiprocessingSerializer  # pyright: ignore[reportMissingImports]
+
+        from .options import WEIGHT_LOADER
+
+        inside = self._session
+        if not inside:
+            _check(self._engine.begin_weight_update())
+        request = UpdateWeightsFromTensorReqInput(
+            serialized_named_tensors=[
+                MultiprocessingSerializer.serialize([(message, torch.zeros(1))]) for message in messages
+            ],
+            load_format=WEIGHT_LOADER,
+            flush_cache=False,
+        )
+        _check(self._run(self._engine.tokenizer_manager.update_weights_from_tensor(request, None)))
+        if not inside:
+            _check(self._engine.end_weight_update())
+
+    def flush(self) -> None:
+        """Forget the KV cache."""
+        answer = self._run(self._engine.tokenizer_manager.flush_cache())
+        if not answer.success:
+            raise RuntimeError("SGLang did not empty its cache: requests are still running")
+
+    # ---- memory, where SGLang has a sleep of its own -----------------------------------------------------------------
+    def release(self, tag: str) -> None:
+        """Give memory back."""
+        self._engine.release_memory_occupation([tag])
+
+    def resume(self, tag: str) -> None:
+        """Take it again."""
+        self._engine.resume_memory_occupation([tag])
+
+    # ---- the loop ---------------------------------------------------------------------------------------------------
+    def serve(self) -> None:
+        """Answer until the trainer says ``stop``, or is gone."""
+        while True:
+            try:
+                method, arguments = self._connection.recv()
+            except EOFError:
+                return
+            try:
+                reply = ("done", getattr(self, method)(**arguments))
+            except Exception as error:  # noqa: BLE001 - the trainer raises it
+                traceback.print_exc()
+                reply = (type(error).__name__, str(error))
+            self._connection.send(reply)
+            if method == "stop":
+                return
+
+    def _run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        """Run to the end, or until the trainer is gone: it says nothing while it waits for an answer."""
+        loop, socket = self._engine.loop, self._connection.fileno()
+        loop.add_reader(socket, self._gone)
+        try:
+            return loop.run_until_complete(coroutine)
+        finally:
+            loop.remove_reader(socket)
+            os.set_blocking(socket, True)  # which a loop changes for good
+
+    def _gone(self) -> None:
+        self.stop()
+        os._exit(1)
+
+
+def _stay(*args: Any, **kwargs: Any) -> None:
+    """SGLang asks for another way to start processes."""
+
+
+def _check(answer: Any) -> None:
+    """SGLang says (False, why) where another would raise. :raises RuntimeError: it did."""
+    success, message = answer
+    if not success:
+        raise RuntimeError(message)
+
+
+def _keep_from_children(descriptor: int) -> None:
+    """The schedulers must not hold the line open: the trainer hears of this process's end by its silence."""
+    mine = os.getpid()
+    os.set_inheritable(descriptor, False)
+
+    def close() -> None:
+        if os.getppid() == mine:
+            os.close(descriptor)
+
+    os.register_at_fork(after_in_child=close)
+
+
+def main(descriptor: str) -> None:
+    """Serve over a socket that this process was born with."""
+    _keep_from_children(int(descriptor))
+    host = Host(Connection(int(descriptor)))
+    try:
+        host.serve()
+    finally:
+        host.stop()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

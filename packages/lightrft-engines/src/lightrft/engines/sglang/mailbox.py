@@ -1,0 +1,78 @@
+"""Memory that the trainer shares with SGLang's schedulers: what is sent, and what each of them answers.
+
+Bytes cross through it; who should look, and where, is said in a short message beside it. It is a file without a name
+once everybody has mapped it, so that nothing stays behind however the processes end.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ANSWER_BYTES = 2**16  # the words of one rank's answer
+_ALIGNMENT = 64
+_SHARED = Path("/dev/shm")
+
+
+def aligned(nbytes: int) -> int:
+    """The next place where a tensor of any dtype may begin."""
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+
+
+class Mailbox:
+    """One shared region: an answer's words for each rank, then the payload.
+
+    :param path: a file of that size. :param ranks: who answers.
+    """
+
+    def __init__(self, path: str, nbytes: int, ranks: int) -> None:
+        self.path, self.nbytes, self.ranks = path, nbytes, ranks
+        self._bytes = torch.from_file(path, shared=True, size=nbytes, dtype=torch.uint8)
+
+    @classmethod
+    def create(cls, payload: int, ranks: int) -> Mailbox:
+        """A new region with room for ``payload`` bytes."""
+        size = ranks * ANSWER_BYTES + aligned(payload)
+        folder = str(_SHARED) if _SHARED.is_dir() else None
+        with tempfile.NamedTemporaryFile(prefix="lightrft-sglang-", dir=folder, delete=False) as file:
+            file.truncate(size)
+        return cls(file.name, size, ranks)
+
+    @property
+    def payload(self) -> int:
+        """Bytes of room."""
+        return self.nbytes - self.ranks * ANSWER_BYTES
+
+    def unlink(self) -> None:
+        """Take the name away; who has mapped the region keeps it."""
+        Path(self.path).unlink(missing_ok=True)
+
+    def view(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor at ``offset`` of the payload."""
+        begin = self.ranks * ANSWER_BYTES + offset
+        count = torch.Size(shape).numel() * dtype.itemsize
+        return self._bytes[begin : begin + count].view(dtype).view(shape)
+
+    def answer(self, rank: int, words: dict[str, Any]) -> None:
+        """Leave a rank's answer; an error's text that is too long is cut."""
+        if "error" in words:
+            words = {**words, "error": words["error"][: ANSWER_BYTES // 8]}
+        text = json.dumps(words).encode()
+        place = self._bytes[rank * ANSWER_BYTES : (rank + 1) * ANSWER_BYTES]
+        place[: len(text) + 1] = torch.frombuffer(bytearray(text + b"\0"), dtype=torch.uint8)
+
+    def answers(self) -> list[dict[str, Any]]:
+        """What every rank answered, in rank order; an empty dict where one has not."""
+        found = []
+        for rank in range(self.ranks):
+            text = bytes(self._bytes[rank * ANSWER_BYTES : (rank + 1) * ANSWER_BYTES].numpy())
+            found.append(json.loads(text.split(b"\0", 1)[0] or b"{}"))
+        return found
+
+    def clear_answers(self) -> None:
+        """Before the next question."""
+        self._bytes[: self.ranks * ANSWER_BYTES : ANSWER_BYTES] = 0

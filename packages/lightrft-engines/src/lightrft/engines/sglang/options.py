@@ -1,0 +1,114 @@
+"""From an engine's spec to SGLang's own arguments. Pure: nothing is started."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from lightrft.strategy.engine import EngineSpec
+from lightrft.strategy.errors import NotBuiltError
+
+from ..model_facts import SEQUENCES_ON_CPU, cache_bytes_on_cpu, cache_bytes_per_token, context_length
+
+SAMPLING_BACKEND = "lightrft"
+WEIGHT_LOADER = "lightrft.engines.sglang.scheduler.load"
+# SGLang keeps some positions of a context to itself; how long a text may get is ours to say.
+_RESERVED = 16
+# Set by the spec, or by what this engine is: a second way to say them would be a way to break it.
+_OURS = (
+    "base_gpu_id",
+    "context_length",
+    "custom_weight_loader",
+    "device",
+    "dtype",
+    "enable_memory_saver",
+    "enable_weights_cpu_backup",
+    "load_format",
+    "model_path",
+    "random_seed",
+    "sampling_backend",
+    "skip_tokenizer_init",
+    "tp_size",
+    "trust_remote_code",
+)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Of a launcher: they would tell SGLang's processes that they are ranks of the trainer.
+_LAUNCHERS = ("GROUP_", "LOCAL_", "MASTER_", "RANK", "ROLE_", "TORCHELASTIC_", "WORLD_SIZE")
+
+
+def check_spec(spec: EngineSpec) -> None:
+    """:raises NotBuiltError: SGLang cannot compute so. :raises ValueError: no model, or an option that is not open."""
+    if spec.pretrain is None and spec.model_config is None:
+        raise ValueError('engine "sglang" needs a model: set --pretrain, or pass EngineSpec(model_config=...)')
+    if spec.dtype not in _DTYPES:
+        raise NotBuiltError(f'engine "sglang" computes in float32, bfloat16 or float16, not in {spec.dtype}')
+    if ours := sorted(set(spec.extra) & set(_OURS)):
+        raise ValueError(
+            f'engine "sglang": {", ".join(ours)} follow from the flags; leave them out of the extra options'
+        )
+
+
+def engine_arguments(spec: EngineSpec, folder: str, config: Any) -> dict[str, Any]:
+    """Keyword arguments of SGLang's ``ServerArgs``; unknown ones in ``spec.extra`` are refused where it is at hand.
+
+    :param folder: where the configuration, and with ``spec.pretrain`` the weights, lie.
+    :param config: the transformers configuration of the model.
+    """
+    context = context_length(config, spec.max_model_len)
+    arguments: dict[str, Any] = {
+        "model_path": folder,
+        "skip_tokenizer_init": True,
+        "skip_server_warmup": True,
+        "grammar_backend": "none",
+        "log_level": "error",
+        "device": spec.device.type,
+        "dtype": str(spec.dtype).removeprefix("torch."),
+        "random_seed": spec.seed % 2**31,
+        "trust_remote_code": spec.trust_remote_code,
+        "tp_size": spec.tensor_parallel_size,
+        "load_format": "auto" if spec.pretrain is not None else "dummy",
+        "mem_fraction_static": spec.memory_utilization,
+        "max_running_requests": spec.max_batch_size,
+        "context_length": None if context is None else context + _RESERVED,
+        "sampling_backend": SAMPLING_BACKEND,
+        "custom_weight_loader": [WEIGHT_LOADER],
+    }
+    if spec.device.type == "cpu":
+        sequences = spec.max_batch_size or SEQUENCES_ON_CPU
+        room = cache_bytes_on_cpu(spec, config, context, sequences) // cache_bytes_per_token(spec, config)
+        arguments |= {
+            "attention_backend": "torch_native",
+            "max_running_requests": sequences,
+            "max_total_tokens": max(room, (context or 0) + _RESERVED),
+        }
+    else:
+        arguments |= {
+            "base_gpu_id": spec.device.index or 0,
+            "enable_memory_saver": True,
+            "enable_weights_cpu_backup": True,
+        }
+    return {name: value for name, value in arguments.items() if value is not None} | dict(spec.extra)
+
+
+def environment(spec: EngineSpec, own: Mapping[str, str]) -> dict[str, str]:
+    """The environment of SGLang's processes: the trainer's (``own``), without what says which rank it is."""
+    kept = {name: value for name, value in own.items() if not name.startswith(_LAUNCHERS)}
+    kept["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"  # for what it keeps to itself
+    if spec.device.type == "cpu":
+        kept["SGLANG_USE_CPU_ENGINE"] = "1"
+        kept.setdefault("SGLANG_CPU_OMP_THREADS_BIND", cores_by_rank(spec.tensor_parallel_size, _cores()))
+    return kept
+
+
+def cores_by_rank(ranks: int, cores: list[int]) -> str:
+    """This process's cores shared out, as SGLang wants to hear it: "0,1|2,3"; all ranks share too few of them."""
+    each = len(cores) // ranks
+    parts = [cores[i * each : (i + 1) * each] if each else cores for i in range(ranks)]
+    return "|".join(",".join(map(str, part)) for part in parts)
+
+
+def _cores() -> list[int]:
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))

@@ -1,0 +1,42 @@
+"""From requests to what SGLang is told, and from its answers to ours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from lightrft.strategy.sampling import SamplingParams
+
+
+def sampling_arguments(sampling: SamplingParams, ends: tuple[int, ...], seed: int, limit: int) -> dict[str, Any]:
+    """Fields of SGLang's ``SamplingParams``.
+
+    :param ends: the model's own end tokens; SGLang knows none but those that it is told here.
+    :param limit: most tokens of the response.
+    """
+    stops = dict.fromkeys((*(() if sampling.ignore_eos else ends), *sampling.stop_token_ids))
+    arguments: dict[str, Any] = {
+        "max_new_tokens": limit,
+        "stop_token_ids": list(stops),
+        "temperature": sampling.temperature,
+        "sampling_seed": seed,
+    }
+    if sampling.greedy:  # truncation has no meaning for the likeliest token
+        return arguments
+    arguments |= {"top_p": sampling.top_p, "min_p": sampling.min_p}
+    if sampling.top_k > 1:
+        arguments["top_k"] = sampling.top_k
+    elif sampling.top_k == 1:  # which is how SGLang writes a greedy request
+        arguments["min_p"] = 1.0
+    return arguments
+
+
+def finish_reason(answer: Mapping[str, Any]) -> Literal["stop", "length", "abort"]:
+    """Ours for SGLang's."""
+    kind = (answer["meta_info"]["finish_reason"] or {}).get("type")
+    return "stop" if kind == "stop" else "length" if kind == "length" else "abort"
+
+
+def chosen_logprobs(answer: Mapping[str, Any]) -> list[float]:
+    """The logprob of each token, of SGLang's (logprob, token, text) of each."""
+    return [float("nan") if row[0] is None else float(row[0]) for row in answer["meta_info"]["output_token_logprobs"]]

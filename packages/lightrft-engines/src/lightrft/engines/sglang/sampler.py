@@ -1,0 +1,79 @@
+"""SGLang's sampler with this package's draws: a seed a sample, and the logprob of what was really drawn from.
+
+SGLang's own honours seeds in its deterministic mode alone, and gives logprobs as they were before top-k, top-p and
+min-p. A registered sampling backend (``register_sampler_backend``) takes its place.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sglang.srt.layers.sampler import Sampler, register_sampler_backend  # pyright: ignore[reportMissingImports]
+from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo  # pyright: ignore[reportMissingImports]
+from sglang.srt.sampling.sampling_params import TOP_K_ALL  # pyright: ignore[reportMissingImports]
+
+from ..sampling import RowSampling, SamplingShape, draw, noise_start
+from .options import SAMPLING_BACKEND
+
+
+class SeededSampler(Sampler):
+    """Draws one token a row, as :func:`lightrft.engines.sampling.draw` does for the embedded engine."""
+
+    def forward(
+        self,
+        logits_output: Any,
+        sampling_info: Any,
+        return_logprob: bool,
+        top_logprobs_nums: Any,
+        token_ids_logprobs: Any,
+        positions: torch.Tensor,
+    ) -> torch.Tensor:
+        rows, shape = _asked(sampling_info)
+        tokens, logprobs = draw(logits_output.next_token_logits, positions.long(), rows, shape)
+        if return_logprob:
+            logits_output.next_token_logprobs = logprobs
+        self._sync_token_ids_across_tp(tokens, sampling_info)
+        return tokens
+
+
+def register() -> None:
+    """Make ``sampling_backend`` know it, and let every batch carry its samples' seeds."""
+    for name in (SAMPLING_BACKEND, "pytorch"):  # the second is what SGLang makes of any name on a CPU
+        register_sampler_backend(name, SeededSampler)
+    SamplingBatchInfo.adjusted_from_schedule_batch = _carry_seeds
+
+
+def _carry_seeds(info: Any, batch: Any, vocab_size: int) -> None:
+    """SGLang's field for seeds, which follows the rows wherever they go: where each sample's noise begins.
+
+    The sampler is told a token's position in the whole text, so the prompt's length is taken off here.
+    """
+    seeds = torch.tensor([request.sampling_params.sampling_seed or 0 for request in batch.reqs])
+    prompts = torch.tensor([len(request.origin_input_ids) for request in batch.reqs])
+    info.sampling_seed = noise_start(seeds, 1 - prompts).to(batch.device)
+
+
+def _asked(info: Any) -> tuple[RowSampling, SamplingShape]:
+    """SGLang writes a greedy row as top_k 1; what else asks for top_k 1 comes as min_p 1 (:mod:`.prompts`)."""
+    greedy = info.top_ks == 1
+    top_k = torch.where(greedy | (info.top_ks >= TOP_K_ALL), 0, info.top_ks).long()
+    rows = RowSampling(
+        temperature=torch.where(greedy, 0.0, info.temperatures.view(-1)),
+        top_k=top_k,
+        top_p=torch.where(greedy, 1.0, info.top_ps),
+        min_p=torch.where(greedy, 0.0, info.min_ps),
+        stream=info.sampling_seed,
+    )
+    widest = 0
+    if info.need_top_k_sampling and not info.is_all_greedy:
+        # On an accelerator nobody waits for the widest row: the whole vocabulary is sorted.
+        some_take_all = top_k.device.type != "cpu" or bool(((top_k == 0) & ~greedy).any()) or bool(greedy.any())
+        widest = -1 if some_take_all else int(top_k.max())
+    return rows, SamplingShape(
+        all_greedy=info.is_all_greedy,
+        any_greedy=info.is_any_greedy,
+        min_p=info.need_min_p_sampling,
+        top_p=info.need_top_p_sampling,
+        max_top_k=widest,
+    )

@@ -1,0 +1,124 @@
+"""What runs inside SGLang's schedulers, one a tensor-parallel rank: our sampler, and their side of a weight sync."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from lightrft.strategy.errors import NotBuiltError, WeightSyncError
+
+from ..model_folder import read_configs
+from ..recorded_weights import WeightMap
+from ..storages import Storages
+from .mailbox import Mailbox, aligned
+
+ERRORS = {kind.__name__: kind for kind in (NotBuiltError, WeightSyncError)}
+
+
+def run(*args: Any, **kwargs: Any) -> None:
+    """A scheduler's process: SGLang's own, with our sampler, and with end tokens that requests alone say."""
+    from sglang.srt.configs.model_config import ModelConfig  # pyright: ignore[reportMissingImports]
+    from sglang.srt.managers.scheduler import run_scheduler_process  # pyright: ignore[reportMissingImports]
+
+    from . import sampler
+
+    sampler.register()
+    ModelConfig._get_hf_eos_token_id = lambda _: None
+    run_scheduler_process(*args, **kwargs)
+
+
+def load(model: torch.nn.Module, named_tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+    """SGLang's ``custom_weight_loader``: do what the message says, which stands in the place of a tensor's name.
+
+    Errors become answers: one that was raised here would end the scheduler.
+    """
+    message = json.loads(named_tensors[0][0])
+    worker = _worker(model, message)
+    try:
+        words = {"result": getattr(worker, message["act"])(**message["arguments"])}
+    except Exception as error:  # noqa: BLE001 - the trainer raises it
+        kind = type(error).__name__
+        words = {"kind": kind, "error": str(error) if kind in ERRORS else f"{kind}: {error}"}
+    worker.mailbox.answer(message["rank"], words)
+
+
+_WORKERS: dict[int, _Worker] = {}
+
+
+def _worker(model: torch.nn.Module, message: Mapping[str, Any]) -> _Worker:
+    worker = _WORKERS.setdefault(id(model), _Worker(model))
+    worker.rank = message["rank"]
+    worker.map(**message["mailbox"])
+    return worker
+
+
+class _Worker:
+    """One rank's weights, and the mailbox that they are read from and shown in."""
+
+    rank: int
+    mailbox: Mailbox
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model = model
+        self._weights: WeightMap | None = None
+        self._storages: Storages | None = None
+        self._path = ""
+
+    def map(self, path: str, nbytes: int, ranks: int) -> None:
+        """Look into this region from now on; where it is the last one, keep it, for it may have no name any more."""
+        if path != self._path:
+            self.mailbox, self._path = Mailbox(path, nbytes, ranks), path
+
+    @property
+    def weights(self) -> WeightMap:
+        if self._weights is None:
+            raise WeightSyncError('engine "sglang": the places of its weights are not known yet')
+        return self._weights
+
+    def learn(self, folder: str, dtype: str, trust_remote_code: bool) -> None:
+        """Find out where each weight lies."""
+        config, _ = read_configs(folder, trust_remote_code=trust_remote_code)
+        self._weights = WeightMap("sglang", self._model, config, getattr(torch, dtype))
+
+    def begin(self) -> None:
+        """A new update."""
+        self.weights.begin()
+
+    def write(self, tensors: Sequence[Sequence[Any]]) -> None:
+        """Copy tensors in. :param tensors: (name, offset, shape, dtype) of each."""
+        self.weights.load(
+            {
+                name: self.mailbox.view(offset, tuple(shape), getattr(torch, dtype))
+                for name, offset, shape, dtype in tensors
+            }
+        )
+
+    def read(self, tensors: Sequence[Sequence[Any]], answer: int) -> list[tuple[int, str, int]]:
+        """Show elements. :param tensors: (name, offset, count) of each tensor's positions.
+
+        :param answer: from there on, for each tensor in order: which positions lie here, then their values.
+        :return: for each tensor its place there, the values' dtype, and how many they are.
+        """
+        places = []
+        for name, offset, count in tensors:
+            positions = self.mailbox.view(offset, (count,), torch.int64).clone()
+            mine = self.weights.local({name: positions})[name]
+            values = self.weights.sample({name: mine})[name]
+            self.mailbox.view(answer, (count,), torch.uint8).copy_(torch.isin(positions, mine))
+            self.mailbox.view(answer + aligned(count), tuple(values.shape), values.dtype).copy_(values)
+            places.append((answer, str(values.dtype).removeprefix("torch."), values.numel()))
+            answer += aligned(count) + aligned(8 * count)
+        return places
+
+    def empty(self) -> int:
+        """Free the weights' memory; returns bytes. On a CPU, where SGLang has no sleep of its own."""
+        self._storages = self._storages or Storages(parameter.data for parameter in self._model.parameters())
+        return self._storages.empty()
+
+    def fill(self) -> None:
+        """Take it again, with zeros."""
+        assert self._storages is not None
+        self._storages.fill()
