@@ -189,20 +189,20 @@ class Patient:
             "engine and trainer must compute in one dtype (--bf16 for both); a quantised or patched model differs by "
             "itself; --importance_sampling_cap 2 corrects what cannot be helped"
         )
-        if problem := drift_problem(mean, largest, dtype):
-            entry.problem(problem, cure)
         for group in self.optimizer.param_groups:
             group["lr"] = 0.0
         self._step([_experience(i, output) for i, output in enumerate(self.sampled)])
         receipt = self.strategy.update_engine_weights(self.actor)
+        after, largest_after = self._drift(self._generate(temperature=self.config.temperature, n=2))
+        entry.figures |= {"mean_after": after, "max_after": largest_after, "changed": receipt.tensors_changed}
+        entry.text += f"; after a step at learning rate 0 and a sync by {after:.1e}"
+        if problem := drift_problem(mean, largest, dtype):
+            entry.problem(problem, cure)
         if receipt.tensors_changed:
             entry.problem(
                 f"{receipt.tensors_changed} tensors changed in a step at learning rate 0",
                 f"the training backend {self.config.backend!r} moves weights by itself: check --l2 and its version",
             )
-        after, largest_after = self._drift(self._generate(temperature=self.config.temperature, n=2))
-        entry.figures |= {"mean_after": after, "max_after": largest_after, "changed": receipt.tensors_changed}
-        entry.text += f"; after a step at learning rate 0 and a sync by {after:.1e}"
         if problem := growth_problem(mean, after, dtype):
             entry.problem(problem, cure)
 
