@@ -9,11 +9,13 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 
+from lightrft.strategy import checkpoint
 from lightrft.strategy.checkpoint import MANIFEST, whole_checkpoints
 from lightrft.strategy.errors import CheckpointError
 from lightrft.strategy.fake_strategy import FakeStrategy
@@ -49,6 +51,19 @@ def test_a_checkpoint_is_read_without_pickle(tmp_path: Path, monkeypatch: pytest
     strategy.load_ckpt(model, tmp_path)
     assert torch.equal(model.weight, expected)
     assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} <= {".json", ".safetensors", ""}
+
+
+def test_what_is_written_in_the_background_is_digested_and_flushed_there(tmp_path: Path) -> None:
+    strategy, model = saved(tmp_path, asynchronous=True)
+    pending = strategy._pending_save
+    assert pending is not None
+    for future in pending.futures:
+        future.result(60)
+    with mock.patch.object(checkpoint, "_seal", wraps=checkpoint._seal) as seal:
+        strategy.finish_checkpoint()
+    left = {call.args[0].name for call in seal.call_args_list}
+    assert not any(name.startswith("state-") for name in left), left
+    assert strategy.load_ckpt(model, tmp_path, tag="step_1").client_state == {"step": 1}, "every digest is there"
 
 
 def test_max_mem_counts_in_gigabytes_of_ten_to_the_nine(tmp_path: Path) -> None:

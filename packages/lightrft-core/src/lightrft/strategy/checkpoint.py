@@ -19,7 +19,8 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,7 @@ import xxhash
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from . import hub_files, hub_record
+from . import fragments, hub_files, hub_record
 from .disk import explain_write, folder_size
 from .errors import CheckpointError
 from .hub_layout import hub_sources
@@ -147,7 +148,7 @@ def save(
         with _writing(strategy, staging, final, needed):
             for key, record in records.items():
                 future = strategy.write_state(record, staging / key, asynchronous=asynchronous)
-                futures += [] if future is None else [future]
+                futures += [] if future is None else [_sealing(future, staging)]
                 if strategy.is_rank_0():
                     _write_scalars(record, staging / key)
                     hub_record.write_record(strategy, record.model, staging / key, tokenizer)
@@ -187,16 +188,31 @@ def finish(strategy: StrategyBase, *, block: bool = True) -> bool:
     strategy._pending_save = None
     staging, final = pending.staging, pending.final
     with _discarding(strategy, staging, pending.futures):
+        sealed: dict[str, Any] = {}
         with _writing(strategy, staging, final, pending.needed):
             for future in pending.futures:
-                future.result()
+                sealed |= future.result()
+        sealed = _merged(strategy.all_gather_object(sealed))
         with _writing(strategy, staging, final, pending.needed):  # all files of all ranks are there
-            mine = _digests(strategy, staging)
-        files = strategy.all_gather_object(mine)
+            rest = _digests(strategy, staging, sealed)
+        files = sealed | _merged(strategy.all_gather_object(rest))
         with _writing(strategy, staging, final, pending.needed):
             if strategy.is_rank_0():
-                _publish(pending, {name: item for part in files for name, item in part.items()})
+                _publish(pending, files)
     return True
+
+
+def _sealing(written: Any, staging: Path) -> Future[dict[str, Any]]:
+    """Digest and flush the files that a background write says it wrote, in the background too."""
+
+    def seal() -> dict[str, Any]:
+        return {str(path.relative_to(staging)): _seal(path, flush=True) for path in written.result() or ()}
+
+    return fragments.in_background(seal)
+
+
+def _merged(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    return {name: item for part in parts for name, item in part.items()}
 
 
 def _publish(pending: PendingSave, files: Mapping[str, Any]) -> None:
@@ -499,19 +515,26 @@ def _read_foreign(
     return LoadedCheckpoint(path=folder, client_state={}, rank_states=[], world_size=0)
 
 
-def _digests(strategy: StrategyBase, folder: Path) -> dict[str, dict[str, Any]]:
+def _digests(strategy: StrategyBase, folder: Path, sealed: Container[str]) -> dict[str, dict[str, Any]]:
     """Size and digest of this rank's share of the files, which it flushes; the manifest is not among them."""
-    return _digest_files(folder, strategy.rank, strategy.world_size, flush=True)
+    return _digest_files(folder, strategy.rank, strategy.world_size, flush=True, sealed=sealed)
 
 
-def _digest_files(folder: Path, index: int, shares: int, *, flush: bool) -> dict[str, dict[str, Any]]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-    found = {}
-    for path in files[index::shares]:
-        found[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "xxh3": _digest(path)}
-        if flush:
-            _flush(path)
-    return found
+def _digest_files(
+    folder: Path, index: int, shares: int, *, flush: bool, sealed: Container[str] = ()
+) -> dict[str, dict[str, Any]]:
+    """:param sealed: names that have their digests already."""
+    files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    rest = [name for name, path in files.items() if path.name != MANIFEST and name not in sealed]
+    return {name: _seal(files[name], flush=flush) for name in rest[index::shares]}
+
+
+def _seal(path: Path, *, flush: bool) -> dict[str, Any]:
+    """A file's line in the manifest."""
+    line = {"bytes": path.stat().st_size, "xxh3": _digest(path)}
+    if flush:
+        _flush(path)
+    return line
 
 
 def _damage(folder: Path, index: int, shares: int) -> str | None:

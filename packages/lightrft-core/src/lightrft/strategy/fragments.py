@@ -15,7 +15,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -25,13 +25,14 @@ from .tensor_files import TensorFileWriter, stored_tensors
 
 FORMAT = "lightrft-state-1"
 INDEX = "state.json"
+T = TypeVar("T")
 
 
 def write(fragments: Iterable[Fragment], folder: Path, rank: int, ranks: int, *, asynchronous: bool = False) -> Any:
     """Write this rank's file.
 
     :param asynchronous: copy the fragments, and write them from a thread.
-    :return: None, or with ``asynchronous`` a future.
+    :return: None, or with ``asynchronous`` a future of the files that were written.
     """
     owned: dict[str, torch.Tensor] = {}
     for fragment in fragments:
@@ -110,7 +111,7 @@ def write_source(
     write_index({name: (entry.shape, entry.step) for name, entry in source.entries.items()}, folder, 1)
 
 
-def in_background(work: Callable[[], None]) -> Future[None]:
+def in_background(work: Callable[[], T]) -> Future[T]:
     """Run ``work`` in a thread of its own."""
     pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
     try:
@@ -119,10 +120,11 @@ def in_background(work: Callable[[], None]) -> Future[None]:
         pool.shutdown(wait=False)
 
 
-def _write(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+def _write(path: Path, tensors: Mapping[str, torch.Tensor]) -> list[Path]:
     with TensorFileWriter(path, {key: (t.dtype, (t.numel(),)) for key, t in tensors.items()}) as writer:
         for key in writer.order:
             writer.write(key, tensors[key])
+    return [path]
 
 
 FRAGMENTS = StateFormat(

@@ -652,7 +652,8 @@ class StrategyBase(ABC):
 
         The default is the portable form (:mod:`lightrft.strategy.fragments`).
 
-        :return: None, or with ``asynchronous`` a future that ends when the files are written.
+        :return: None, or with ``asynchronous`` a future that ends when the files are written. Its result may be the
+            paths that this rank wrote: they are digested and flushed in the background too.
         """
         if self.is_rank_0():
             fragments.write_index(self.state_entries(record.model, record.optimizer), folder, self.layout.world_size)

@@ -59,8 +59,8 @@ class PendingWrite:
     def done(self) -> bool:
         return self._future.done()
 
-    def result(self, timeout: float | None = None) -> None:
-        """Wait for the files.
+    def result(self, timeout: float | None = None) -> list[Path]:
+        """Wait for the files; those that this rank wrote.
 
         :raises CheckpointError: a rank could not write.
         """
@@ -68,6 +68,8 @@ class PendingWrite:
             self._future.result(timeout)
         except CheckpointException as error:
             raise plain_error(self._folder, "written", error) from error
+        # FileSystemWriter's names; the first rank writes the metadata, which is small and left to whoever publishes.
+        return sorted(self._folder.glob(f"__{dist.get_rank()}_*.distcp"))
 
 
 def _state(model: nn.Module, optimizer: Optimizer | None) -> dict[str, torch.Tensor]:
