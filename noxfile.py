@@ -118,6 +118,8 @@ def types(session: nox.Session) -> None:
         "--extra",
         "hf",
         "--extra",
+        "lora",
+        "--extra",
         "tensorboard",
         "--extra",
         "reasoning-gym",

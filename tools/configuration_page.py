@@ -33,9 +33,7 @@ def page() -> str:
 def _row(name: str, hint: Any) -> str:
     spec = FIELDS[name]
     text = spec.metadata["help"]
-    if spec.metadata["later"]:
-        text += f" *Refused: {spec.metadata['later']}.*"
-    elif spec.metadata["rule"]:
+    if spec.metadata["rule"]:
         text += f" Must be {spec.metadata['rule'][1]}."
     cells = (f"`{name}`", _type(hint), _default(spec.default), text)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

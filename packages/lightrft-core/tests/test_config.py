@@ -18,7 +18,6 @@ from lightrft.strategy.config_checks import default_of
 from lightrft.strategy.errors import ConfigError
 
 HINTS = typing.get_type_hints(StrategyConfig)
-LATER = [name for name, spec in FIELDS.items() if spec.metadata["later"]]
 # Around every bound that a rule may have.
 WHOLE = [-3, -2, -1, 0, 1, 2, 3, 4, 7, 8, 100, 10_000]
 REAL = [-2.0, -1e-9, 0.0, 1e-9, 0.5, 0.992, 1.0, 1.0 + 1e-9, 2.0, 1e8]
@@ -86,7 +85,7 @@ def test_a_wrong_value_is_refused_with_its_flag_and_value(name: str) -> None:
             assert f"--{name} {shown}: " in problem
 
 
-@pytest.mark.parametrize("name", [name for name in FIELDS if name not in LATER])
+@pytest.mark.parametrize("name", FIELDS)
 def test_a_right_value_is_never_called_wrong(name: str) -> None:
     for value in right(name):
         config = dataclasses.replace(StrategyConfig(), **{name: value})
@@ -138,23 +137,13 @@ def test_faults_between_settings_are_reported_with_the_others() -> None:
         ({"fsdp": True, "overlap_comm": True}, ["--overlap_comm", "DeepSpeed"]),
         ({"fsdp": True, "grad_accum_dtype": "fp32"}, ["--grad_accum_dtype", "DeepSpeed"]),
         ({"zpg": 2}, ["--zpg 2", "--zero_stage 3"]),
+        ({"lora_alpha": 32.0, "target_modules": "q_proj"}, ["--lora_alpha 32.0", "--target_modules", "--lora_rank"]),
+        ({"lora_rank": 8, "meta_init": True}, ["--lora_rank 8", "--meta_init"]),
     ],
 )
 def test_settings_that_do_not_fit_together_are_refused(given_: dict[str, Any], words: list[str]) -> None:
     [problem] = problems_of(StrategyConfig(**given_))
     assert all(word in problem for word in words), problem
-
-
-@pytest.mark.parametrize("name", LATER)
-def test_a_flag_whose_feature_is_not_built_yet_is_refused_by_name(name: str) -> None:
-    value = {bool: True, int: 2}[type(FIELDS[name].default)]
-    [problem] = problems_of(StrategyConfig(**{name: value}))
-    assert problem.startswith(f"--{name} {value}: ")
-    assert "not built yet" in problem
-
-
-def test_the_later_flags_are_those_that_are_known_not_to_be_built() -> None:
-    assert "lora_rank" in LATER
 
 
 # ---- what depends on the world ---------------------------------------------------------------------------------------

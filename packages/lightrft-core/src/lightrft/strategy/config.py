@@ -19,15 +19,12 @@ from .errors import ConfigError
 T = TypeVar("T")
 
 
-def option(
-    default: T, help: str, *, group: str, rule: tuple[Callable[[T], bool], str] | None = None, later: str = ""
-) -> T:
+def option(default: T, help: str, *, group: str, rule: tuple[Callable[[T], bool], str] | None = None) -> T:
     """A field with its help text, its flag group and what makes a value right.
 
     :param rule: a predicate of the value, and the words that complete "must be ...".
-    :param later: set where the feature is not built yet: any value but the default is refused with these words.
     """
-    metadata = {"help": help, "group": group, "rule": rule, "later": later}
+    metadata = {"help": help, "group": group, "rule": rule}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)  # type: ignore[return-value]
     return field(default=default, metadata=metadata)
@@ -146,7 +143,22 @@ class StrategyConfig:
         4096, "Most tokens whose logits --fused_linear_logprob holds at one time.", group=MODEL, rule=at_least_1
     )
     lora_rank: int = option(
-        0, "Rank of LoRA adapters; 0: train all weights.", group=MODEL, rule=at_least_0, later="LoRA is not built yet"
+        0, "Train LoRA adapters of this rank instead of the weights; 0: all weights.", group=MODEL, rule=at_least_0
+    )
+    lora_alpha: float = option(
+        16.0, "With --lora_rank: adapters are scaled by this over the rank.", group=MODEL, rule=positive
+    )
+    lora_dropout: float = option(
+        0.0,
+        "With --lora_rank: dropout before the adapters while they train.",
+        group=MODEL,
+        rule=(lambda v: 0 <= v < 1, "0 or more and below 1"),
+    )
+    target_modules: str = option(
+        "all-linear",
+        "With --lora_rank: layers that get adapters: all-linear (but the output layer), or names joined by commas.",
+        group=MODEL,
+        rule=(lambda v: bool(v.strip(", ")), "all-linear or names of linear layers, for example q_proj,v_proj"),
     )
 
     # ---- data

@@ -29,13 +29,9 @@ def find_faults(
     """
     problems = dict(unconverted)
     for name, spec in fields.items():
-        value, rule, later = getattr(config, name), spec.metadata["rule"], spec.metadata["later"]
-        if name in unconverted:
-            continue
-        if rule is not None and not rule[0](value):
+        value, rule = getattr(config, name), spec.metadata["rule"]
+        if name not in unconverted and rule is not None and not rule[0](value):
             problems[name] = f"--{name} {shown(value)}: must be {rule[1]}"
-        elif later and value != default_of(spec):
-            problems[name] = f"--{name} {shown(value)}: {later}; leave it at {shown(default_of(spec))}"
     between = [*RULES, *_backend_rules(fields), *(() if world_size is None else _world_rules(world_size))]
     texts = [rule(config) for names, rule in between if not problems.keys() & set(names)]
     return [*problems.values(), *(text for text in texts if text)]
@@ -71,6 +67,20 @@ def _chunks_need_the_fused_logprob(c: StrategyConfig) -> str | None:
     if c.chunk_size == 4096 or c.fused_linear_logprob:
         return None
     return f"--chunk_size {c.chunk_size}: works only with --fused_linear_logprob"
+
+
+@between("lora_alpha", "lora_dropout", "target_modules", "lora_rank")
+def _adapters_need_a_rank(c: StrategyConfig) -> str | None:
+    given = {"lora_alpha": 16.0, "lora_dropout": 0.0, "target_modules": "all-linear"}
+    changed = [f"--{name} {shown(getattr(c, name))}" for name, default in given.items() if getattr(c, name) != default]
+    return f"{', '.join(changed)}: works only with --lora_rank above 0" if changed and c.lora_rank == 0 else None
+
+
+@between("lora_rank", "meta_init")
+def _adapters_are_made_in_memory(c: StrategyConfig) -> str | None:
+    if c.lora_rank == 0 or not c.meta_init:
+        return None
+    return f"--lora_rank {c.lora_rank} with --meta_init: adapters cannot be put into models without memory; choose one"
 
 
 @between("reward_running_norm_minus_mean", "reward_running_norm")

@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -270,7 +271,15 @@ def _to_hub(
     source = source.weights_alone()
     sizes = {hub.name: _nbytes(hub.shape, source.entries[hub.source].dtypes[WEIGHT], dtype) for hub in record.tensors}
     progress.start("writing", sum(sizes.values()))
-    hub_files.write_hub(source, record.tensors, staging, dtype=dtype, max_bytes=max_bytes, progress=progress.advance)
+    hub_files.write_hub(
+        source,
+        record.tensors,
+        staging,
+        dtype=dtype,
+        max_bytes=max_bytes,
+        progress=progress.advance,
+        whole=partial(record.whole, source),
+    )
     copy_companions(given.companions[name], staging)
     _name_dtype(staging / hub_files.CONFIG, source, dtype)
     if verify:
@@ -358,9 +367,9 @@ def _verify_hub(
     for hub in record.tensors:
         if hub.source != of:
             del whole
-            whole, of = source.whole(hub.source), hub.source
-        wanted = hub.view(whole)
-        wanted = wanted.to(hub_files.cast_dtype(wanted.dtype, dtype)).contiguous()
+            whole, of = record.whole(source, hub.source), hub.source
+        kept = hub_files.cast_dtype(source.entries[hub.source].dtypes[WEIGHT], dtype)
+        wanted = hub.view(whole).to(kept).contiguous()
         _same_bits(folder, hub.name, wanted, written[hub.name].read())
         progress.advance(hub.name, wanted.nbytes)
 

@@ -153,15 +153,18 @@ def write_hub(
     dtype: torch.dtype | None = None,
     max_bytes: int = 5 * 10**9,
     progress: Callable[[str, int], None] = lambda name, nbytes: None,
+    whole: Callable[[str], torch.Tensor] | None = None,
 ) -> None:
     """Write the weights under their hub names, one module tensor at a time.
 
     :param dtype: cast floating-point tensors; None keeps the precision that they are stored in.
     :param max_bytes: of one file. :param progress: told each tensor's name and bytes.
+    :param whole: gives a whole module tensor, where it is more than what ``source`` holds under its name.
     """
+    read = source.whole if whole is None else whole
     dtypes = {name: cast_dtype(entry.dtypes[WEIGHT], dtype) for name, entry in source.entries.items()}
     files = plan_files(tensors, max_bytes, dtypes)
-    whole, of = torch.empty(0), None
+    held, of = torch.empty(0), None
     for name, group in files.items():
         by_name = {hub.name: hub for hub in group}
         specs = {hub.name: (dtypes[hub.source], hub.shape) for hub in group}
@@ -169,9 +172,9 @@ def write_hub(
             for key in writer.order:
                 hub = by_name[key]
                 if hub.source != of:
-                    del whole  # before the next is read: one module tensor is held at a time
-                    whole, of = source.whole(hub.source), hub.source
-                tensor = hub.view(whole).to(dtypes[hub.source]).contiguous()
+                    del held  # before the next is read: one module tensor is held at a time
+                    held, of = read(hub.source), hub.source
+                tensor = hub.view(held).to(dtypes[hub.source]).contiguous()
                 writer.write(key, tensor)
                 progress(key, tensor.nbytes)
     if len(files) > 1:

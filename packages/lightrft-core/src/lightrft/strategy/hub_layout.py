@@ -8,7 +8,7 @@ one module parameter (an "atom") can be gathered, cast and sent without the rest
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,12 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from .adapters import Adapter, find_adapters, merge, plain_name
 from .errors import HubLayoutError
-from .weights import TensorSpec
+from .weights import TensorSpec, UpdateKind
+
+# What peft writes before a name of the model that it adapts.
+PEFT_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,16 +48,25 @@ class HubTensor:
 class HubLayout:
     """The hub's view of one module. ``by_source`` lists, for each module tensor, the hub tensors inside it.
 
+    ``adapters`` has the LoRA adapters by the module tensor that they add to: the hub tensors of such a one are views of
+    the two merged. The adapters' own tensors are here too, under peft's names, and are exported only when asked for.
+
     :param shapes: whole shape of each module tensor by name, for backends whose parameters show their shard's.
-    :raises HubLayoutError: a hub tensor is no view of one module tensor (a model family that mixes several).
+    :raises HubLayoutError: a hub tensor is no view of one module tensor (a model family that mixes several), or an
+        adapter cannot be merged.
     """
 
     def __init__(self, model: nn.Module, shapes: Mapping[str, torch.Size] | None = None) -> None:
         sources = {name: _meta(tensor, (shapes or {}).get(name)) for name, tensor in hub_sources(model)}
         owner = {tensor.untyped_storage()._cdata: name for name, tensor in sources.items()}
+        self.adapters = find_adapters(unwrap(model))
+        self._factors = {name for adapter in self.adapters.values() for name in (adapter.a, adapter.b)}
         self.by_source: dict[str, list[HubTensor]] = {name: [] for name in sources}
         self.by_name: dict[str, HubTensor] = {}
-        for hub_name, view in _revert_conversions(model, sources).items():
+        layers = {adapter.layer for adapter in self.adapters.values()}
+        plain = {plain_name(name, layers): t for name, t in sources.items() if name not in self._factors}
+        named = _revert_conversions(model, plain) | _peft_names(model, self.adapters.values(), sources)
+        for hub_name, view in named.items():
             source = owner.get(view.untyped_storage()._cdata)
             if source is None or hub_name in self.by_name:
                 raise HubLayoutError(
@@ -72,9 +85,30 @@ class HubLayout:
             self.by_name[hub_name] = tensor
 
     @property
+    def tensors(self) -> list[HubTensor]:
+        """What the model has on the hub, in module order: adapters are no tensors there."""
+        return [hub for source, hubs in self.by_source.items() if source not in self._factors for hub in hubs]
+
+    @property
     def specs(self) -> list[TensorSpec]:
         """Export specs in module order."""
-        return [tensor.spec for tensors in self.by_source.values() for tensor in tensors]
+        return [tensor.spec for tensor in self.tensors]
+
+    def specs_of(self, kind: UpdateKind) -> list[TensorSpec]:
+        """Export specs of the "full" model, or of its "adapter" alone, in module order."""
+        if kind == "full":
+            return self.specs
+        return [hub.spec for source, hubs in self.by_source.items() if source in self._factors for hub in hubs]
+
+    def merged(self, source: str, whole: Callable[[str], torch.Tensor]) -> torch.Tensor:
+        """A module tensor as the hub has it: with its adapter added, where it has one.
+
+        :param whole: gives the whole module tensor of a name.
+        """
+        adapter = self.adapters.get(source)
+        if adapter is None:
+            return whole(source)
+        return merge(whole(source), whole(adapter.a), whole(adapter.b), adapter.scaling)
 
     def views(self, source: str, whole: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
         """Hub names and views of one whole module tensor."""
@@ -122,6 +156,19 @@ def hub_sources(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     for name, buffer in model.named_buffers(remove_duplicate=True):
         if name in kept and id(buffer) not in seen:
             yield name, buffer
+
+
+def _peft_names(
+    model: nn.Module, adapters: Iterable[Adapter], sources: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The adapters' own tensors under the names that peft gives them in a file."""
+    inner = hub_models(model)
+    prefix = inner[0][0] if len(inner) == 1 else ""  # an actor's own level is not the model's
+    return {
+        f"{PEFT_PREFIX}{adapter.layer.removeprefix(prefix)}.{factor}.weight": sources[name]
+        for adapter in adapters
+        for factor, name in (("lora_A", adapter.a), ("lora_B", adapter.b))
+    }
 
 
 def _meta(tensor: torch.Tensor, shape: torch.Size | None) -> torch.Tensor:

@@ -1,25 +1,27 @@
 """What a checkpoint keeps of its model besides state: enough to write a hub folder without building the model.
 
-``layout.json`` in a model's folder says which view of which parameter each hub tensor is; ``hub/`` holds the
-configuration, generation defaults and tokenizer as ``save_pretrained`` writes them.
+``layout.json`` in a model's folder says which view of which parameter each hub tensor is, and
+which adapter is merged into it; ``hub/`` holds the configuration, generation defaults and tokenizer as
+``save_pretrained`` writes them.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from .adapters import Adapter, merge
 from .errors import CheckpointError, HubLayoutError
 from .hub_export import save_configuration
 from .hub_layout import HubLayout, HubTensor, hub_models
-from .state_source import read_json
+from .state_source import StateSource, read_json
 
 if TYPE_CHECKING:
     from .strategy_base import StrategyBase
@@ -35,21 +37,30 @@ class HubRecord:
 
     :param prefix: under which the one transformers model inside the module stands ("" for none or several).
     :param tensors: in module order.
+    :param adapters: LoRA adapters by the module tensor that they add to.
     """
 
     prefix: str
     tensors: tuple[HubTensor, ...]
+    adapters: Mapping[str, Adapter] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module, layout: HubLayout) -> HubRecord:
-        tensors = tuple(tensor for tensors in layout.by_source.values() for tensor in tensors)
-        return cls(prefix=inner_prefix(model), tensors=tensors)
+        return cls(prefix=inner_prefix(model), tensors=tuple(layout.tensors), adapters=layout.adapters)
+
+    def whole(self, source: StateSource, name: str) -> torch.Tensor:
+        """A module tensor as the hub has it: with its adapter added, where it has one."""
+        adapter = self.adapters.get(name)
+        if adapter is None:
+            return source.whole(name)
+        return merge(source.whole(name), source.whole(adapter.a), source.whole(adapter.b), adapter.scaling)
 
     def write(self, folder: Path) -> None:
         rows = [
             [t.name, t.source, t.shape, t.stride, t.offset, str(t.dtype).removeprefix("torch.")] for t in self.tensors
         ]
-        (folder / LAYOUT).write_text(json.dumps({"prefix": self.prefix, "tensors": rows}))
+        adapters = {name: asdict(adapter) for name, adapter in self.adapters.items()}
+        (folder / LAYOUT).write_text(json.dumps({"prefix": self.prefix, "tensors": rows, "adapters": adapters}))
 
     @classmethod
     def read(cls, folder: Path) -> HubRecord | None:
@@ -72,7 +83,8 @@ class HubRecord:
                 )
                 for name, source, shape, stride, offset, dtype in data["tensors"]
             )
-            return cls(prefix=data["prefix"], tensors=tensors)
+            adapters = {name: Adapter(**given) for name, given in data.get("adapters", {}).items()}
+            return cls(prefix=data["prefix"], tensors=tensors, adapters=adapters)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{folder / LAYOUT}: not a layout of hub tensors: {error!r}") from error
 

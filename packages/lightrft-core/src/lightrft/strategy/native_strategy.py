@@ -64,6 +64,13 @@ class NativeStrategy(BackendStrategy):
             return hub.view(tensors[hub.source].detach())
 
         import_by_name(specs, source, whole)
+        self._clear_adapters(model)
+
+    def _clear_adapters(self, model: nn.Module) -> None:
+        """The weights are whole without them: let every LoRA adapter add nothing."""
+        tensors = dict(hub_sources(model))
+        for adapter in self.hub_layout(model).adapters.values():
+            self._local(tensors[adapter.b]).zero_()
 
     # ---- training ----------------------------------------------------------------------------------------------------
     def _backpropagate(self, record: ModelRecord, loss: torch.Tensor) -> None:

@@ -42,7 +42,7 @@ from .scoring import RewardEngine
 from .state_formats import open_state
 from .state_source import Fragment, StateFormat, StateSource, TensorEntry
 from .training_state import StateItem
-from .weights import SyncReceipt, TensorSpec, UpdatePlan, WeightBucket, plan_buckets
+from .weights import SyncReceipt, TensorSpec, UpdateKind, UpdatePlan, WeightBucket, plan_buckets
 
 if TYPE_CHECKING:
     from torchdata.stateful_dataloader import StatefulDataLoader
@@ -571,23 +571,25 @@ class StrategyBase(ABC):
             self._layouts[model] = HubLayout(model)
         return self._layouts[model]
 
-    def export_spec(self, model: nn.Module) -> list[TensorSpec]:
-        """Hub name, shape, dtype and atom of everything that :meth:`export_weights` sends. No collective."""
-        return self.hub_layout(model).specs
+    def export_spec(self, model: nn.Module, kind: UpdateKind = "full") -> list[TensorSpec]:
+        """Hub name, shape, dtype and atom of everything that :meth:`export_weights` sends. No collective.
+
+        :param kind: "full": the whole model, LoRA adapters merged; "adapter": the adapters alone, under peft's names.
+        """
+        return self.hub_layout(model).specs_of(kind)
 
     def export_weights(self, model: nn.Module, plan: UpdatePlan) -> Iterator[WeightBucket]:
         """Stream whole tensors in the plan's buckets and dtype. A bucket is valid until the next is asked for."""
         layout, tensors = self.hub_layout(model), dict(hub_sources(model))
         for index, specs in enumerate(plan_buckets(plan)):
-            bucket = {}
-            for spec in specs:
-                hub = layout.by_name[spec.name]
-                bucket[spec.name] = hub.view(tensors[hub.source].detach()).to(spec.dtype)
-            yield WeightBucket(index, bucket)
+            hubs = [layout.by_name[spec.name] for spec in specs]
+            merged = {s: layout.merged(s, lambda name: tensors[name].detach()) for s in {hub.source for hub in hubs}}
+            views = {hub.name: hub.view(merged[hub.source]) for hub in hubs}
+            yield WeightBucket(index, {spec.name: views[spec.name].to(spec.dtype) for spec in specs})
 
     @torch.no_grad()
     def import_weights(self, model: nn.Module, source: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Copy whole tensors, by hub name, into the model.
+        """Copy whole tensors, by hub name, into the model. LoRA adapters begin anew: B becomes 0.
 
         :raises CheckpointError: a name or shape is not the model's, or one of the model's is missing.
         """
@@ -598,6 +600,8 @@ class StrategyBase(ABC):
             return hub.view(tensors[hub.source].detach())
 
         checkpoint.import_by_name({spec.name: spec for spec in layout.specs}, source, whole)
+        for adapter in layout.adapters.values():
+            tensors[adapter.b].zero_()
 
     def iter_state(self, model: nn.Module, optimizer: Optimizer | None = None) -> Iterator[StateItem]:
         """Stream the training state, one whole parameter at a time, in module order, on every rank."""

@@ -48,9 +48,7 @@ def _add(group: Any, name: str, hint: Any, suppress: bool) -> None:
 def _help(name: str) -> str:
     spec = FIELDS[name]
     text = spec.metadata["help"]
-    if spec.metadata["later"]:
-        text += f" ({spec.metadata['later']})"
-    elif spec.default is True:
+    if spec.default is True:
         text += f" (default: on; off with {NEGATIVES.get(name, f'--no_{name}')})"
     elif spec.default not in (None, False):
         shown = " ".join(map(str, spec.default)) if isinstance(spec.default, tuple) else spec.default

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from types import MappingProxyType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from lightrft.strategy.adapters import merge, merge_flat
 from lightrft.strategy.errors import CheckpointError
 from lightrft.strategy.hub_layout import HubLayout, hub_sources
 from lightrft.strategy.state_source import WEIGHT, Fragment, TensorEntry, share_of
@@ -20,6 +22,8 @@ from lightrft.strategy.weights import TensorSpec, UpdatePlan, WeightBucket, plan
 from .environment import load_deepspeed
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+# A and B of a LoRA adapter, whole, and its scaling.
+Product = tuple[torch.Tensor, torch.Tensor, float]
 
 
 def is_sharded(tensor: Any) -> bool:
@@ -41,7 +45,10 @@ def gathered(tensor: torch.Tensor, *, written: bool = False) -> AbstractContextM
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
 def export_buckets(model: nn.Module, layout: HubLayout, plan: UpdatePlan) -> Iterator[WeightBucket]:
-    """Stream whole tensors; under ZeRO-3 only one bucket's parameters are gathered at a time, cast before."""
+    """Stream whole tensors; under ZeRO-3 only one bucket's parameters are gathered at a time, cast before.
+
+    LoRA adapters are added before the cast, under ZeRO-3 by each rank to its own shard.
+    """
     tensors = dict(hub_sources(model))
     for index, specs in enumerate(plan_buckets(plan)):
         yield WeightBucket(index, _bucket(specs, layout, tensors, plan.dtype))
@@ -51,7 +58,10 @@ def _bucket(
     specs: Sequence[TensorSpec], layout: HubLayout, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None
 ) -> dict[str, torch.Tensor]:
     sources = list(dict.fromkeys(layout.by_name[spec.name].source for spec in specs))
-    whole = _gather({source: tensors[source] for source in sources}, dtype)
+    adapters = {source: layout.adapters[source] for source in sources if source in layout.adapters}
+    factors = _gather({name: tensors[name] for adapter in adapters.values() for name in (adapter.a, adapter.b)}, None)
+    products = {s: (factors[adapter.a], factors[adapter.b], adapter.scaling) for s, adapter in adapters.items()}
+    whole = _gather({source: tensors[source] for source in sources}, dtype, products)
     bucket = {}
     for spec in specs:
         hub = layout.by_name[spec.name]
@@ -59,21 +69,29 @@ def _bucket(
     return bucket
 
 
-def _gather(tensors: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
-    """Whole tensors by name. One collective for all shards of the same group and dtype."""
+def _gather(
+    tensors: Mapping[str, Any], dtype: torch.dtype | None, products: Mapping[str, Product] = MappingProxyType({})
+) -> dict[str, torch.Tensor]:
+    """Whole tensors by name. One collective for all shards of the same group and dtype.
+
+    :param products: what is to be added to some of them.
+    """
     whole = {name: tensor.detach() for name, tensor in tensors.items() if not is_sharded(tensor)}
+    whole |= {name: merge(whole[name], *product) for name, product in products.items() if name in whole}
     batches: dict[Any, list[str]] = {}
     for name, tensor in tensors.items():
         if is_sharded(tensor):
             kind = dtype if dtype is not None and tensor.dtype.is_floating_point else tensor.dtype
             batches.setdefault((tensor.ds_process_group, kind), []).append(name)
     for (group, kind), names in batches.items():
-        whole |= _gather_shards({name: tensors[name] for name in names}, group, kind)
+        whole |= _gather_shards({name: tensors[name] for name in names}, group, kind, products)
     return whole
 
 
-def _gather_shards(tensors: Mapping[str, Any], group: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    shards = [tensor.ds_tensor.detach().reshape(-1).to(tensor.device, dtype) for tensor in tensors.values()]
+def _gather_shards(
+    tensors: Mapping[str, Any], group: Any, dtype: torch.dtype, products: Mapping[str, Product]
+) -> dict[str, torch.Tensor]:
+    shards = [_shard_with(tensor, products.get(name)).to(tensor.device, dtype) for name, tensor in tensors.items()]
     mine, ranks = torch.cat(shards), dist.get_world_size(group)
     everyone = mine.new_empty(ranks, mine.numel())
     dist.all_gather_into_tensor(everyone.view(-1), mine, group=group)
@@ -83,6 +101,25 @@ def _gather_shards(tensors: Mapping[str, Any], group: Any, dtype: torch.dtype) -
         result[name] = parts.reshape(-1)[: tensor.ds_numel].view(tensor.ds_shape)
         start += shard.numel()
     return result
+
+
+def _shard_with(tensor: Any, product: Product | None) -> torch.Tensor:
+    """This rank's flat shard of a parameter, padding included, with its part of ``product`` added."""
+    padded = tensor.ds_tensor.detach().reshape(-1)
+    if product is None:
+        return padded
+    start, mine = _shard(tensor, padded)
+    a, b, scaling = product
+    merged = merge_flat(mine, start, a.to(mine.device), b.to(mine.device), scaling)
+    return torch.cat([merged, merged.new_zeros(padded.numel() - merged.numel())])
+
+
+def clear_adapters(model: nn.Module, zero: Any, layout: HubLayout) -> None:
+    """Let every LoRA adapter add nothing. Collective under ZeRO-3."""
+    tensors = dict(hub_sources(model))
+    for adapter in layout.adapters.values():
+        tensor = tensors[adapter.b]
+        set_weight(tensor, torch.zeros(whole_shape(tensor), dtype=tensor.dtype), zero)
 
 
 def set_weight(tensor: torch.Tensor, value: torch.Tensor, zero: Any) -> None:

@@ -252,6 +252,7 @@ class DeepspeedStrategy(BackendStrategy):
         assembler = parameters.Assembler(model, self._zero(model), self.hub_layout(model), specs)
         checkpoint.import_by_name(specs, source, assembler.target)
         assembler.set_complete()
+        parameters.clear_adapters(model, self._zero(model), self.hub_layout(model))
 
     def iter_state(self, model: nn.Module, optimizer: Optimizer | None = None) -> Iterator[StateItem]:
         self._unfilled.require_none(model)

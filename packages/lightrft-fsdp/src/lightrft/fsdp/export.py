@@ -2,12 +2,13 @@
 
 A bucket's parameters are gathered side by side into one flat buffer that every bucket uses again. Each rank casts its
 rows into its own place there and the all-gather works in place, so a rank holds one bucket and nothing else. Small
-parameters share a collective where the buffer has room to sort them.
+parameters share a collective where the buffer has room to sort them. A LoRA adapter is added by each rank to its own
+rows, before they are cast: of the two factors only A must come from the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from lightrft.strategy.adapters import Adapter, merge
 from lightrft.strategy.hub_layout import HubLayout, hub_sources
 from lightrft.strategy.weights import TensorSpec, UpdatePlan, WeightBucket, plan_buckets
 
@@ -98,14 +100,56 @@ def export_buckets(
     staging = min(room - longest, STAGING_BYTES, longest)
     buffer = torch.empty(longest + staging, dtype=torch.uint8, device=device)
     for index, bucket in enumerate(buckets):
-        wholes = {source: local(tensors[source]).to(device, kind) for source, kind in bucket.whole.items()}
-        wholes |= _gather(bucket, tensors, buffer)
+        rows = _merged_rows(bucket, layout.adapters, tensors, cuts, device)
+        wholes = {source: rows(source).to(device, kind) for source, kind in bucket.whole.items()}
+        wholes |= _gather(bucket, rows, buffer)
         hubs = [layout.by_name[name] for name in bucket.names]
         yield WeightBucket(index, {hub.name: hub.view(wholes[hub.source]) for hub in hubs})
 
 
+def _merged_rows(
+    bucket: BucketPlan,
+    adapters: Mapping[str, Adapter],
+    tensors: Mapping[str, torch.Tensor],
+    cuts: Mapping[str, Cut | None],
+    device: torch.device,
+) -> Callable[[str], torch.Tensor]:
+    """What gives this rank's rows of a module tensor of the bucket, its adapter added. Gathers what that takes."""
+    sources = [*(place.source for place in bucket.places), *bucket.whole]
+    adapted = {source: adapters[source] for source in sources if source in adapters}
+    factors = _whole({adapter.a: tensors[adapter.a] for adapter in adapted.values()}, cuts, device)
+
+    def rows(source: str) -> torch.Tensor:
+        mine, adapter = local(tensors[source]), adapted.get(source)
+        if adapter is None:
+            return mine
+        a, b = factors[adapter.a], local(tensors[adapter.b])  # B is cut as the weight is: it has as many rows
+        return merge(mine, a.to(mine.device), b.to(mine.device), adapter.scaling)
+
+    return rows
+
+
+def _whole(
+    tensors: Mapping[str, torch.Tensor], cuts: Mapping[str, Cut | None], device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Some small tensors whole, in memory of their own."""
+    plan, end = BucketPlan(names=[]), 0
+    for name, tensor in tensors.items():
+        if (cut := cuts[name]) is not None:
+            size = cut.padded_numel * tensor.dtype.itemsize
+            plan.places.append(Place(source=name, dtype=tensor.dtype, cut=cut, offset=end, size=size))
+            end = aligned(end + size)
+    gathered: dict[str, torch.Tensor] = {}
+    if plan.places:
+        buffer = torch.empty(2 * end + ALIGNMENT * len(plan.places), dtype=torch.uint8, device=device)
+        gathered = _gather(plan, lambda name: local(tensors[name]), buffer)
+    return {name: gathered[name] if name in gathered else local(tensor) for name, tensor in tensors.items()}
+
+
 @torch.no_grad()
-def _gather(bucket: BucketPlan, tensors: dict[str, torch.Tensor], buffer: torch.Tensor) -> dict[str, torch.Tensor]:
+def _gather(
+    bucket: BucketPlan, rows_of: Callable[[str], torch.Tensor], buffer: torch.Tensor
+) -> dict[str, torch.Tensor]:
     """Begin every collective of a bucket, wait for them all, and view each module tensor in the buffer."""
     slots = {
         place.source: buffer[place.offset : place.offset + place.size].view(place.dtype) for place in bucket.places
@@ -114,7 +158,7 @@ def _gather(bucket: BucketPlan, tensors: dict[str, torch.Tensor], buffer: torch.
     work: list[Any] = []
     packs: list[tuple[Pack, list[Place]]] = []
     for tag, places in enumerate(plan_collectives(bucket.places, buffer.numel() - free)):
-        rows = [local(tensors[place.source]) for place in places]
+        rows = [rows_of(place.source) for place in places]
         if len(places) == 1:
             work += start_gather(slots[places[0].source], rows[0], places[0].cut, tag)
             continue

@@ -206,6 +206,7 @@ class FSDPV2Strategy(NativeStrategy):
         assembler = state.Assembler(model, self.hub_layout(model))
         import_by_name(specs, source, assembler.target)
         assembler.keep_rows()
+        self._clear_adapters(model)
         self._renew_masters(model)
 
     def _renew_masters(self, model: nn.Module) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from . import row_attention
 from .loading import is_vision_language, load_model, multimodal_inputs, positions_of
+from .lora import ALL_LINEAR, add_adapters
 from .row_layout import RowLayout, SequenceRanks
 from .rows import check_right_padded, trimmed_length
 
@@ -58,6 +59,8 @@ class TokenModel(nn.Module):
     :param packing_samples: let the model see the rows of a batch as one, without padding.
     :param sequence_group: process group of the ranks that share each row; all of them must be given the same rows.
         ``strategy.sequence_group`` is it; None: each rank has rows of its own.
+    :param lora_rank: above 0: train LoRA adapters of this rank, and freeze the model; see
+        :func:`lightrft.models.lora.add_adapters` for ``lora_alpha``, ``lora_dropout`` and ``target_modules``.
     :raises ValueError: see :func:`lightrft.models.loading.load_model`; or a model whose samples would see each other,
         or whose attention heads the ranks cannot share.
     """
@@ -73,6 +76,10 @@ class TokenModel(nn.Module):
         trust_remote_code: bool = False,
         packing_samples: bool = False,
         sequence_group: Any = None,
+        lora_rank: int = 0,
+        lora_alpha: float = 16.0,
+        lora_dropout: float = 0.0,
+        target_modules: str = ALL_LINEAR,
     ) -> None:
         super().__init__()
         self.model: Any = load_model(
@@ -82,6 +89,15 @@ class TokenModel(nn.Module):
             use_flash_attention_2=use_flash_attention_2,
             trust_remote_code=trust_remote_code,
         )
+        if lora_rank:
+            add_adapters(
+                self.model,
+                kind,
+                rank=lora_rank,
+                alpha=lora_alpha,
+                dropout=lora_dropout,
+                target_modules=target_modules,
+            )
         self.packing_samples, self.sequence_ranks = packing_samples, SequenceRanks.of(sequence_group)
         if self.sequence_ranks is not None:
             row_attention.check_heads(self.model, self.sequence_ranks)

@@ -16,7 +16,7 @@ from lightrft.strategy.sampling import SamplingParams
 
 from .advantages import discounted_returns, gae, group_scores, token_rewards, whiten
 from .experience import Experience, ExperienceBatch, make_batch, split_rows
-from .forward import token_statistics, token_values
+from .forward import evaluating, token_statistics, token_values
 from .grading import Grader
 from .kl import approximate_kl
 from .kl_controller import FixedKLController
@@ -158,7 +158,8 @@ class ExperienceMaker:
         begun = time.monotonic()
         self._number(groups, rollout)
         batches = list(self._microbatches(rollout))
-        self._look(rollout, batches)
+        with evaluating(self.actor, self.critic):
+            self._look(rollout, batches)
         self._shape(rollout)
         self._advantages(rollout)
         rollout.seconds["experience"] = time.monotonic() - begun

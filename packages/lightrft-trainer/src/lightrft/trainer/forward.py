@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from .experience import ExperienceBatch
+
+
+@contextlib.contextmanager
+def evaluating(*models: nn.Module | None) -> Iterator[None]:
+    """While open, nothing is dropped out of the models."""
+    before = [(model, model.training) for model in models if model is not None]
+    for model, _ in before:
+        model.eval()
+    try:
+        yield
+    finally:
+        for model, training in before:
+            model.train(training)
 
 
 @dataclass(frozen=True)

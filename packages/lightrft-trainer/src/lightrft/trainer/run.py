@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightrft.data import prompt_dataset_from_config
 from lightrft.models import ActorLanguage, ActorVL, CriticLanguage, CriticVL, RewardModel
+from lightrft.models.lora import save_adapter
 from lightrft.strategy import get_strategy
 from lightrft.strategy.config import FIELDS, StrategyConfig
 from lightrft.strategy.errors import ConfigError
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("lightrft")
 
 CONFIG_FILE = "config.yaml"
-MODEL, EMA_MODEL, INITIAL_MODEL = "model", "model_ema", "initial_model"
+MODEL, EMA_MODEL, INITIAL_MODEL, ADAPTER = "model", "model_ema", "initial_model", "adapter"
 TASK = "task:reverse_digits"
 
 
@@ -75,6 +76,8 @@ def train(
         strategy.save_model(trainer.actor, trainer.processor or trainer.tokenizer, output_dir / MODEL)
         if trainer.ema_model is not None:
             strategy.save_model(trainer.ema_model, trainer.processor or trainer.tokenizer, output_dir / EMA_MODEL)
+        if config.lora_rank:
+            save_adapter(strategy, trainer.actor, output_dir / ADAPTER)
     return RunResult(
         str(output_dir),
         state.step,
@@ -270,9 +273,12 @@ def build_models(
         "packing_samples": config.packing_samples,
         "sequence_group": strategy.sequence_group,
     }
+    adapters = {name: getattr(config, name) for name in ("lora_rank", "lora_alpha", "lora_dropout", "target_modules")}
     trained = {
         **asked,
-        "dtype": compute if config.use_mp_opt else torch.float32,
+        **adapters,
+        # beside adapters the weights are frozen; the adapters themselves are in fp32
+        "dtype": compute if config.use_mp_opt or config.lora_rank else torch.float32,
         "gradient_checkpointing": config.gradient_checkpointing,
     }
     policy = {"fused_linear_logprob": config.fused_linear_logprob, "chunk_size": config.chunk_size}
@@ -285,7 +291,10 @@ def build_models(
         reward_models = None
         if config.reward_pretrain and not config.rm_use_engine:
             reward_models = [RewardModel(name.strip(), **options) for name in config.reward_pretrain.split(",")]
-        reference = actor_class(config.pretrain, **asked, **policy) if config.init_kl_coef > 0 else None
-        # In 16 bit most of an average's updates would round away.
-        average = actor_class(config.pretrain, **{**options, "dtype": torch.float32}) if config.enable_ema else None
+        reference = None
+        if config.init_kl_coef > 0 and not config.lora_rank:  # else it is the actor without its adapters
+            reference = actor_class(config.pretrain, **asked, **policy)
+        average = None
+        if config.enable_ema:  # In 16 bit most of an average's updates would round away.
+            average = actor_class(config.pretrain, **{**options, **adapters, "dtype": torch.float32})
     return actor, critic, reward_models, reference, average

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from lightrft.models.lora import WithoutAdapters, has_adapters
 from lightrft.rewards import CheckedReward, CombinedReward, build_reward
 from lightrft.strategy.checkpoint import whole_checkpoints
 from lightrft.strategy.errors import LightRFTError
@@ -61,7 +62,8 @@ class SPMDPPOTrainer:
     :param actor: the policy (:class:`lightrft.models.ActorLanguage` or anything that a strategy prepared from it).
     :param critic: needed with ``advantage_estimator="gae"``, else None.
     :param reward_model: a reward model, or what ``strategy.setup_reward_engine`` gave; a list of them, or None.
-    :param initial_model: the reference for the KL, or None where ``init_kl_coef`` is 0.
+    :param initial_model: the reference for the KL; None where ``init_kl_coef`` is 0, and for an actor with LoRA
+        adapters, which without them is its own reference.
     :param ema_model: a copy of the actor that follows it slowly, or None.
     :param tokenizer: of the actor; ``processor`` for vision-language models.
     :param reward_fn: grades responses: ``reward_fn(prompts, responses, labels, **extras)`` gives one number for each.
@@ -111,7 +113,8 @@ class SPMDPPOTrainer:
 
         self.strategy, self.args, self.config = strategy, strategy.args, config
         self.actor, self.critic, self.reward_model = actor, critic, reward_model
-        self.initial_model, self.ema_model = initial_model, ema_model
+        self.ema_model = ema_model
+        self.initial_model: Any = initial_model  # or what stands for one, and is called alike
         self.actor_optim, self.critic_optim = actor_optim, critic_optim
         self.actor_scheduler, self.critic_scheduler = actor_scheduler, critic_scheduler
         self.tokenizer, self.processor = tokenizer, processor
@@ -130,6 +133,8 @@ class SPMDPPOTrainer:
         )
         self.output_dir = Path(config.output_dir if output_dir is None else output_dir)
         self.log_dir = Path(config.log_dir) if config.log_dir else self.output_dir
+        if initial_model is None and self.kl_ctl.value and has_adapters(actor):
+            self.initial_model = WithoutAdapters(actor)
         self.sampling = sampling_from(config, generate_kwargs)
         if problems := self._problems():
             raise ValueError("; ".join(problems))

@@ -1,0 +1,124 @@
+"""LoRA: which of a model's layers carry an adapter, and the one weight that a layer and its adapter amount to.
+
+An adapted layer computes ``W x + scaling * B (A x)``. On the hub the same layer is ``W + scaling * B A``, so every
+export under hub names merges, into a fresh tensor: the model goes on with its weights apart. peft's layers are told by
+their class, because core must not import peft.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import HubLayoutError
+
+BASE = "base_layer"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """The low-rank addition to one module tensor.
+
+    :param layer: the adapted layer's path. :param a: module name of A ``[rank, in]``. :param b: of B ``[out, rank]``.
+    """
+
+    layer: str
+    a: str
+    b: str
+    scaling: float
+
+
+def is_adapted(module: nn.Module) -> bool:
+    """Is it a layer of peft's with a LoRA adapter?"""
+    return any(c.__name__ == "LoraLayer" and c.__module__.startswith("peft.") for c in type(module).__mro__)
+
+
+def find_adapters(model: nn.Module) -> dict[str, Adapter]:
+    """Every adapter in ``model``, by the module name of the weight that it adds to.
+
+    :raises HubLayoutError: an adapter that is more than ``W + scaling * B A`` of a linear layer.
+    """
+    found: dict[str, Adapter] = {}
+    for path, module in model.named_modules():
+        if not is_adapted(module):
+            continue
+        layer: Any = module
+        if problem := _more_than_a_product(layer):
+            raise HubLayoutError(
+                f"{path or type(module).__name__}: {problem}, which cannot be merged into the layer's weight for the "
+                "hub; use one plain LoRA adapter on linear layers"
+            )
+        (name,) = layer.lora_A
+        prefix = f"{path}." if path else ""
+        found[f"{prefix}{BASE}.weight"] = Adapter(
+            layer=path,
+            a=f"{prefix}lora_A.{name}.weight",
+            b=f"{prefix}lora_B.{name}.weight",
+            scaling=float(layer.scaling[name]),
+        )
+    return found
+
+
+def _more_than_a_product(layer: Any) -> str | None:
+    """What about a layer of peft's is not ``W + scaling * B A``."""
+    if not isinstance(layer.base_layer, nn.Linear) or getattr(layer, "fan_in_fan_out", False):
+        return f"an adapter on a {type(layer.base_layer).__name__}"
+    if len(layer.lora_A) != 1:
+        return f"{len(layer.lora_A)} adapters ({', '.join(layer.lora_A)})"
+    if layer.lora_variant:
+        return f"a variant of LoRA ({', '.join(type(v).__name__ for v in layer.lora_variant.values())})"
+    if any(layer.lora_bias.values()):
+        return "an adapter with a bias"
+    return "an adapter that is merged already" if layer.merged else None
+
+
+def plain_name(name: str, layers: set[str]) -> str:
+    """A module name without the level that the adapter of one of ``layers`` has put in."""
+    layer, found, rest = name.rpartition(f"{BASE}.")
+    return f"{layer}{rest}" if found and layer.removesuffix(".") in layers else name
+
+
+@torch.no_grad()
+def merge(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
+    """``weight + scaling * b @ a``, fresh, in fp32 at least.
+
+    :param weight: ``[out, in]``, or some of its rows. :param b: ``[out, rank]``, or the same rows of it.
+    """
+    return _product(a, b, scaling, weight.dtype).add_(weight)
+
+
+@torch.no_grad()
+def merge_flat(flat: torch.Tensor, start: int, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
+    """:func:`merge` of a flat range of the weight.
+
+    :param start: where in the whole, flattened weight the range begins. :param b: whole, ``[out, rank]``.
+    """
+    width = a.shape[1]
+    first, last = start // width, -(-(start + flat.numel()) // width)
+    rows = _product(a, b[first:last], scaling, flat.dtype)
+    return rows.view(-1)[start - first * width :][: flat.numel()].add_(flat)
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, scaling: float, dtype: torch.dtype) -> torch.Tensor:
+    kind = torch.promote_types(dtype, torch.float32)
+    return (b.to(kind) @ a.to(kind)).mul_(scaling)
+
+
+@contextlib.contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """While open, ``model`` computes as if it had no adapters: as the model that it was made from."""
+    layers: list[Any] = [module for module in model.modules() if is_adapted(module)]
+    before = [layer._disable_adapters for layer in layers]
+    # Not peft's enable_adapters(): that one also changes requires_grad, which sharded models must not see.
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer, disabled in zip(layers, before, strict=True):
+            layer._disable_adapters = disabled

@@ -1,0 +1,153 @@
+"""LoRA adapters, through peft: put into a model, left out for a while, saved in peft's format."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from lightrft.strategy.adapters import is_adapted, without_adapters
+from lightrft.strategy.disk import explain_write
+from lightrft.strategy.errors import CheckpointError
+from lightrft.strategy.hub_layout import hub_models, unwrap
+from lightrft.strategy.weights import UpdatePlan
+
+if TYPE_CHECKING:
+    from lightrft.strategy import StrategyBase
+
+ALL_LINEAR = "all-linear"
+NAME = "default"  # peft's own for an adapter that nobody named
+
+
+def add_adapters(
+    model: Any,
+    kind: Literal["generator", "backbone"],
+    *,
+    rank: int,
+    alpha: float = 16.0,
+    dropout: float = 0.0,
+    target_modules: str = ALL_LINEAR,
+) -> None:
+    """Freeze a transformers model and put adapters that train beside its linear layers, in place.
+
+    They are in fp32 whatever the model is in, add nothing at first, and begin alike in every model that this process
+    makes: A is drawn from the run's seed, B is 0.
+
+    :param alpha: adapters are scaled by ``alpha / rank``. :param dropout: of their input, in train mode.
+    :param target_modules: "all-linear" (but the output layer), or the last parts of layers' names, joined by commas.
+    :raises ValueError: peft is not installed, a name is no linear layer's, or the model has no memory yet.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise ValueError(
+            f"--lora_rank {rank}: LoRA comes with peft, which is not installed; pip install 'lightrft-trainer[lora]'"
+        )
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(
+            f"--lora_rank {rank}: adapters cannot be put into a model on the meta device; leave --meta_init away"
+        )
+    from peft import LoraConfig, TaskType, inject_adapter_in_model
+
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # pyright: ignore[reportArgumentType] - any number, it divides by the rank
+        lora_dropout=dropout,
+        target_modules=_layers(model, target_modules),
+        task_type=TaskType.CAUSAL_LM if kind == "generator" else TaskType.FEATURE_EXTRACTION,
+        base_model_name_or_path=getattr(model, "name_or_path", None) or None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(torch.initial_seed())
+        inject_adapter_in_model(config, model, NAME)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def _layers(model: Any, wanted: str) -> list[str]:
+    """Full names of the linear layers that get an adapter."""
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not output]
+    names = [name.strip() for name in wanted.split(",") if name.strip()]
+    if wanted.strip().lower() == ALL_LINEAR:
+        names = [""]
+    chosen: set[str] = set()
+    for name in names:
+        found = {layer for layer in linear if f".{layer}".endswith(f".{name}" if name else "")}
+        if not found:
+            possible = ", ".join(sorted({layer.rpartition(".")[2] for layer in linear})) or "none"
+            raise ValueError(
+                f"--target_modules {name or ALL_LINEAR}: {type(model).__name__} has no such linear layer; possible are "
+                f"{ALL_LINEAR}, or of {possible}"
+            )
+        chosen |= found
+    return sorted(chosen)
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Does the model, prepared or not, train adapters?"""
+    return any(is_adapted(module) for module in model.modules())
+
+
+class WithoutAdapters:
+    """The model that an adapted one was made from: the same module with its adapters left out, at no memory.
+
+    It is called as that module is, gives no gradients, and drops nothing out.
+
+    :param module: an adapted model, as the strategy prepared it.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    @torch.no_grad()
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        trains = self.module.training
+        self.module.eval()
+        try:
+            with without_adapters(unwrap(self.module)):
+                return self.module(*args, **kwargs)
+        finally:
+            self.module.train(trains)
+
+
+def save_adapter(strategy: StrategyBase, model: nn.Module, folder: str | Path) -> None:
+    """Write a model's adapters as peft does: ``PeftModel.from_pretrained(base, folder)`` reads them. Every rank calls.
+
+    The folder appears whole or not at all.
+
+    :param model: prepared by ``strategy``.
+    :raises ValueError: it has no adapters.
+    :raises CheckpointError: rank 0 could not write; raised on every rank.
+    """
+    specs = tuple(strategy.export_spec(model, "adapter"))
+    if not specs:
+        raise ValueError("save_adapter: the model has no LoRA adapters; save_model writes it whole")
+    folder = Path(folder).resolve()
+    staging = folder.with_name(f".{folder.name}.partial")
+    plan = UpdatePlan(version=0, kind="adapter", specs=specs)
+    tensors: dict[str, torch.Tensor] = {}
+    with strategy.together("save_adapter", CheckpointError):
+        for bucket in strategy.export_weights(model, plan):
+            if strategy.is_rank_0():
+                tensors |= {name: t.to("cpu", copy=True).contiguous() for name, t in bucket.tensors.items()}
+        if strategy.is_rank_0():
+            with explain_write(staging, folder, sum(spec.nbytes for spec in specs)):
+                shutil.rmtree(staging, ignore_errors=True)
+                staging.mkdir(parents=True)
+                save_file(tensors, staging / "adapter_model.safetensors", metadata={"format": "pt"})
+                _peft_config(model).save_pretrained(str(staging))
+                shutil.rmtree(folder, ignore_errors=True)
+                staging.rename(folder)
+
+
+def _peft_config(model: nn.Module) -> Any:
+    ((_, inner),) = hub_models(model)
+    config = copy.copy(getattr(inner, "peft_config")[NAME])  # noqa: B009 - not an attribute that nn.Module declares
+    config.inference_mode = True
+    return config
