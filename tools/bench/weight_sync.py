@@ -134,7 +134,7 @@ def main() -> None:
     config, dtype = MODELS[args.model](), getattr(torch, args.dtype)
     model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
     engine: RolloutEngine = load_plugin("engines", args.engine)()
-    extra = {"kv_cache_memory_bytes": 8 * 2**20} if args.engine == "vllm" else {}
+    extra = {"kv_cache_memory_bytes": 64 * 2**20} if args.engine == "vllm" else {}
     begun = time.perf_counter()
     engine.start(EngineSpec(model_config=config, dtype=dtype, max_model_len=64, extra=extra))
     log.info("engine started without weights in %.3f s", time.perf_counter() - begun)

@@ -85,7 +85,7 @@ def measure(name: str, engine: str, bucket_mb: float, rounds: int) -> None:
     bucket_bytes = int(bucket_mb * MIB)
     settings: Any = {"weight_bucket_mb": bucket_mb, "enable_engine_sleep": False, "engine_type": engine}
     batch = {"micro_train_batch_size": 1, "train_batch_size": dist.get_world_size()}
-    extra = {"kv_cache_memory_bytes": 8 * MIB} if engine == "vllm" else {}
+    extra = {"kv_cache_memory_bytes": 64 * MIB} if engine == "vllm" else {}
     lengths = {"max_model_len": 64, "prompt_max_len": 32}
     strategy = FSDPV2Strategy(args={**settings, **batch, **lengths, "engine_extra": extra})
     torch.manual_seed(0)
