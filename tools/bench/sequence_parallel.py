@@ -16,7 +16,6 @@ import contextlib
 import gc
 import json
 import logging
-import math
 import os
 import statistics
 import subprocess
@@ -125,12 +124,14 @@ def compare(length: int, steps: int, rounds: int) -> None:
     losses = torch.tensor([found[ranks][0]["losses"] for ranks in (1, 2)])
     if (losses[0] - losses[1]).abs().max() > 1e-4:
         raise SystemExit(f"{length} tokens: the losses part: {losses.tolist()}")
-    seconds = [[second for run in runs for second in run["seconds"]] or [math.nan] for runs in found.values()]
-    seconds = [statistics.median(each) for each in seconds]
+    taken = "not timed"
+    if steps:
+        one, two = (statistics.median(second for run in runs for second in run["seconds"]) for runs in found.values())
+        taken = f"{one:.2f} → {two:.2f} s, {two / one:.2f} ×"
     rise, saved = ([max(run[what] for run in runs) / MIB for runs in found.values()] for what in ("rise", "saved"))
     log.info(
-        "| %d | %.2f → %.2f s, %.2f × | %.0f → %.0f MiB, %.2f × | %.0f → %.0f MiB, %.2f × |",
-        *(length, *seconds, seconds[1] / seconds[0], *rise, rise[1] / rise[0], *saved, saved[1] / saved[0]),
+        "| %d | %s | %.0f → %.0f MiB, %.2f × | %.0f → %.0f MiB, %.2f × |",
+        *(length, taken, *rise, rise[1] / rise[0], *saved, saved[1] / saved[0]),
     )
 
 

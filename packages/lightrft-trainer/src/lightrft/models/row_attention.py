@@ -109,7 +109,7 @@ def attend(
     ranks = row_layout.ranks
     if ranks is not None:
         key, value = (_with_heads_for(part, query.shape[1], ranks.size) for part in (key, value))
-        query, key, value = _tokens_for_heads((query, key, value), ranks)
+        query, key, value = _Exchange.apply(ranks, 1, 2, query, key, value)
     segments = row_layout.segments
     causal = bool(getattr(module, "is_causal", True))
     options = {"dropout": dropout, "scaling": scaling, "window": sliding_window, "causal": causal}
@@ -118,7 +118,7 @@ def attend(
     else:
         out = _in_segments(query, key, value, segments, **options)
     if ranks is not None:
-        out = _Exchange.apply(out, ranks, 2, 1)
+        (out,) = _Exchange.apply(ranks, 2, 1, out)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -209,33 +209,31 @@ def _with_heads_for(part: Tensor, queries: int, ranks: int) -> Tensor:
     return part if times == 1 else part.repeat_interleave(times, dim=1)
 
 
-def _tokens_for_heads(parts: tuple[Tensor, ...], ranks: SequenceRanks) -> tuple[Tensor, ...]:
-    """Each ``[R, heads, L, width]`` of this rank's tokens as ``[R, heads / size, L * size, width]`` of its heads.
-
-    Ranks wait for each other once, not once for each part, where all are of one width.
-    """
-    if len({part.shape[-1] for part in parts}) > 1:
-        return tuple(_Exchange.apply(part, ranks, 1, 2) for part in parts)
-    cut = [part.chunk(ranks.size, dim=1) for part in parts]
-    joined = torch.cat([piece for pieces in zip(*cut, strict=True) for piece in pieces], dim=1)
-    return _Exchange.apply(joined, ranks, 1, 2).split([part.shape[1] // ranks.size for part in parts], dim=1)
-
-
 class _Exchange(torch.autograd.Function):
-    """Each rank gives away its part of one axis, cut over the ranks, and collects all parts of another."""
+    """Each rank gives away its part of one axis, cut over the ranks, and collects all parts of another.
+
+    ``[R, heads, L, width]`` of this rank's tokens thus become ``[R, heads / size, L * size, width]`` of its heads. All
+    tensors travel together, so that ranks wait for each other once.
+    """
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, ranks: SequenceRanks, cut: int, collected: int) -> Tensor:
+    def forward(ctx: Any, ranks: SequenceRanks, cut: int, collected: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.ranks, ctx.cut, ctx.collected = ranks, cut, collected
-        return _exchange(values, ranks, cut, collected)
+        return _exchange(tensors, ranks, cut, collected)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        return _exchange(gradient, ctx.ranks, ctx.collected, ctx.cut), None, None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, None, *_exchange(gradients, ctx.ranks, ctx.collected, ctx.cut)
 
 
-def _exchange(values: Tensor, ranks: SequenceRanks, cut: int, collected: int) -> Tensor:
-    outgoing = torch.stack(values.chunk(ranks.size, dim=cut))
+def _exchange(tensors: tuple[Tensor, ...], ranks: SequenceRanks, cut: int, collected: int) -> tuple[Tensor, ...]:
+    pieces = [tensor.chunk(ranks.size, dim=cut) for tensor in tensors]
+    outgoing = torch.cat([of_tensor[rank].flatten() for rank in range(ranks.size) for of_tensor in pieces])
     incoming = torch.empty_like(outgoing)
     dist.all_to_all_single(incoming, outgoing, group=ranks.group)
-    return torch.cat(incoming.unbind(0), dim=collected)
+    taken = incoming.view(ranks.size, -1).split([of_tensor[0].numel() for of_tensor in pieces], dim=1)
+    # Each in memory of its own: what is kept of one for the backward pass keeps no other.
+    return tuple(
+        torch.cat([piece.view(of_tensor[0].shape) for piece in parts], dim=collected)
+        for parts, of_tensor in zip(taken, pieces, strict=True)
+    )
