@@ -64,10 +64,16 @@ class EngineHost:
         check_engine(cls.name, cls.capabilities, self.config, self.strategy.device.type)
         self.placement = cls.placement
         spec, group = self._spec(actor, cls), self.strategy.engine_mp_group  # made by all ranks together
+        problem = None
         if self.placement == "spmd" or self._is_leader():
             engine = cls()
-            engine.start(spec, group)
-            self.engine = engine
+            _, problem = _attempt(engine.start, spec, group)
+            self.engine = engine if problem is None else None
+        try:
+            self._raise_together(problem, RolloutError, "setup_inference_engine")
+        except BaseException:
+            self.shutdown()
+            raise
         self._there = True
         if actor is not None:
             self.update_weights(actor)

@@ -14,6 +14,7 @@ import sys
 import traceback
 from collections.abc import Coroutine, Mapping, Sequence
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ class Host:
     def start(self, arguments: Mapping[str, Any]) -> None:
         """Start SGLang. :raises ValueError: it has no such option."""
         import sglang.srt.entrypoints.engine as entrypoint  # pyright: ignore[reportMissingImports]
+        from sglang.srt.managers.load_snapshot import shm_path_for  # pyright: ignore[reportMissingImports]
 
         from . import sampler, scheduler
 
@@ -55,6 +57,8 @@ class Host:
                 return [], []
 
         self._engine = Engine(**arguments)
+        # Load figures, for routers that we have not: mapped by now, and nothing would remove them at the end.
+        Path(shm_path_for(self._engine.port_args.instance_id)).unlink(missing_ok=True)
 
     def stop(self) -> None:
         """End SGLang's processes."""

@@ -16,6 +16,7 @@ from ..model_facts import SEQUENCES_ON_CPU, cache_bytes_on_cpu, context_length, 
 
 # How transformers' sequence classifiers are named.
 CLASSIFIER = "ForSequenceClassification"
+TOKENS_A_STEP_ON_CPU = 8192
 # Set by the spec, or by what this engine is: a second way to say them would be a way to break it.
 _OURS = (
     "disable_log_stats",
@@ -78,6 +79,9 @@ def engine_arguments(
         arguments["limit_mm_per_prompt"] = {"image": 999 if spec.max_images is None else spec.max_images, "video": 0}
         arguments["skip_mm_profiling"] = on_cpu
     if on_cpu:
+        # A prompt that is read in parts rewinds its sample's generator, which a CPU's cannot: read whole ones.
+        arguments["enable_chunked_prefill"] = False
+        arguments["max_num_batched_tokens"] = max(TOKENS_A_STEP_ON_CPU, context or 0)
         arguments["kv_cache_memory_bytes"] = cache_bytes_on_cpu(spec, config, context, sequences or SEQUENCES_ON_CPU)
     else:
         arguments["moe_backend"] = "triton"  # keeps the experts in the layout in which they are loaded

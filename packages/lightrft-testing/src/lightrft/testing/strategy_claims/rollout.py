@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from lightrft.strategy.config import StrategyConfig
 from lightrft.strategy.engine import EngineCapabilities, Placement
@@ -38,6 +39,17 @@ class LedEngine(SplitEngine):
     placement: ClassVar[Placement] = "leader"
 
 
+class LameEngine(FakeEngine):
+    """A fake engine that the last rank cannot start."""
+
+    name: ClassVar[str] = "lame"
+
+    def _start(self, spec: Any, group: Any) -> None:
+        if dist.is_initialized() and dist.get_rank() == dist.get_world_size() - 1:
+            raise ValueError("no room")
+        super()._start(spec, group)
+
+
 class RolloutClaims(StrategyClaims):
     """setup_inference_engine, gather_and_generate, update_engine_weights, sleeping and waking."""
 
@@ -49,6 +61,19 @@ class RolloutClaims(StrategyClaims):
         model = strategy.prepare(self.model()) if actor else None
         handle = strategy.setup_inference_engine(None, engine_type=engine, actor=model)
         return strategy, model, handle
+
+    @on_ranks
+    def test_an_engine_that_one_rank_cannot_start_is_an_error_on_all(self) -> None:
+        if self.world_size == 1:
+            return  # there is no other rank to tell
+        strategy, last = self.strategy(), self.world_size - 1
+        strategy.setup_distributed()
+        register_engine(LameEngine.name, LameEngine)
+        kind, words = (ValueError, "no room") if strategy.rank == last else (RolloutError, f"rank {last}")
+        with refused(kind, saying=[words]):
+            strategy.setup_inference_engine(None, engine_type="lame")
+        assert strategy.inference_engine is None
+        strategy.setup_inference_engine(None, engine_type="fake")  # another may be set up
 
     # ---- generation --------------------------------------------------------------------------------------------------
     @pytest.mark.parametrize("counts", ["even", "uneven", "only the last", "none"])
