@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import psutil
 
 from lightrft.strategy.engine import EngineSpec
+from lightrft.strategy.sampling import SamplingParams
 
 SEQUENCES_ON_CPU = 64
 
@@ -54,6 +56,11 @@ def end_tokens(config: Any, generation_config: Any) -> tuple[int, ...]:
         if ids is not None:
             return tuple(ids) if isinstance(ids, (list, tuple)) else (int(ids),)
     return ()
+
+
+def stop_tokens(sampling: SamplingParams, ends: Sequence[int]) -> list[int]:
+    """What ends a response, each once. :param ends: the model's own end tokens."""
+    return list(dict.fromkeys((*(() if sampling.ignore_eos else ends), *sampling.stop_token_ids)))
 
 
 def image_placeholder(config: Any) -> int | None:

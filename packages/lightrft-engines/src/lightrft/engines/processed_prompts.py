@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from lightrft.strategy.engine import GenerationRequest
+from lightrft.strategy.engine import EngineSpec, GenerationRequest, RequestId
 
 
 @dataclass(eq=False)  # equal prompts are one object; hashing thousands of ids again would be waste
@@ -21,6 +21,21 @@ class Prompt:
 
     ids: tuple[int, ...]
     inputs: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def from_hub(spec: EngineSpec, loader: str) -> Any:
+    """What one of transformers' auto classes makes of the model's folder.
+
+    :raises ValueError: there is none.
+    """
+    import transformers
+
+    if spec.pretrain is None:
+        raise ValueError(
+            "a prompt as text, or with images, needs the model's tokenizer and processor, and this engine was "
+            "built from a configuration: send prompt_token_ids, or start it from a folder (pretrain)"
+        )
+    return getattr(transformers, loader).from_pretrained(spec.pretrain, trust_remote_code=spec.trust_remote_code)
 
 
 def prompt_key(request: GenerationRequest) -> tuple[Any, ...]:
@@ -61,15 +76,7 @@ class PromptReader:
                 return Prompt(tuple(request.prompt_token_ids))
             self._tokenizer = self._tokenizer or self._load_tokenizer()
             return Prompt(tuple(self._tokenizer(request.prompt)["input_ids"]))
-        if not self._takes_images:
-            raise ValueError(
-                f"{self._model_name} takes no images: send text only, or set --pretrain to a vision-language model"
-            )
-        if self._max_images is not None and len(request.images) > self._max_images:
-            raise ValueError(
-                f"a prompt brings {len(request.images)} images, at most {self._max_images} are allowed: "
-                "send fewer, or raise max_images"
-            )
+        check_images(self._model_name, len(request.images), self._takes_images, self._max_images)
         self._processor = self._processor or self._load_processor()
         if request.prompt_token_ids is not None:
             return self._expand(request.prompt_token_ids, request.images)
@@ -96,19 +103,53 @@ class PromptReader:
         return Prompt(tuple(ids), inputs)
 
     def _check_count(self, placeholders: int, images: int) -> None:
-        if placeholders != images:
-            raise ValueError(
-                f"a prompt has {placeholders} image placeholders ({self._processor.image_token}) and {images} images: "
-                "write one placeholder for each image"
-            )
+        check_placeholders(placeholders, self._processor.image_token, images)
 
 
 _PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids")
 
 
-def too_long(length: int, context: int) -> str:
-    """What is wrong with a prompt that fills the context."""
-    return (
-        f"a prompt of {length} tokens leaves no room for a response in a context of {context}: shorten it "
-        "(--prompt_max_len) or give the engine a longer context (--max_model_len)"
-    )
+def read_distinct(
+    requests: Mapping[RequestId, GenerationRequest], reader: PromptReader, context: int | None
+) -> dict[RequestId, Prompt]:
+    """The prompt of each request; equal ones are read once, and are one object.
+
+    :raises ValueError: see :meth:`PromptReader.read` and :func:`check_length`.
+    """
+    read: dict[Any, Prompt] = {}
+    for request in requests.values():
+        key = prompt_key(request)
+        if key not in read:
+            read[key] = reader.read(request)
+            check_length(len(read[key].ids), context)
+    return {name: read[prompt_key(request)] for name, request in requests.items()}
+
+
+def check_length(length: int, context: int | None) -> None:
+    """:raises ValueError: a prompt is empty, or leaves no room for a response."""
+    if not length:
+        raise ValueError("a prompt is empty: it must have at least one token")
+    if context is not None and length >= context:
+        raise ValueError(
+            f"a prompt of {length} tokens leaves no room for a response in a context of {context}: shorten it "
+            "(--prompt_max_len) or give the engine a longer context (--max_model_len)"
+        )
+
+
+def check_images(model_name: str, images: int, takes_images: bool, most: int | None) -> None:
+    """:raises ValueError: a prompt brings images to a text model, or more than ``most`` (None: any number)."""
+    if not takes_images:
+        raise ValueError(f"{model_name} takes no images: send text only, or set --pretrain to a vision-language model")
+    if most is not None and images > most:
+        raise ValueError(
+            f"a prompt brings {images} images, at most {most} are allowed: send fewer, or raise max_images"
+        )
+
+
+def check_placeholders(placeholders: int, what: Any, images: int) -> None:
+    """:param what: stands for an image. :raises ValueError: there are more of one than of the other."""
+    if placeholders != images:
+        raise ValueError(
+            f"a prompt has {placeholders} image placeholders ({what}) and {images} images: "
+            "write one placeholder for each image"
+        )

@@ -20,6 +20,7 @@ from lightrft.strategy.engine import (
 from lightrft.strategy.lifecycle import Resource
 from lightrft.strategy.weights import TensorSpec
 
+from ..spec_checks import require_model
 from . import loading
 
 _ROWS_ON_CPU, _ROWS_ON_ACCELERATOR = 128, 256
@@ -55,14 +56,14 @@ class HFEngine(BatchEngine):
     # ---- life -------------------------------------------------------------------------------------------------------
     def _start(self, spec: EngineSpec, group: Any) -> None:
         loading.require_transformers()
-        from ..processed_prompts import PromptReader
+        from ..model_facts import context_length, end_tokens, takes_images
+        from ..processed_prompts import PromptReader, from_hub
         from . import attention
         from .cache import SlotCache, attention_windows
         from .decoding import Decoder, DecoderModel
         from .weights import WeightMemory
 
-        if spec.pretrain is None and spec.model_config is None:
-            raise ValueError('engine "hf" needs a model: set --pretrain, or pass EngineSpec(model_config=...)')
+        require_model(self.name, spec)
         if spec.extra:
             raise ValueError(f'engine "hf" has no extra options, got {", ".join(sorted(spec.extra))}: remove them')
         model, generation = loading.load_model(spec)
@@ -70,8 +71,8 @@ class HFEngine(BatchEngine):
         plain, window, mixed = attention_windows(model)
         self._model, self._cache = model, SlotCache()
         self._memory = WeightMemory(model)
-        self._ends = loading.end_tokens(model, generation)
-        self._context = loading.context_length(model, spec.max_model_len)
+        self._ends = end_tokens(model.config, generation)
+        self._context = context_length(model.config, spec.max_model_len)
         rows = spec.max_batch_size or (_ROWS_ON_CPU if spec.device.type == "cpu" else _ROWS_ON_ACCELERATOR)
         self._decoder = Decoder(
             DecoderModel(
@@ -88,22 +89,10 @@ class HFEngine(BatchEngine):
         )
         self._reader = PromptReader(
             type(model).__name__,
-            load_tokenizer=lambda: self._from_hub("AutoTokenizer"),
-            load_processor=lambda: self._from_hub("AutoProcessor"),
-            takes_images=loading.takes_images(model),
+            load_tokenizer=lambda: from_hub(spec, "AutoTokenizer"),
+            load_processor=lambda: from_hub(spec, "AutoProcessor"),
+            takes_images=takes_images(model.config),
             max_images=spec.max_images,
-        )
-
-    def _from_hub(self, loader: str) -> Any:
-        import transformers
-
-        if self.spec.pretrain is None:
-            raise ValueError(
-                "a prompt as text, or with images, needs the model's tokenizer and processor, and this engine was "
-                "built from a configuration: send prompt_token_ids, or start it from a folder (pretrain)"
-            )
-        return getattr(transformers, loader).from_pretrained(
-            self.spec.pretrain, trust_remote_code=self.spec.trust_remote_code
         )
 
     def _shutdown(self) -> None:
@@ -113,18 +102,9 @@ class HFEngine(BatchEngine):
 
     # ---- generation -------------------------------------------------------------------------------------------------
     def _read(self, requests: Mapping[RequestId, GenerationRequest]) -> Mapping[RequestId, Any]:
-        from ..processed_prompts import prompt_key, too_long
+        from ..processed_prompts import read_distinct
 
-        read: dict[Any, Any] = {}
-        for request in requests.values():
-            key = prompt_key(request)
-            if key not in read:
-                read[key] = prompt = self._reader.read(request)
-                if not prompt.ids:
-                    raise ValueError("a prompt is empty: it must have at least one token")
-                if self._context is not None and len(prompt.ids) >= self._context:
-                    raise ValueError(too_long(len(prompt.ids), self._context))
-        return {name: read[prompt_key(request)] for name, request in requests.items()}
+        return read_distinct(requests, self._reader, self._context)
 
     def _write(
         self, requests: Mapping[RequestId, GenerationRequest], inputs: Mapping[RequestId, Any], deadline: float | None
@@ -154,17 +134,17 @@ class HFEngine(BatchEngine):
         return outputs
 
     def _sample(self, prompt: Any, request: GenerationRequest, number: int) -> Any:
+        from ..model_facts import stop_tokens
         from .decoding import Sample
 
         sampling = request.sampling
-        own = () if sampling.ignore_eos else self._ends
         room = sampling.max_tokens if self._context is None else self._context - len(prompt.ids)
         return Sample(
             prompt=prompt,
             sampling=sampling,
             seed=self._seed(request, number),
             limit=min(sampling.max_tokens, room),
-            stops=tuple(dict.fromkeys((*own, *sampling.stop_token_ids))),
+            stops=tuple(stop_tokens(sampling, self._ends)),
         )
 
     # ---- weights ----------------------------------------------------------------------------------------------------

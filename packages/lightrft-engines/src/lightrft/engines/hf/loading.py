@@ -57,11 +57,6 @@ def _model_class(config: Any) -> Any:
     return AutoModelForImageTextToText if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING else AutoModelForCausalLM
 
 
-def takes_images(model: Any) -> bool:
-    """Has the model a vision tower?"""
-    return getattr(model.config, "vision_config", None) is not None
-
-
 def cache_argument(model: Any) -> str:
     """The name under which the model's forward takes its cache."""
     names = inspect.signature(model.forward).parameters
@@ -79,23 +74,6 @@ def own_storages(model: torch.nn.Module) -> None:
         if key not in fresh:
             fresh[key] = parameter.detach().clone(memory_format=torch.contiguous_format)
         parameter.data = fresh[key]
-
-
-def end_tokens(model: Any, generation_config: Any) -> tuple[int, ...]:
-    """The model's own end tokens: those of its generation settings, else of its configuration."""
-    text = model.config.get_text_config(decoder=True)
-    for config in (generation_config, model.config, text):
-        ids = getattr(config, "eos_token_id", None)
-        if ids is not None:
-            return tuple(ids) if isinstance(ids, (list, tuple)) else (int(ids),)
-    return ()
-
-
-def context_length(model: Any, asked: int | None) -> int | None:
-    """Most tokens of prompt and response: what was asked for, bounded by the model's positions."""
-    own = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    known = [limit for limit in (asked, own) if isinstance(limit, int) and limit > 0]
-    return min(known) if known else None
 
 
 @contextmanager

@@ -57,7 +57,7 @@ class SGLangEngine(BatchEngine):
     def _start(self, spec: EngineSpec, group: Any) -> None:
         from ..model_facts import context_length, end_tokens, takes_images
         from ..model_folder import check_loaded, read_configs, save_config
-        from ..processed_prompts import PromptReader
+        from ..processed_prompts import PromptReader, from_hub
         from ..recorded_weights import expected_manifest
 
         options.check_spec(spec)
@@ -85,22 +85,10 @@ class SGLangEngine(BatchEngine):
             raise
         self._reader = PromptReader(
             (getattr(config, "architectures", None) or ["the model"])[0],
-            load_tokenizer=lambda: self._from_hub("AutoTokenizer"),
-            load_processor=lambda: self._from_hub("AutoProcessor"),
+            load_tokenizer=lambda: from_hub(spec, "AutoTokenizer"),
+            load_processor=lambda: from_hub(spec, "AutoProcessor"),
             takes_images=takes_images(config),
             max_images=spec.max_images,
-        )
-
-    def _from_hub(self, loader: str) -> Any:
-        import transformers
-
-        if self.spec.pretrain is None:
-            raise ValueError(
-                "a prompt as text, or with images, needs the model's tokenizer and processor, and this engine was "
-                "built from a configuration: send prompt_token_ids, or start it from a folder (pretrain)"
-            )
-        return getattr(transformers, loader).from_pretrained(
-            self.spec.pretrain, trust_remote_code=self.spec.trust_remote_code
         )
 
     def _shutdown(self) -> None:
@@ -126,23 +114,15 @@ class SGLangEngine(BatchEngine):
 
     # ---- generation -------------------------------------------------------------------------------------------------
     def _read(self, requests: Mapping[RequestId, GenerationRequest]) -> Mapping[RequestId, Any]:
-        from ..processed_prompts import prompt_key, too_long
+        from ..processed_prompts import read_distinct
 
-        read: dict[Any, Any] = {}
         for request in requests.values():
             if request.sampling.min_tokens:
                 raise ValueError(
                     f'engine "sglang" takes no min_tokens (asked for were {request.sampling.min_tokens}): leave it at '
                     "0, or take --engine_type hf or vllm"
                 )
-            key = prompt_key(request)
-            if key not in read:
-                read[key] = prompt = self._reader.read(request)
-                if not prompt.ids:
-                    raise ValueError("a prompt is empty: it must have at least one token")
-                if self._context is not None and len(prompt.ids) >= self._context:
-                    raise ValueError(too_long(len(prompt.ids), self._context))
-        return {name: read[prompt_key(request)] for name, request in requests.items()}
+        return read_distinct(requests, self._reader, self._context)
 
     def _write(
         self, requests: Mapping[RequestId, GenerationRequest], inputs: Mapping[RequestId, Any], deadline: float | None

@@ -13,6 +13,10 @@ from typing import Any
 
 import torch
 
+from lightrft.strategy.errors import NotBuiltError, WeightSyncError
+
+# What may have gone wrong in a scheduler, by the name under which it is answered.
+ERRORS: dict[str, type[Exception]] = {kind.__name__: kind for kind in (NotBuiltError, WeightSyncError)}
 ANSWER_BYTES = 2**16  # the words of one rank's answer
 _ALIGNMENT = 64
 _SHARED = Path("/dev/shm")

@@ -6,12 +6,10 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from lightrft.strategy.engine import EngineSpec
-from lightrft.strategy.errors import NotBuiltError
 
 from ..model_facts import SEQUENCES_ON_CPU, cache_bytes_on_cpu, cache_bytes_per_token, context_length
+from ..spec_checks import check_dtype, check_extra, require_model
 
 SAMPLING_BACKEND = "lightrft"
 WEIGHT_LOADER = "lightrft.engines.sglang.scheduler.load"
@@ -34,21 +32,15 @@ _OURS = (
     "tp_size",
     "trust_remote_code",
 )
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Of a launcher: they would tell SGLang's processes that they are ranks of the trainer.
 _LAUNCHERS = ("GROUP_", "LOCAL_", "MASTER_", "RANK", "ROLE_", "TORCHELASTIC_", "WORLD_SIZE")
 
 
 def check_spec(spec: EngineSpec) -> None:
     """:raises NotBuiltError: SGLang cannot compute so. :raises ValueError: no model, or an option that is not open."""
-    if spec.pretrain is None and spec.model_config is None:
-        raise ValueError('engine "sglang" needs a model: set --pretrain, or pass EngineSpec(model_config=...)')
-    if spec.dtype not in _DTYPES:
-        raise NotBuiltError(f'engine "sglang" computes in float32, bfloat16 or float16, not in {spec.dtype}')
-    if ours := sorted(set(spec.extra) & set(_OURS)):
-        raise ValueError(
-            f'engine "sglang": {", ".join(ours)} follow from the flags; leave them out of the extra options'
-        )
+    require_model("sglang", spec)
+    check_dtype("sglang", spec)
+    check_extra("sglang", spec, _OURS)
 
 
 def engine_arguments(spec: EngineSpec, folder: str, config: Any) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from lightrft.strategy.sampling import SamplingParams
 
+from ..model_facts import stop_tokens
+
 
 def sampling_arguments(sampling: SamplingParams, ends: tuple[int, ...], seed: int, limit: int) -> dict[str, Any]:
     """Fields of SGLang's ``SamplingParams``.
@@ -14,10 +16,9 @@ def sampling_arguments(sampling: SamplingParams, ends: tuple[int, ...], seed: in
     :param ends: the model's own end tokens; SGLang knows none but those that it is told here.
     :param limit: most tokens of the response.
     """
-    stops = dict.fromkeys((*(() if sampling.ignore_eos else ends), *sampling.stop_token_ids))
     arguments: dict[str, Any] = {
         "max_new_tokens": limit,
-        "stop_token_ids": list(stops),
+        "stop_token_ids": stop_tokens(sampling, ends),
         "temperature": sampling.temperature,
         "sampling_seed": seed,
     }

@@ -8,14 +8,12 @@ from typing import Any
 
 import torch
 
-from lightrft.strategy.errors import NotBuiltError, WeightSyncError
+from lightrft.strategy.errors import WeightSyncError
 
 from ..model_folder import read_configs
 from ..recorded_weights import WeightMap
 from ..storages import Storages
-from .mailbox import Mailbox, aligned
-
-ERRORS = {kind.__name__: kind for kind in (NotBuiltError, WeightSyncError)}
+from .mailbox import ERRORS, Mailbox, aligned
 
 
 def run(*args: Any, **kwargs: Any) -> None:

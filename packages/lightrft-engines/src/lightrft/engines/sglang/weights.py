@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 
-from lightrft.strategy.errors import NotBuiltError, RolloutError, WeightSyncError
+from lightrft.strategy.errors import RolloutError, WeightSyncError
 
 from ..manifest import Manifest
 from .link import Link
-from .mailbox import Mailbox, aligned
+from .mailbox import ERRORS, Mailbox, aligned
 
 _POSITIONS_AT_ONCE = 2**21  # bounds the memory of a full comparison
-_ERRORS = {kind.__name__: kind for kind in (NotBuiltError, WeightSyncError)}
 
 
 class RemoteWeights:
@@ -55,7 +54,7 @@ class RemoteWeights:
         answers = mailbox.answers()
         for rank, answer in enumerate(answers):
             if "error" in answer:
-                raise _ERRORS.get(answer["kind"], RolloutError)(answer["error"])
+                raise ERRORS.get(answer["kind"], RolloutError)(answer["error"])
             if "result" not in answer:
                 raise RolloutError(f'engine "sglang": its rank {rank} did not answer "{act}"')
         return [answer["result"] for answer in answers]

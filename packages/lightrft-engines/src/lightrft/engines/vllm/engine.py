@@ -27,7 +27,9 @@ from lightrft.strategy.weights import TensorSpec
 
 from ..model_facts import end_tokens, image_placeholder, takes_images
 from ..model_folder import check_loaded, save_config
-from . import options, prompts
+from ..processed_prompts import from_hub
+from ..spec_checks import check_dtype, require_model
+from . import prompts
 from .process_guard import ProcessGuard
 
 logger = logging.getLogger(__name__)
@@ -66,9 +68,8 @@ class VLLMEngine(BatchEngine):
 
     # ---- life -------------------------------------------------------------------------------------------------------
     def _start(self, spec: EngineSpec, group: Any) -> None:
-        if spec.pretrain is None and spec.model_config is None:
-            raise ValueError('engine "vllm" needs a model: set --pretrain, or pass EngineSpec(model_config=...)')
-        options.check_dtype(spec)
+        require_model(self.name, spec)
+        check_dtype(self.name, spec)
         self._group, self._guard = group, ProcessGuard(spec.device)
         with self._guard, warnings.catch_warnings(action="ignore", category=FutureWarning):
             from . import backend
@@ -95,21 +96,11 @@ class VLLMEngine(BatchEngine):
         self._ends = end_tokens(config, generation)
         self._reader = prompts.PromptReader(
             backend.architecture(self._llm),
-            self._load_tokenizer,
+            lambda: from_hub(spec, "AutoTokenizer"),
             placeholder=image_placeholder(config) if takes_images(config) else None,
             context=context,
             max_images=spec.max_images,
         )
-
-    def _load_tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
-
-        if self.spec.pretrain is None:
-            raise ValueError(
-                "a prompt as text needs the model's tokenizer, and this engine was built from a configuration: "
-                "send prompt_token_ids, or start it from a folder (pretrain)"
-            )
-        return AutoTokenizer.from_pretrained(self.spec.pretrain, trust_remote_code=self.spec.trust_remote_code)
 
     def _shutdown(self) -> None:
         with self._inside():

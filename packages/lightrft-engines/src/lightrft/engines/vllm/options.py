@@ -7,12 +7,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from lightrft.strategy.engine import EngineSpec
 from lightrft.strategy.errors import NotBuiltError
 
 from ..model_facts import SEQUENCES_ON_CPU, cache_bytes_on_cpu, context_length, takes_images
+from ..spec_checks import check_extra
 
 # How transformers' sequence classifiers are named.
 CLASSIFIER = "ForSequenceClassification"
@@ -50,8 +49,7 @@ def engine_arguments(
     """
     if unknown := sorted(set(spec.extra) - set(known)):
         raise ValueError(f'engine "vllm" has no option {", ".join(unknown)}; it has those of vLLM\'s EngineArgs')
-    if ours := sorted(set(spec.extra) & set(_OURS)):
-        raise ValueError(f'engine "vllm": {", ".join(ours)} follow from the flags; leave them out of the extra options')
+    check_extra("vllm", spec, _OURS)
     on_cpu = spec.device.type == "cpu"
     context = context_length(config, spec.max_model_len)
     sequences = spec.max_batch_size or (SEQUENCES_ON_CPU if on_cpu else None)
@@ -114,9 +112,3 @@ def classifier_arguments(
 def field_names(cls: Any) -> dict[str, Any]:
     """The fields of a dataclass, by name."""
     return {field.name: field for field in dataclasses.fields(cls)}
-
-
-def check_dtype(spec: EngineSpec) -> None:
-    """:raises NotBuiltError: vLLM computes in none but the usual three."""
-    if spec.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise NotBuiltError(f'engine "vllm" computes in float32, bfloat16 or float16, not in {spec.dtype}')

@@ -8,7 +8,8 @@ from typing import Any, Literal
 from lightrft.strategy.engine import GenerationRequest
 from lightrft.strategy.sampling import SamplingParams
 
-from ..processed_prompts import too_long
+from ..model_facts import stop_tokens
+from ..processed_prompts import check_images, check_length, check_placeholders
 
 
 class PromptReader:
@@ -46,31 +47,14 @@ class PromptReader:
         else:
             self._tokenizer = self._tokenizer or self._load_tokenizer()
             ids = list(self._tokenizer(request.prompt)["input_ids"])
-        if not ids:
-            raise ValueError("a prompt is empty: it must have at least one token")
-        if self._context is not None and len(ids) >= self._context:
-            raise ValueError(too_long(len(ids), self._context))
+        check_length(len(ids), self._context)
         prompt: dict[str, Any] = {"prompt_token_ids": ids}
         if request.images:
-            self._check_images(ids, request.images)
+            check_images(self._model_name, len(request.images), self._placeholder is not None, self._max_images)
+            assert self._placeholder is not None
+            check_placeholders(ids.count(self._placeholder), f"token {self._placeholder}", len(request.images))
             prompt["multi_modal_data"] = {"image": list(request.images)}
         return prompt
-
-    def _check_images(self, ids: list[int], images: tuple[Any, ...]) -> None:
-        if self._placeholder is None:
-            raise ValueError(
-                f"{self._model_name} takes no images: send text only, or set --pretrain to a vision-language model"
-            )
-        if self._max_images is not None and len(images) > self._max_images:
-            raise ValueError(
-                f"a prompt brings {len(images)} images, at most {self._max_images} are allowed: "
-                "send fewer, or raise max_images"
-            )
-        if (placeholders := ids.count(self._placeholder)) != len(images):
-            raise ValueError(
-                f"a prompt has {placeholders} image placeholders (token {self._placeholder}) and {len(images)} images: "
-                "write one placeholder for each image"
-            )
 
 
 def sampling_arguments(sampling: SamplingParams, ends: tuple[int, ...], seed: int) -> dict[str, Any]:
@@ -78,7 +62,6 @@ def sampling_arguments(sampling: SamplingParams, ends: tuple[int, ...], seed: in
 
     :param ends: the model's own end tokens. vLLM is told to ignore the one that it knows: every engine must agree.
     """
-    stops = dict.fromkeys((*(() if sampling.ignore_eos else ends), *sampling.stop_token_ids))
     return {
         "n": 1,
         "temperature": sampling.temperature,
@@ -87,7 +70,7 @@ def sampling_arguments(sampling: SamplingParams, ends: tuple[int, ...], seed: in
         "min_p": sampling.min_p,
         "max_tokens": sampling.max_tokens,
         "min_tokens": sampling.min_tokens,
-        "stop_token_ids": list(stops),
+        "stop_token_ids": stop_tokens(sampling, ends),
         "ignore_eos": True,
         "seed": seed,
         "logprobs": 0 if sampling.logprobs else None,

@@ -10,7 +10,7 @@ from lightrft.strategy.engine import EngineSpec
 from lightrft.strategy.errors import RolloutError
 from lightrft.strategy.scoring import ScoringEngine
 
-from . import options
+from ..spec_checks import check_dtype
 from .process_guard import ProcessGuard
 
 
@@ -30,7 +30,7 @@ class VLLMScoringEngine(ScoringEngine):
         self._asleep = False
 
     def start(self, spec: EngineSpec, group: Any = None, *, cuda_graphs: bool = False) -> None:
-        options.check_dtype(spec)
+        check_dtype(self.name, spec)
         self._guard = ProcessGuard(spec.device)
         with self._guard, warnings.catch_warnings(action="ignore", category=FutureWarning):
             from . import backend

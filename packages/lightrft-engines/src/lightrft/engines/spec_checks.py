@@ -1,0 +1,33 @@
+"""What a spec must not ask of an engine, in the same words from every engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from lightrft.strategy.engine import EngineSpec
+from lightrft.strategy.errors import NotBuiltError
+
+
+def require_model(engine: str, spec: EngineSpec) -> None:
+    """:raises ValueError: it names neither a folder nor a configuration."""
+    if spec.pretrain is None and spec.model_config is None:
+        raise ValueError(f'engine "{engine}" needs a model: set --pretrain, or pass EngineSpec(model_config=...)')
+
+
+def check_dtype(engine: str, spec: EngineSpec) -> None:
+    """:raises NotBuiltError: an engine of its own kernels computes in none but the usual three."""
+    if spec.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise NotBuiltError(f'engine "{engine}" computes in float32, bfloat16 or float16, not in {spec.dtype}')
+
+
+def check_extra(engine: str, spec: EngineSpec, ours: Iterable[str]) -> None:
+    """:param ours: options that the spec says, or that follow from what the engine is.
+
+    :raises ValueError: ``spec.extra`` says one of them: a second way would be a way to break it.
+    """
+    if said := sorted(set(spec.extra) & set(ours)):
+        raise ValueError(
+            f'engine "{engine}": {", ".join(said)} follow from the flags; leave them out of the extra options'
+        )
