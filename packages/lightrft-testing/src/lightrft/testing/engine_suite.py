@@ -151,25 +151,45 @@ def processed_logprobs(
 
 
 class _Engines:
-    """Engines that tests share: each test finds its own as it was loaded."""
+    """Engines that tests share: each test finds its own as it was loaded.
 
-    def __init__(self) -> None:
+    :param slow: to start: a used one gets its first weights again instead of being started anew.
+    """
+
+    def __init__(self, slow: bool) -> None:
         self.make: Callable[[str], RolloutEngine] | None = None
+        self._slow = slow
         self._engine: RolloutEngine | None = None
         self._folder = ""
 
     def fresh(self, folder: str) -> RolloutEngine:
-        """An engine on ``folder`` in the state in which it started; a used one is started anew."""
-        if self._engine is None or folder != self._folder or self._engine.status() != _AS_STARTED:
-            self.close()
-            assert self.make is not None
-            self._engine, self._folder = self.make(folder), folder
+        """An engine on ``folder`` in the state in which it started."""
+        engine = self._engine
+        if engine is not None and folder == self._folder:
+            if self._slow and engine.status().phase is not Phase.FAILED:
+                _renew(engine, folder)
+            if engine.status() == _AS_STARTED:
+                return engine
+        self.close()
+        assert self.make is not None
+        self._engine, self._folder = self.make(folder), folder
         return self._engine
 
     def close(self) -> None:
         if self._engine is not None:
             self._engine.shutdown()
         self._engine = None
+
+
+def _renew(engine: RolloutEngine, folder: str) -> None:
+    """Bring a used engine into the state in which it started."""
+    engine.abort_update()
+    engine.poll("all")
+    engine.restore("weights")
+    if engine.status() != _AS_STARTED:
+        push_weights(engine, _model(Path(folder).name), version=1)
+        engine.restore("kv_cache")
+        engine.lifecycle.state = _AS_STARTED
 
 
 _AS_STARTED = EngineState(phase=Phase.READY, weights=Weights.RESIDENT, kv_cache=KVCache.RESIDENT)
@@ -188,10 +208,12 @@ class EngineContractSuite:
     """What holds for every engine. Override the fixture ``make_engine``.
 
     :cvar spec_options: fields of :class:`EngineSpec` that this engine's tests need.
+    :cvar starts_slowly: tests share one engine, which gets its first weights again, rather than start their own.
     :cvar frees_kv_cache: False, with the reason in a comment, where an engine cannot free its cache on this device.
     """
 
     spec_options: ClassVar[Mapping[str, Any]] = {}
+    starts_slowly: ClassVar[bool] = False
     frees_kv_cache: ClassVar[bool] = True
 
     @pytest.fixture
@@ -227,7 +249,7 @@ class EngineContractSuite:
         node = request.node.getparent(pytest.Class)
         assert node is not None
         if (engines := node.stash.get(_ENGINES, None)) is None:
-            engines = node.stash[_ENGINES] = _Engines()
+            engines = node.stash[_ENGINES] = _Engines(self.starts_slowly)
             node.addfinalizer(engines.close)
         engines.make = lambda folder: make_engine(self.spec(folder))
         return engines

@@ -325,9 +325,8 @@ def _floor(recipe: Recipe) -> Deviation:
             compare(run_trajectory(FakeStrategy(**regrouped.settings(1)), regrouped), reference_trajectory(recipe))
         )
         parts *= 2
-    whole = replace(recipe, accumulation=1)
     for seed in range(3):
-        shaken = run_trajectory(FakeStrategy(**whole.settings(1)), whole, functools.partial(_shake_gradients, seed))
+        shaken = run_trajectory(FakeStrategy(**recipe.settings(1)), recipe, functools.partial(_shake_gradients, seed))
         deviations.append(compare(shaken, reference_trajectory(recipe)))
     return Deviation(
         first_gradient=max(2 * EPS, *(d.first_gradient for d in deviations)),
