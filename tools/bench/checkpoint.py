@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from hf_engine import MODELS
+from launch_ranks import become_ranks
 from strategy_step import ADAM, BACKENDS, ROWS, build, loss_of
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
@@ -163,10 +164,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--folder", help="Where to write; default: the system's temporary folder.")
     args = parser.parse_args()
-    if "RANK" not in os.environ:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.ranks)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
-        os.execve(sys.executable, [sys.executable, *launcher, *sys.argv], environment)
+    become_ranks(args.ranks)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     log.setLevel(logging.INFO)
     torch.set_num_threads(1)

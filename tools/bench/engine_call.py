@@ -20,11 +20,11 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from hf_engine import MODELS, prompts_of
+from launch_ranks import ranks_command
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
@@ -106,12 +106,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
     if "RANK" not in os.environ:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
         for engine in args.engine:
-            for ranks in args.ranks:
-                launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-                command = [sys.executable, *launcher, *sys.argv, "--engine", engine]
-                subprocess.run(command, env=environment, check=True)
+            for size in args.ranks:
+                words, environment = ranks_command(size)
+                subprocess.run([*words, "--engine", engine], env=environment, check=True)
         return
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     transformers_logging.set_verbosity_error()

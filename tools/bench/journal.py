@@ -10,16 +10,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
-import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from launch_ranks import become_ranks
 
 from lightrft.strategy import get_strategy
 
@@ -45,10 +44,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=50)
     parser.add_argument("--ranks", type=int, default=2)
     args = parser.parse_args()
-    if "RANK" not in os.environ:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.ranks)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
-        os.execve(sys.executable, [sys.executable, *launcher, *sys.argv], environment)
+    become_ranks(args.ranks)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     torch.set_num_threads(1)
     strategy = get_strategy({"fsdp": True})

@@ -13,19 +13,18 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import statistics
 import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 import torch.distributed as dist
 from hf_engine import MODELS
+from launch_ranks import become_ranks
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
@@ -129,10 +128,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--ranks", type=int, default=2)
     args = parser.parse_args()
-    if "RANK" not in os.environ:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.ranks)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
-        os.execve(sys.executable, [sys.executable, *launcher, *sys.argv], environment)
+    become_ranks(args.ranks)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     transformers_logging.set_verbosity_error()
     torch.set_num_threads(1)

@@ -1,0 +1,21 @@
+"""A benchmark's own ranks: the script starts itself again under torch's launcher."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+
+def ranks_command(ranks: int) -> tuple[list[str], dict[str, str]]:
+    """What starts this very script on so many ranks, a thread each: words and environment."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    return [sys.executable, *launcher, *sys.argv], environment
+
+
+def become_ranks(ranks: int) -> None:
+    """Go on as the launcher, unless this process is a rank already."""
+    if "RANK" not in os.environ:
+        words, environment = ranks_command(ranks)
+        os.execve(words[0], words, environment)
