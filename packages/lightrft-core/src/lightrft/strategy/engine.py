@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
@@ -20,6 +20,9 @@ from .errors import EngineStateError, NotBuiltError, RolloutError, WeightSyncErr
 from .lifecycle import EngineState, Lifecycle, Resource, Weights
 from .sampling import SamplingParams
 from .weights import DEFAULT_BUCKET_BYTES, SyncReceipt, TensorSpec, UpdateKind, UpdatePlan, WeightBucket
+
+if TYPE_CHECKING:
+    from .config import StrategyConfig
 
 RequestId = str
 Placement = Literal["spmd", "leader", "remote"]
@@ -81,6 +84,20 @@ class EngineSpec:
     bucket_bytes: int = DEFAULT_BUCKET_BYTES
     call_timeout: float | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, config: StrategyConfig, device: torch.device, **fields: Any) -> EngineSpec:
+        """A spec with what the settings say of any engine. :param fields: what is this one's own."""
+        return cls(
+            dtype=getattr(torch, config.dtype_name),
+            device=device,
+            tensor_parallel_size=config.engine_tp_size,
+            memory_utilization=config.engine_mem_util,
+            seed=config.seed,
+            trust_remote_code=config.trust_remote_code,
+            call_timeout=config.engine_timeout,
+            **fields,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

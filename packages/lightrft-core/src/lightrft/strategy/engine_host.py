@@ -299,10 +299,7 @@ class EngineHost:
         if self.engine is not None:
             everyone = [prompt for share in shares for prompt in share]
             answers, problem = _attempt(self._run, self.engine, everyone, sampling, step)
-        # A rank whose engine broke waits for nobody: the others may be stuck inside of it, waiting for this one.
-        with self.strategy.together("agree on the outcome", RolloutError):
-            if problem is not None:
-                raise problem
+        self._raise_together(problem, RolloutError)
         outputs = answers or []
         if self.placement == "spmd":
             starts = [sum(len(share) for share in shares[:i]) * sampling.n for i in range(size + 1)]
@@ -346,19 +343,23 @@ class EngineHost:
         alone = self.strategy.layout.engine_tp_size == 1
         return all_gather_object(value, ALONE if alone else self.strategy.groups.engine)[0]
 
-    def _raise_together(self, problem: Exception | None, kind: type[LightRFTError], what: str = "") -> None:
-        """All ranks raise where one has a problem: the one its own error, the others one that names it."""
+    def _raise_together(
+        self, problem: Exception | None, kind: type[LightRFTError], what: str = "agree on the outcome"
+    ) -> None:
+        """All ranks raise where one has a problem: the one its own error, the others one that names it.
+
+        A rank that has one waits for nobody: others may be stuck inside of the engine, waiting for it.
+        """
         try:
-            with self.strategy.waits_for_ranks(what or "agree on the outcome"):
-                texts = self.strategy.all_gather_object(_describe(problem))
-        except RankTimeoutError as late:
-            if problem is not None:  # a rank that is stuck because of it cannot hear of it: this is what went wrong
-                raise problem from late
+            with self.strategy.together(what, kind):
+                if problem is not None:
+                    raise problem
+        except RankTimeoutError:
             raise
-        if problem is not None or any(texts):
+        except Exception:
             if self.engine is not None and kind is WeightSyncError:
                 self.engine.abort_update()
-            self._raise_if_any(texts, problem, kind)
+            raise
 
     def _raise_if_any(
         self, texts: Sequence[str | None], problem: Exception | None, kind: type[Exception] = ValueError
@@ -387,19 +388,14 @@ class EngineHost:
             raise ConfigError(
                 ["--pretrain: not given, and no actor to take the model from; name a folder or a hub model"]
             )
-        return EngineSpec(
+        return EngineSpec.of(
+            config,
+            self.strategy.device,
             pretrain=config.pretrain,
             model_config=inner[0][1].config if inner and config.pretrain is None else None,
-            dtype=getattr(torch, config.dtype_name),
-            device=self.strategy.device,
-            tensor_parallel_size=config.engine_tp_size,
-            memory_utilization=config.engine_mem_util,
             max_model_len=config.max_model_len,
             max_images=None if config.limit_mm_image_per_prompt < 0 else config.limit_mm_image_per_prompt,
-            seed=config.seed,
-            trust_remote_code=config.trust_remote_code,
             bucket_bytes=int(config.weight_bucket_mb * 2**20),
-            call_timeout=config.engine_timeout,
             extra=config.get_extra_arg("engine_extra", {}),
         )
 

@@ -79,16 +79,11 @@ class RewardEngine:
         self.pretrain = pretrain
         self._strategy, self._sleeps = strategy, config.enable_engine_sleep
         self._engine = cls()
-        spec = EngineSpec(
+        spec = EngineSpec.of(
+            config,
+            device,
             pretrain=pretrain,
-            dtype=getattr(torch, config.dtype_name),
-            device=device,
-            tensor_parallel_size=config.engine_tp_size,
-            memory_utilization=config.engine_mem_util,
             max_model_len=config.max_model_len or config.prompt_max_len + config.generate_max_len,
-            seed=config.seed,
-            trust_remote_code=config.trust_remote_code,
-            call_timeout=config.engine_timeout,
             extra=config.get_extra_arg("rm_engine_extra", {}),
         )
         self._engine.start(spec, strategy.engine_mp_group, cuda_graphs=config.rm_engine_cudagraph)
