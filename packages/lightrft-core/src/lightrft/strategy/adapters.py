@@ -8,7 +8,7 @@ their class, because core must not import peft.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +81,17 @@ def plain_name(name: str, layers: set[str]) -> str:
     """A module name without the level that the adapter of one of ``layers`` has put in."""
     layer, found, rest = name.rpartition(f"{BASE}.")
     return f"{layer}{rest}" if found and layer.removesuffix(".") in layers else name
+
+
+def with_adapter(name: str, adapters: Mapping[str, Adapter], whole: Callable[[str], torch.Tensor]) -> torch.Tensor:
+    """A module tensor as the hub has it: with its adapter added, where it has one.
+
+    :param adapters: by the module tensor that they add to. :param whole: gives the whole module tensor of a name.
+    """
+    adapter = adapters.get(name)
+    if adapter is None:
+        return whole(name)
+    return merge(whole(name), whole(adapter.a), whole(adapter.b), adapter.scaling)
 
 
 @torch.no_grad()

@@ -64,15 +64,15 @@ def _whole_micro_batches(c: StrategyConfig) -> str | None:
 
 @between("chunk_size", "fused_linear_logprob")
 def _chunks_need_the_fused_logprob(c: StrategyConfig) -> str | None:
-    if c.chunk_size == 4096 or c.fused_linear_logprob:
+    if c.chunk_size == type(c).chunk_size or c.fused_linear_logprob:
         return None
     return f"--chunk_size {c.chunk_size}: works only with --fused_linear_logprob"
 
 
 @between("lora_alpha", "lora_dropout", "target_modules", "lora_rank")
 def _adapters_need_a_rank(c: StrategyConfig) -> str | None:
-    given = {"lora_alpha": 16.0, "lora_dropout": 0.0, "target_modules": "all-linear"}
-    changed = [f"--{name} {shown(getattr(c, name))}" for name, default in given.items() if getattr(c, name) != default]
+    names = [n for n in ("lora_alpha", "lora_dropout", "target_modules") if getattr(c, n) != getattr(type(c), n)]
+    changed = [f"--{name} {shown(getattr(c, name))}" for name in names]
     return f"{', '.join(changed)}: works only with --lora_rank above 0" if changed and c.lora_rank == 0 else None
 
 

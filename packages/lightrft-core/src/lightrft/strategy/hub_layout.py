@@ -8,7 +8,7 @@ one module parameter (an "atom") can be gathered, cast and sent without the rest
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from .adapters import Adapter, find_adapters, merge, plain_name
+from .adapters import Adapter, find_adapters, plain_name
 from .errors import HubLayoutError
 from .weights import TensorSpec, UpdateKind
 
@@ -99,16 +99,6 @@ class HubLayout:
         if kind == "full":
             return self.specs
         return [hub.spec for source, hubs in self.by_source.items() if source in self._factors for hub in hubs]
-
-    def merged(self, source: str, whole: Callable[[str], torch.Tensor]) -> torch.Tensor:
-        """A module tensor as the hub has it: with its adapter added, where it has one.
-
-        :param whole: gives the whole module tensor of a name.
-        """
-        adapter = self.adapters.get(source)
-        if adapter is None:
-            return whole(source)
-        return merge(whole(source), whole(adapter.a), whole(adapter.b), adapter.scaling)
 
     def views(self, source: str, whole: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
         """Hub names and views of one whole module tensor."""

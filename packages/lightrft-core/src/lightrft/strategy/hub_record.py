@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .adapters import Adapter, merge
+from .adapters import Adapter, with_adapter
 from .errors import CheckpointError, HubLayoutError
 from .hub_export import save_configuration
 from .hub_layout import HubLayout, HubTensor, hub_models
@@ -50,10 +50,7 @@ class HubRecord:
 
     def whole(self, source: StateSource, name: str) -> torch.Tensor:
         """A module tensor as the hub has it: with its adapter added, where it has one."""
-        adapter = self.adapters.get(name)
-        if adapter is None:
-            return source.whole(name)
-        return merge(source.whole(name), source.whole(adapter.a), source.whole(adapter.b), adapter.scaling)
+        return with_adapter(name, self.adapters, source.whole)
 
     def write(self, folder: Path) -> None:
         rows = [

@@ -23,6 +23,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from . import checkpoint, collectives, fragments, plain_state
+from .adapters import with_adapter
 from .blame import describe, is_lost_peer
 from .config import StrategyConfig
 from .dataloader import make_dataloader
@@ -583,7 +584,8 @@ class StrategyBase(ABC):
         layout, tensors = self.hub_layout(model), dict(hub_sources(model))
         for index, specs in enumerate(plan_buckets(plan)):
             hubs = [layout.by_name[spec.name] for spec in specs]
-            merged = {s: layout.merged(s, lambda name: tensors[name].detach()) for s in {hub.source for hub in hubs}}
+            sources = {hub.source for hub in hubs}
+            merged = {s: with_adapter(s, layout.adapters, lambda name: tensors[name].detach()) for s in sources}
             views = {hub.name: hub.view(merged[hub.source]) for hub in hubs}
             yield WeightBucket(index, {spec.name: views[spec.name].to(spec.dtype) for spec in specs})
 
