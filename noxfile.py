@@ -29,7 +29,7 @@ nox.options.error_on_missing_interpreters = False
 nox.options.tags = ["default"]
 
 # No test reaches a model hub, no tokenizer forks threads under the ranks, no plot looks for a screen. torch asks the
-# name server for the name of each rank that connects, 127.0.0.1 as IPv6 included: an answer that is lost would cost 5 s.
+# name server for the name of each rank that connects, 127.0.0.1 included: an answer that is lost would cost 5 s.
 TEST_ENV = {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
