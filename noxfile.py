@@ -28,16 +28,8 @@ nox.options.reuse_venv = "yes"  # uv makes an environment exact each time, so an
 nox.options.error_on_missing_interpreters = False
 nox.options.tags = ["default"]
 
-# No test reaches a model hub, no tokenizer forks threads under the ranks, no plot looks for a screen. torch asks the
-# name server for the name of each rank that connects, 127.0.0.1 included: an answer that is lost would cost 5 s. And
-# where bytecode is not kept (many containers), each of some hundred processes would compile torch and transformers.
-TEST_ENV = {
-    "HF_HUB_OFFLINE": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "MPLBACKEND": "Agg",
-    "RES_OPTIONS": "timeout:1 attempts:1",
-    "PYTHONDONTWRITEBYTECODE": "",
-}
+# No test reaches a model hub, no tokenizer forks threads under the ranks, no plot looks for a screen.
+TEST_ENV = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "Agg"}
 NO_ACCELERATOR = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "ZE_AFFINITY_MASK": ""}
 NOTHING_COLLECTED = 5
 # What needs vLLM itself; elsewhere these tests say so and are skipped.
@@ -200,6 +192,13 @@ def sglang(session: nox.Session) -> None:
     """Test the SGLang engine on a CPU, with a stand-in for its compiled kernels; every start takes half a minute."""
     _sync_sglang(session, "--package", "lightrft-engines", "--group", "test")
     _pytest_in(session, *SGLANG_TESTS)
+
+
+@nox.session(tags=["full", "engines", "sglang"])
+def sglang_full(session: nox.Session) -> None:
+    """Run the engine suite on SGLang split over two processes."""
+    _sync_sglang(session, "--package", "lightrft-engines", "--group", "test")
+    _pytest_in(session, *SGLANG_TESTS, only="full and not gpu")
 
 
 @nox.session(tags=["sglang"])

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from lightrft.strategy import get_strategy
-from lightrft.strategy.errors import StaleWeightsError, WeightSyncError
+from lightrft.strategy.errors import RolloutError, StaleWeightsError, WeightSyncError
 from lightrft.strategy.lifecycle import EngineStatus
 from lightrft.testing import RankPool, faulty_sync, tiny_model
 from lightrft.testing.engine_suite import GREEDY, PROMPTS, greedy_reference, hub_state, processed_logprobs, tokens_of
@@ -35,7 +35,7 @@ class Engine(NamedTuple):
         return {"engine_type": self.name, "engine_tp_size": self.size, "engine_extra": extra}
 
 
-ENGINES = (Engine("hf", 1), Engine("vllm", 1), Engine("vllm", 2), Engine("sglang", 1))
+ENGINES = (Engine("hf", 1), Engine("vllm", 1), Engine("vllm", 2), Engine("sglang", 1), Engine("sglang", 2))
 INSTALLED_WITH: Mapping[str, str] = {"vllm": "vllm_integration", "sglang": "sglang_integration"}
 BACKENDS: Mapping[str, Mapping[str, Any]] = {"FSDP2": {"fsdp": True}, "ZeRO 3": {"zero_stage": 3}}
 SETTINGS: Mapping[str, Any] = {
@@ -89,11 +89,26 @@ def generated(strategy: Any, *, sleep: bool = False) -> list[Any]:
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
+def sleeps_beside_another(strategy: Any, folder: str) -> None:
+    """The strategy's engine and an embedded one: one call puts both to sleep, one wakes both."""
+    other = get_strategy({"fsdp": True, "engine_type": "hf", "pretrain": folder, "train_batch_size": 2})
+    engines = [strategy.inference_engine, other.setup_inference_engine(other.args, engine_type="hf")]
+    for act, status in (
+        (strategy.engines_wake_up, EngineStatus.WAKEUP),
+        (strategy.engines_sleep, EngineStatus.SLEEPED),
+        (strategy.engines_wake_up, EngineStatus.WAKEUP),
+    ):
+        act(engines)
+        assert {engine.status().status for engine in engines if engine is not None} == {status}
+    other.engine_host.shutdown()
+
+
 def fed(backend: str, engine: Engine, folder: str) -> tuple[list[list[int]], float]:
     """Greedy tokens for this rank's prompts, and the largest distance of their logprobs from a plain forward's."""
     strategy, _ = started(backend, engine, folder)
     outputs = generated(strategy, sleep=True)
     assert strategy.inference_engine_status is EngineStatus.SLEEPED
+    sleeps_beside_another(strategy, folder)
     assert tokens_of(generated(strategy)) == tokens_of(outputs), "it slept in between"
     assert {output.weight_version for output in outputs} == {1}
     plain, error = tiny_model("qwen2", seed=1), 0.0
@@ -126,21 +141,24 @@ FAULTS = ("dropped", "doubled", "truncated", "misnamed", "stale")
 
 
 def faulted(backend: str, engine: Engine, folder: str) -> dict[str, str]:
-    """What each fault, injected on rank 1 alone, says on this rank; after each a good sync must mend everything."""
+    """What each fault, injected where the last engine is, says on this rank; a good sync must mend everything."""
     strategy, actor = started(backend, engine, folder)
+    owns = strategy.inference_engine is not None
+    victim = max(rank for rank, there in enumerate(strategy.all_gather_object(owns)) if there)
     said = {}
     for seed, fault in enumerate(FAULTS, start=2):
         new = tiny_model("qwen2", seed=seed)
         strategy.import_weights(actor, iter(hub_state(new).items()))
         try:
-            if strategy.rank == 1:
+            if strategy.rank == victim:
                 with faulty_sync(strategy, fault, VICTIM):
                     strategy.update_engine_weights(actor)
             else:
                 strategy.update_engine_weights(actor)
         except WeightSyncError as error:
             said[fault] = str(error)
-        with pytest.raises(StaleWeightsError):  # on both: no rank may take its own part for whole
+        # On both: no rank may take its own part for whole. One without an engine hears of it.
+        with pytest.raises(StaleWeightsError if owns else RolloutError, match="update_engine_weights"):
             generated(strategy)
         strategy.update_engine_weights(actor)
         share = PROMPTS[SHARES[strategy.rank]]
@@ -161,13 +179,13 @@ def held_back(engine: Engine, folder: str) -> tuple[str, str]:
     """An engine that acknowledges a tensor and keeps its old values, verified by samples alone."""
     strategy, actor = started("FSDP2", engine, folder, verify_weights="sampled")
     strategy.import_weights(actor, iter(hub_state(tiny_model("qwen2", seed=2)).items()))
-    engine_here = strategy.inference_engine
-    load = engine_here._load_bucket
+    if (engine_here := strategy.inference_engine) is not None:
+        load = engine_here._load_bucket
 
-    def forgetful(bucket: Any) -> None:
-        load(replace(bucket, tensors={name: t for name, t in bucket.tensors.items() if name != VICTIM}))
+        def forgetful(bucket: Any) -> None:
+            load(replace(bucket, tensors={name: t for name, t in bucket.tensors.items() if name != VICTIM}))
 
-    engine_here._load_bucket = forgetful
+        engine_here._load_bucket = forgetful
     with pytest.raises(WeightSyncError) as error:
         strategy.update_engine_weights(actor)
     strategy.engine_host.shutdown()

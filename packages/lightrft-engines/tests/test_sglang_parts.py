@@ -11,9 +11,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from lightrft.engines.recorded_weights import check_whole
 from lightrft.engines.sampling import noise_keys, noise_start, noise_stream
 from lightrft.engines.sglang import options, prompts
 from lightrft.engines.sglang.host import Host
@@ -54,11 +56,19 @@ def test_on_a_gpu_memory_can_be_given_back() -> None:
         ({}, ValueError, "--pretrain"),
         ({"pretrain": "x", "dtype": torch.float64}, NotBuiltError, "float64"),
         ({"pretrain": "x", "extra": {"tp_size": 2}}, ValueError, "tp_size follow"),
+        ({"model_config": tiny_config("qwen2_vl")}, NotBuiltError, "set --pretrain"),
     ],
 )
 def test_what_it_cannot_do_is_refused(spec: dict[str, Any], kind: type[Exception], words: str) -> None:
     with pytest.raises(kind, match=words):
-        options.check_spec(EngineSpec(**spec))
+        options.check_spec(EngineSpec(**spec), {})
+
+
+def test_all_parts_of_an_engine_are_on_one_node() -> None:
+    spec = EngineSpec(pretrain="x", tensor_parallel_size=4)
+    options.check_spec(spec, {"LOCAL_WORLD_SIZE": "8"})
+    with pytest.raises(NotBuiltError, match="2 ranks: --engine_tp_size 4 must divide them"):
+        options.check_spec(spec, {"LOCAL_WORLD_SIZE": "2"})
 
 
 def test_its_processes_are_no_ranks_of_the_launch() -> None:
@@ -86,6 +96,18 @@ def test_end_tokens_are_ours_to_say() -> None:
     found = prompts.sampling_arguments(SamplingParams(stop_token_ids=(9, 2)), (2, 3), 11, 7)
     assert (found["stop_token_ids"], found["sampling_seed"], found["max_new_tokens"]) == ([2, 3, 9], 11, 7)
     assert prompts.sampling_arguments(SamplingParams(ignore_eos=True), (2, 3), 1, 7)["stop_token_ids"] == []
+
+
+def test_the_least_length_is_no_longer_than_the_longest() -> None:
+    assert prompts.sampling_arguments(SamplingParams(min_tokens=9), (), 1, 7)["min_new_tokens"] == 7
+
+
+def test_images_cross_as_arrays() -> None:
+    assert prompts.image_input({}) is None
+    found = prompts.image_input({"pixel_values": torch.ones(2, 3)})
+    assert found is not None
+    assert found["format"] == "processor_output"
+    assert isinstance(found["pixel_values"], np.ndarray)
 
 
 def test_top_k_1_is_not_greedy() -> None:
@@ -123,6 +145,13 @@ def test_an_answer_that_is_too_long_is_cut() -> None:
     assert mailbox.answers()[0]["error"].startswith("éé")
 
 
+def test_elements_that_lie_on_no_part_of_a_split_model_are_named() -> None:
+    shapes = {"norm": (4,), "matrix": (2, 3)}
+    check_whole("sglang", shapes, [8, 6])
+    with pytest.raises(NotBuiltError, match="only a part of matrix"):
+        check_whole("sglang", shapes, [8, 5])
+
+
 # ---- its process -----------------------------------------------------------------------------------------------------
 def test_a_request_that_is_late_is_given_up_and_nothing_runs_on() -> None:
     aborted = []
@@ -140,8 +169,8 @@ def test_a_request_that_is_late_is_given_up_and_nothing_runs_on() -> None:
         tokenizer_manager=SimpleNamespace(abort_request=lambda abort_all: aborted.append(abort_all)),
     )
     with pytest.raises(TimeoutError, match="2 samples were not written within"):
-        host.generate([[1], [2]], [{}, {}], 0.05)
-    assert host.generate([[1]], [{}], None) == [{}]
+        host.generate([[1], [2]], [{}, {}], [None, None], 0.05)
+    assert host.generate([[1]], [{}], [None], None) == [{}]
     assert aborted == [True]
     mine.close()
     loop.close()

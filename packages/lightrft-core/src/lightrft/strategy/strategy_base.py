@@ -771,11 +771,13 @@ class StrategyBase(ABC):
         self.engine_host.sleep()
 
     def engines_sleep(self, engines: Sequence[Any]) -> None:
-        """Let several engines sleep (at ``--engine_sleep_level``)."""
+        """Let several engines sleep (at ``--engine_sleep_level``). None stands for one that another rank owns."""
         for engine in engines:
-            self.engine_host.sleep_engine(engine)
+            if engine is not None:
+                self.engine_host.sleep_engine(engine)
 
     def engines_wake_up(self, engines: Sequence[Any]) -> None:
-        """Wake several engines."""
+        """Wake several engines. None stands for one that another rank owns."""
         for engine in engines:
-            self.engine_host.wake_engine(engine)
+            if engine is not None:
+                self.engine_host.wake_engine(engine)

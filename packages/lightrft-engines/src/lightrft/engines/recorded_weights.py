@@ -8,6 +8,7 @@ at a time and in any order, and reading back is the same copies the other way ro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,16 +42,20 @@ class WeightMap:
 
     :param engine: its name, for messages. :param model: the engine's module.
     :param config: the transformers configuration. :param dtype: in which weights come.
+    :param split: the module is one part of several, and may hold nothing of some tensors (:func:`check_whole`).
     :raises NotBuiltError: the engine keeps some weights in a form that cannot be streamed into.
     """
 
-    def __init__(self, engine: str, model: torch.nn.Module, config: Any, dtype: torch.dtype) -> None:
+    def __init__(
+        self, engine: str, model: torch.nn.Module, config: Any, dtype: torch.dtype, *, split: bool = False
+    ) -> None:
         self.manifest = expected_manifest(config)
         self._engine = engine
         self._dtype = dtype
         self._written: set[str] = set()
-        self._pieces = trace_copies(engine, model, self.manifest.shapes, dtype)
-        self._check_targets(model)
+        copies = trace_copies(engine, model, self.manifest.shapes, dtype)
+        self._pieces = {name: copies.pieces.get(name, []) for name in self.manifest.shapes}
+        self._check_targets(model, copies.padding, split)
 
     def counts(self) -> dict[str, int]:
         """Elements of each tensor on this rank."""
@@ -124,17 +129,17 @@ class WeightMap:
         for piece in self._pieces[owner]:
             yield piece, find_in_piece(piece, shape, at)
 
-    def _check_targets(self, model: torch.nn.Module) -> None:
+    def _check_targets(self, model: torch.nn.Module, padding: set[int], split: bool) -> None:
         """Every hub tensor has a place, every parameter is reached, and all are the model's live parameters."""
         live = {tensor.untyped_storage()._cdata for _, tensor in hub_sources(model)}
         reached = {piece.target.untyped_storage()._cdata for pieces in self._pieces.values() for piece in pieces}
-        problems = [f"{name} has no place in it" for name in self.manifest.shapes if not self._pieces.get(name)]
+        problems = [f"{name} has no place in it" for name in self._pieces if not (self._pieces[name] or split)]
         if not reached <= live:
             problems.append("some weights were repacked after loading")
         problems += [
             f"its {name} is filled by no tensor of the hub"
             for name, parameter in model.named_parameters()
-            if parameter.untyped_storage()._cdata not in reached
+            if parameter.untyped_storage()._cdata not in reached | padding
         ]
         if problems:
             raise NotBuiltError(
@@ -155,18 +160,29 @@ def expected_manifest(config: Any) -> Manifest:
     return read_manifest(model, HubLayout(model), dict(hub_sources(model)))
 
 
-def trace_copies(
-    engine: str, model: Any, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
-) -> dict[str, list[Piece]]:
-    """Run ``model.load_weights`` on meta tensors and note each copy; nothing is written.
+def check_whole(engine: str, shapes: Mapping[str, tuple[int, ...]], held: Sequence[int]) -> None:
+    """:param held: how many elements of each tensor of ``shapes`` the parts of a split model hold together.
 
-    :return: for each name the pieces of it that this rank holds.
+    :raises NotBuiltError: some lie on none of them.
+    """
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    if lost := [name for name, count, size in zip(shapes, held, sizes, strict=True) if count < size]:
+        raise NotBuiltError(
+            f'engine "{engine}" holds only a part of {", ".join(lost[:5])}; weights cannot be streamed into it: '
+            "take --engine_type hf for this model"
+        )
+
+
+def trace_copies(engine: str, model: Any, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> _CopyRecorder:
+    """Run ``model.load_weights`` on meta tensors and note each copy; nothing is written but zeros into padding.
+
+    :return: for each name the ``pieces`` of it that this rank holds; in ``padding`` the storages that got nothing.
     """
     whole = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
     recorder = _CopyRecorder(engine, whole)
     with recorder, torch.no_grad():
         model.load_weights(iter(whole.items()))
-    return recorder.pieces
+    return recorder
 
 
 class _CopyRecorder(TorchDispatchMode):
@@ -177,9 +193,12 @@ class _CopyRecorder(TorchDispatchMode):
         self._engine = engine
         self._owner = {tensor.untyped_storage()._cdata: name for name, tensor in whole.items()}
         self.pieces: dict[str, list[Piece]] = {}
+        self.padding: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         copies = func is torch.ops.aten.copy_.default and args[1].device.type == "meta" != args[0].device.type
+        if func is torch.ops.aten.copy_.default and not args[0].numel():
+            self.padding.add(args[0].untyped_storage()._cdata)
         if not copies:
             return func(*args, **(kwargs or {}))
         target, source = args[0], args[1]

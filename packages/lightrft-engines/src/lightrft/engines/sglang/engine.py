@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,18 +26,21 @@ from lightrft.strategy.weights import TensorSpec
 
 from . import options
 from .link import Link
-from .prompts import chosen_logprobs, finish_reason, sampling_arguments
+from .prompts import chosen_logprobs, finish_reason, image_input, sampling_arguments
 from .weights import RemoteWeights
 
 
 class SGLangEngine(BatchEngine):
-    """Writes rollouts with SGLang, in processes of its own that belong to this rank.
+    """Writes rollouts with SGLang, in processes of its own: one for each part into which the model is split.
 
+    The first rank of a tensor-parallel group owns them; the others hand it their prompts, and are of its node.
     Options of ``EngineSpec.extra`` are those of SGLang's ``ServerArgs``.
     """
 
     name: ClassVar[str] = "sglang"
-    capabilities: ClassVar[EngineCapabilities] = EngineCapabilities(requires="sglang>=0.5.21,<0.6")
+    capabilities: ClassVar[EngineCapabilities] = EngineCapabilities(
+        tensor_parallel=True, multimodal=True, requires="sglang>=0.5.21,<0.6"
+    )
     placement: ClassVar[Placement] = "leader"
 
     def __init__(self) -> None:
@@ -60,7 +64,7 @@ class SGLangEngine(BatchEngine):
         from ..processed_prompts import PromptReader, from_hub
         from ..recorded_weights import expected_manifest
 
-        options.check_spec(spec)
+        options.check_spec(spec, os.environ)
         folder = spec.pretrain
         if folder is None:
             self._folder = tempfile.TemporaryDirectory(prefix="lightrft-sglang-")
@@ -72,12 +76,7 @@ class SGLangEngine(BatchEngine):
             self._link = Link(spec)
             self._link.call("start", arguments=options.engine_arguments(spec, folder, config))
             self._weights = RemoteWeights(self._link, expected_manifest(config), spec.tensor_parallel_size, spec.dtype)
-            self._weights.ask(
-                "learn",
-                folder=folder,
-                dtype=str(spec.dtype).removeprefix("torch."),
-                trust_remote_code=spec.trust_remote_code,
-            )
+            self._weights.learn(folder, spec.trust_remote_code)
             if spec.pretrain is not None:
                 check_loaded(self.name, self._weights, folder)
         except BaseException:
@@ -116,12 +115,6 @@ class SGLangEngine(BatchEngine):
     def _read(self, requests: Mapping[RequestId, GenerationRequest]) -> Mapping[RequestId, Any]:
         from ..processed_prompts import read_distinct
 
-        for request in requests.values():
-            if request.sampling.min_tokens:
-                raise ValueError(
-                    f'engine "sglang" takes no min_tokens (asked for were {request.sampling.min_tokens}): leave it at '
-                    "0, or take --engine_type hf or vllm"
-                )
         return read_distinct(requests, self._reader, self._context)
 
     def _write(
@@ -143,6 +136,7 @@ class SGLangEngine(BatchEngine):
                 seconds=seconds,
                 input_ids=[list(prompt.ids) for prompt in prompts],
                 sampling=sampling,
+                images=self._images(prompts),
             )
         except TimeoutError as error:
             raise TimeoutError(f'engine "sglang" was stopped by its deadline: {error}') from None
@@ -152,6 +146,12 @@ class SGLangEngine(BatchEngine):
             self._output(name, request, inputs[name], answer)
             for (name, request), answer in zip(requests.items(), answers, strict=True)
         ]
+
+    @staticmethod
+    def _images(prompts: Sequence[Any]) -> list[Any]:
+        """Those of equal prompts are one object, and cross to SGLang's process once."""
+        read = {id(prompt): image_input(prompt.inputs) for prompt in prompts}
+        return [read[id(prompt)] for prompt in prompts]
 
     def _output(self, name: RequestId, request: GenerationRequest, prompt: Any, answer: Any) -> GenerationOutput:
         logprobs = chosen_logprobs(answer)  # always asked for: they tell of broken weights

@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -70,21 +71,24 @@ class Host:
         self,
         input_ids: Sequence[Sequence[int]],
         sampling: Sequence[Mapping[str, Any]],
+        images: Sequence[Mapping[str, Any] | None],
         seconds: float | None,
     ) -> list[Mapping[str, Any]]:
         """One answer a prompt. :raises TimeoutError: it took longer; nothing of it runs on."""
-        return self._run(self._generate(input_ids, sampling, seconds))
+        return self._run(self._generate(input_ids, sampling, images, seconds))
 
     async def _generate(
         self,
         input_ids: Sequence[Sequence[int]],
         sampling: Sequence[Mapping[str, Any]],
+        images: Sequence[Mapping[str, Any] | None],
         seconds: float | None,
     ) -> list[Mapping[str, Any]]:
         task = asyncio.ensure_future(
             self._engine.async_generate(
                 input_ids=[list(ids) for ids in input_ids],
                 sampling_params=[dict(each) for each in sampling],
+                image_data=[None if each is None else [_tensors(each)] for each in images] if any(images) else None,
                 return_logprob=True,
             )
         )
@@ -180,6 +184,11 @@ class Host:
 
 def _stay(*args: Any, **kwargs: Any) -> None:
     """SGLang asks for another way to start processes."""
+
+
+def _tensors(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Arrays as tensors."""
+    return {name: torch.from_numpy(each) if isinstance(each, np.ndarray) else each for name, each in values.items()}
 
 
 def _check(answer: Any) -> None:

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightrft.strategy.engine import EngineSpec
+from lightrft.strategy.errors import NotBuiltError
 
-from ..model_facts import SEQUENCES_ON_CPU, cache_bytes_on_cpu, cache_bytes_per_token, context_length
+from ..model_facts import SEQUENCES_ON_CPU, cache_bytes_on_cpu, cache_bytes_per_token, context_length, takes_images
 from ..spec_checks import check_dtype, check_extra, require_model
 
 SAMPLING_BACKEND = "lightrft"
@@ -36,9 +37,23 @@ _OURS = (
 _LAUNCHERS = ("GROUP_", "LOCAL_", "MASTER_", "RANK", "ROLE_", "TORCHELASTIC_", "WORLD_SIZE")
 
 
-def check_spec(spec: EngineSpec) -> None:
-    """:raises NotBuiltError: SGLang cannot compute so. :raises ValueError: no model, or an option that is not open."""
+def check_spec(spec: EngineSpec, own: Mapping[str, str]) -> None:
+    """:param own: the environment of this process.
+
+    :raises NotBuiltError: SGLang cannot compute so. :raises ValueError: no model, or an option that is not open.
+    """
     require_model("sglang", spec)
+    if spec.pretrain is None and takes_images(spec.model_config):
+        raise NotBuiltError(
+            'engine "sglang" reads the processor of a vision-language model from its folder, and was given a '
+            "configuration alone: set --pretrain, or take --engine_type hf or vllm"
+        )
+    ranks_here = int(own.get("LOCAL_WORLD_SIZE", spec.tensor_parallel_size))
+    if ranks_here % spec.tensor_parallel_size:
+        raise NotBuiltError(
+            f'engine "sglang" keeps all parts of an engine on one node, which has {ranks_here} ranks: --engine_tp_size '
+            f"{spec.tensor_parallel_size} must divide them"
+        )
     check_dtype("sglang", spec)
     check_extra("sglang", spec, _OURS)
 
@@ -91,6 +106,7 @@ def environment(spec: EngineSpec, own: Mapping[str, str]) -> dict[str, str]:
     kept["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"  # for what it keeps to itself
     if spec.device.type == "cpu":
         kept["SGLANG_USE_CPU_ENGINE"] = "1"
+        kept["SGLANG_NCCL_SO_PATH"] = os.devnull  # a build for GPUs would look for one as soon as a model is split
         kept.setdefault("SGLANG_CPU_OMP_THREADS_BIND", cores_by_rank(spec.tensor_parallel_size, _cores()))
     return kept
 

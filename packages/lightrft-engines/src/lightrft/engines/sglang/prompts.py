@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import torch
+
 from lightrft.strategy.sampling import SamplingParams
 
 from ..model_facts import stop_tokens
@@ -18,6 +20,7 @@ def sampling_arguments(sampling: SamplingParams, ends: tuple[int, ...], seed: in
     """
     arguments: dict[str, Any] = {
         "max_new_tokens": limit,
+        "min_new_tokens": min(sampling.min_tokens, limit),
         "stop_token_ids": stop_tokens(sampling, ends),
         "temperature": sampling.temperature,
         "sampling_seed": seed,
@@ -30,6 +33,15 @@ def sampling_arguments(sampling: SamplingParams, ends: tuple[int, ...], seed: in
     elif sampling.top_k == 1:  # which is how SGLang writes a greedy request
         arguments["min_p"] = 1.0
     return arguments
+
+
+def image_input(inputs: Mapping[str, torch.Tensor]) -> dict[str, Any] | None:
+    """What the processor made of a prompt's images, as SGLang takes it (``processor_output``); None: there are none.
+
+    :param inputs: arguments of the model's forward. They cross to another process, so arrays stand for tensors.
+    """
+    arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
+    return {"format": "processor_output", **arrays} if arrays else None
 
 
 def finish_reason(answer: Mapping[str, Any]) -> Literal["stop", "length", "abort"]:

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from sglang.srt.layers.sampler import Sampler, register_sampler_backend  # pyright: ignore[reportMissingImports]
+from sglang.srt.sampling import sampling_params  # pyright: ignore[reportMissingImports]
+from sglang.srt.sampling.penaltylib import BatchedMinNewTokensPenalizer  # pyright: ignore[reportMissingImports]
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo  # pyright: ignore[reportMissingImports]
 from sglang.srt.sampling.sampling_params import TOP_K_ALL  # pyright: ignore[reportMissingImports]
 
@@ -42,6 +44,30 @@ def register() -> None:
     for name in (SAMPLING_BACKEND, "pytorch"):  # the second is what SGLang makes of any name on a CPU
         register_sampler_backend(name, SeededSampler)
     SamplingBatchInfo.adjusted_from_schedule_batch = _carry_seeds
+    _take_least_lengths()
+
+
+def _take_least_lengths() -> None:
+    """SGLang wants a tokenizer for ``min_new_tokens``, to learn what ends a response; it is told so with each request.
+
+    :class:`_NoTokenizer` stands where it would look.
+    """
+    sampling_params.raise_if_tokenizer_required = lambda *_: None
+    prepare = BatchedMinNewTokensPenalizer._prepare
+
+    def prepare_without_tokenizer(self: Any) -> None:
+        for request in self.orchestrator.reqs():
+            request.tokenizer = request.tokenizer or _NoTokenizer
+        prepare(self)
+
+    BatchedMinNewTokensPenalizer._prepare = prepare_without_tokenizer
+
+
+class _NoTokenizer:
+    """Ends nothing."""
+
+    eos_token_id = None
+    additional_stop_token_ids = None
 
 
 def _carry_seeds(info: Any, batch: Any, vocab_size: int) -> None:

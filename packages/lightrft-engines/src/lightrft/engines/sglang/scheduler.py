@@ -20,11 +20,14 @@ def run(*args: Any, **kwargs: Any) -> None:
     """A scheduler's process: SGLang's own, with our sampler, and with end tokens that requests alone say."""
     from sglang.srt.configs.model_config import ModelConfig  # pyright: ignore[reportMissingImports]
     from sglang.srt.managers.scheduler import run_scheduler_process  # pyright: ignore[reportMissingImports]
+    from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
 
     from . import sampler
 
     sampler.register()
     ModelConfig._get_hf_eos_token_id = lambda _: None
+    # SGLang reads the field by the name that it had before transformers 5.
+    Qwen2VLVisionConfig.attribute_map = {"in_chans": "in_channels", **Qwen2VLVisionConfig.attribute_map}
     run_scheduler_process(*args, **kwargs)
 
 
@@ -76,13 +79,19 @@ class _Worker:
             raise WeightSyncError('engine "sglang": the places of its weights are not known yet')
         return self._weights
 
-    def learn(self, folder: str, dtype: str, trust_remote_code: bool) -> None:
-        """Find out where each weight lies."""
+    def learn(self, folder: str, dtype: str, trust_remote_code: bool, split: bool, answer: int) -> None:
+        """Find out where each weight lies. :param answer: from there on, how many elements of each lie here (int64)."""
         config, _ = read_configs(folder, trust_remote_code=trust_remote_code)
-        self._weights = WeightMap("sglang", self._model, config, getattr(torch, dtype))
+        self._weights = WeightMap("sglang", self._model, config, getattr(torch, dtype), split=split)
+        held = torch.tensor(list(self._weights.counts().values()))
+        self.mailbox.view(answer, tuple(held.shape), held.dtype).copy_(held)
 
     def begin(self) -> None:
-        """A new update."""
+        """A new update: what the old weights made of images is forgotten too, which SGLang's own flush leaves."""
+        from sglang.srt.managers import mm_schedule  # pyright: ignore[reportMissingImports]
+
+        if mm_schedule.embedding_cache is not None:
+            mm_schedule.embedding_cache.clear()
         self.weights.begin()
 
     def write(self, tensors: Sequence[Sequence[Any]]) -> None:

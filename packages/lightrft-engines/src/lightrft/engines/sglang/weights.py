@@ -11,6 +11,7 @@ import torch
 from lightrft.strategy.errors import RolloutError, WeightSyncError
 
 from ..manifest import Manifest
+from ..recorded_weights import check_whole
 from .link import Link
 from .mailbox import ERRORS, Mailbox, aligned
 
@@ -63,6 +64,24 @@ class RemoteWeights:
         if self._mailbox is None or self._mailbox.payload < payload:
             self._mailbox = Mailbox.create(payload, self._ranks)
         return self._mailbox
+
+    def learn(self, folder: str, trust_remote_code: bool) -> None:
+        """Let every scheduler find out where its weights lie.
+
+        :raises NotBuiltError: they cannot be streamed into, or some elements lie on no rank.
+        """
+        count = len(self.manifest.shapes)
+        one_answer = aligned(8 * count)
+        mailbox = self._room(self._ranks * one_answer)
+        arguments = {
+            "folder": folder,
+            "dtype": str(self._dtype).removeprefix("torch."),
+            "trust_remote_code": trust_remote_code,
+            "split": self._ranks > 1,
+        }
+        self._send(mailbox, "learn", arguments, lambda rank: {"answer": rank * one_answer})
+        held = sum(mailbox.view(rank * one_answer, (count,), torch.int64) for rank in range(self._ranks))
+        check_whole("sglang", self.manifest.shapes, torch.as_tensor(held).tolist())
 
     # ---- writing ----------------------------------------------------------------------------------------------------
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:

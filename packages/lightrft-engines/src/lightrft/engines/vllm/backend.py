@@ -21,6 +21,7 @@ from lightrft.strategy.device import empty_cache
 from lightrft.strategy.engine import EngineSpec
 from lightrft.strategy.errors import NotBuiltError
 
+from .. import recorded_weights
 from ..model_folder import read_configs
 from ..recorded_weights import WeightMap
 from . import memory as memories
@@ -175,15 +176,9 @@ def check_groups(group: Any, size: int) -> None:
 
 def check_whole(weights: WeightMap) -> None:
     """:raises NotBuiltError: some elements of a tensor lie on no rank of the tensor-parallel group."""
-    names = list(weights.manifest.shapes)
-    held = torch.tensor([weights.counts()[name] for name in names])
+    held = torch.tensor(list(weights.counts().values()))
     dist.all_reduce(held, group=parallel_state.get_tp_group().cpu_group)
-    sizes = [torch.Size(weights.manifest.shapes[name]).numel() for name in names]
-    if lost := [name for name, count, size in zip(names, held.tolist(), sizes, strict=True) if count < size]:
-        raise NotBuiltError(
-            f'engine "vllm" holds only a part of {", ".join(lost[:5])}; weights cannot be streamed into it: '
-            "take --engine_type hf for this model"
-        )
+    recorded_weights.check_whole("vllm", weights.manifest.shapes, held.tolist())
 
 
 def any_rank(answer: bool) -> bool:

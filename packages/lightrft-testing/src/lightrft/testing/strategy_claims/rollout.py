@@ -287,9 +287,9 @@ class RolloutClaims(StrategyClaims):
     @on_ranks
     def test_several_engines_sleep_and_wake_together(self) -> None:
         strategy, _, engine = self.rollout()
-        strategy.engines_sleep([engine])
+        strategy.engines_sleep([engine, None])  # what a rank gets whose engine another one owns
         assert engine.status().status is EngineStatus.SLEEPED
-        strategy.engines_wake_up([engine])
+        strategy.engines_wake_up([engine, None])
         assert engine.status().status is EngineStatus.WAKEUP
 
     # ---- weight sync -------------------------------------------------------------------------------------------------
