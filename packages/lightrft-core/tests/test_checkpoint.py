@@ -53,17 +53,23 @@ def test_a_checkpoint_is_read_without_pickle(tmp_path: Path, monkeypatch: pytest
     assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} <= {".json", ".safetensors", ""}
 
 
-def test_what_is_written_in_the_background_is_digested_and_flushed_there(tmp_path: Path) -> None:
-    strategy, model = saved(tmp_path, asynchronous=True)
-    pending = strategy._pending_save
-    assert pending is not None
-    for future in pending.futures:
-        future.result(60)
-    with mock.patch.object(checkpoint, "_seal", wraps=checkpoint._seal) as seal:
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_what_a_rank_wrote_is_not_read_again_for_its_digest(tmp_path: Path, asynchronous: bool) -> None:
+    with mock.patch.object(checkpoint, "seal_of", wraps=checkpoint.seal_of) as seal_of:
+        strategy, model = saved(tmp_path, asynchronous=asynchronous)
         strategy.finish_checkpoint()
-    left = {call.args[0].name for call in seal.call_args_list}
-    assert not any(name.startswith("state-") for name in left), left
+    read = {call.args[0].name for call in seal_of.call_args_list}
+    assert "0.safetensors" in read
+    assert not any(name.startswith("state-") for name in read), read
     assert strategy.load_ckpt(model, tmp_path, tag="step_1").client_state == {"step": 1}, "every digest is there"
+
+
+def test_asynchronous_saves_write_from_the_same_memory(tmp_path: Path) -> None:
+    strategy, model = saved(tmp_path, steps=2, asynchronous=True)
+    kept = {name: copy.data_ptr() for name, copy in strategy.record(model).copies._kept.items()}
+    strategy.save_ckpt(model, tmp_path, client_state={"step": 3}, asynchronous=True)
+    assert {name: copy.data_ptr() for name, copy in strategy.record(model).copies._kept.items()} == kept
+    assert len(kept) == 6, "weight and two moments, of weight and bias"
 
 
 def test_max_mem_counts_in_gigabytes_of_ten_to_the_nine(tmp_path: Path) -> None:

@@ -20,21 +20,21 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import xxhash
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from . import fragments, hub_files, hub_record
+from . import hub_files, hub_record
 from .disk import explain_write, folder_size
 from .errors import CheckpointError
 from .hub_layout import hub_sources
 from .rng import restore_rng, rng_state
+from .sealed_file import Seal, Seals, seal_of
 from .state_formats import format_of, open_state
 from .state_source import match_names
 from .weights import TensorSpec
@@ -49,6 +49,7 @@ MANIFEST, CLIENT, LATEST, RANKS = "manifest.json", "client_state.json", "latest"
 DEFAULT_NAME, SCALARS = "model", "scalars.json"
 # Seconds that a failed save waits for the other ranks to stop writing before it clears up.
 PATIENCE = 5.0
+THREADS = 8
 
 
 @dataclass(kw_only=True)
@@ -82,7 +83,7 @@ class PendingSave:
     max_num: int | None
     max_mem: float | None
     manifest: dict[str, Any]
-    futures: list[Any]
+    written: list[Future[Seals]]
     needed: int
 
 
@@ -137,8 +138,8 @@ def save(
     name = str(strategy.all_gather_object(tag or _default_tag(save_dir, client_state))[0])
     final, staging = save_dir / name, save_dir / f".{name}.partial"
     needed = sum(_bytes_needed(record) for record in records.values())
-    futures: list[Any] = []
-    with _discarding(strategy, staging, futures):
+    written: list[Future[Seals]] = []
+    with _discarding(strategy, staging, written):
         with _writing(strategy, staging, final, needed):
             if strategy.is_rank_0():
                 shutil.rmtree(staging, ignore_errors=True)
@@ -147,8 +148,7 @@ def save(
                 (staging / CLIENT).write_text(client_text)
         with _writing(strategy, staging, final, needed):
             for key, record in records.items():
-                future = strategy.write_state(record, staging / key, asynchronous=asynchronous)
-                futures += [] if future is None else [_sealing(future, staging)]
+                written.append(_future(strategy.write_state(record, staging / key, asynchronous=asynchronous)))
                 if strategy.is_rank_0():
                     _write_scalars(record, staging / key)
                     hub_record.write_record(strategy, record.model, staging / key, tokenizer)
@@ -166,7 +166,7 @@ def save(
             "world_size": strategy.world_size,
             "models": {key: _shapes(record.model) for key, record in records.items()},
         },
-        futures=futures,
+        written=written,
         needed=needed,
     )
     if not asynchronous:
@@ -182,19 +182,19 @@ def finish(strategy: StrategyBase, *, block: bool = True) -> bool:
     if pending is None:
         return True
     if not block:
-        done = all(future.done() for future in pending.futures)
+        done = all(future.done() for future in pending.written)
         if not strategy.all_reduce(int(done), "min"):
             return False
     strategy._pending_save = None
     staging, final = pending.staging, pending.final
-    with _discarding(strategy, staging, pending.futures):
-        sealed: dict[str, Any] = {}
+    with _discarding(strategy, staging, pending.written):
+        mine: dict[str, Seal] = {}
         with _writing(strategy, staging, final, pending.needed):
-            for future in pending.futures:
-                sealed |= future.result()
-        sealed = _merged(strategy.all_gather_object(sealed))
+            for future in pending.written:
+                mine |= {str(path.relative_to(staging)): seal for path, seal in (future.result() or {}).items()}
+        sealed = _merged(strategy.all_gather_object(mine))
         with _writing(strategy, staging, final, pending.needed):  # all files of all ranks are there
-            rest = _digests(strategy, staging, sealed)
+            rest = _seals(staging, strategy.rank, strategy.world_size, flush=True, known=sealed)
         files = sealed | _merged(strategy.all_gather_object(rest))
         with _writing(strategy, staging, final, pending.needed):
             if strategy.is_rank_0():
@@ -202,20 +202,20 @@ def finish(strategy: StrategyBase, *, block: bool = True) -> bool:
     return True
 
 
-def _sealing(written: Any, staging: Path) -> Future[dict[str, Any]]:
-    """Digest and flush the files that a background write says it wrote, in the background too."""
+def _future(written: Future[Seals] | Seals | None) -> Future[Seals]:
+    """What ``write_state`` returned, as what will hold the seals."""
+    if isinstance(written, Future):
+        return written
+    done: Future[Seals] = Future()
+    done.set_result(written or {})
+    return done
 
-    def seal() -> dict[str, Any]:
-        return {str(path.relative_to(staging)): _seal(path, flush=True) for path in written.result() or ()}
 
-    return fragments.in_background(seal)
-
-
-def _merged(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+def _merged(parts: Iterable[Mapping[str, Seal]]) -> dict[str, Seal]:
     return {name: item for part in parts for name, item in part.items()}
 
 
-def _publish(pending: PendingSave, files: Mapping[str, Any]) -> None:
+def _publish(pending: PendingSave, files: Mapping[str, Seal]) -> None:
     """Make the staged folder the checkpoint, then point ``latest`` to it, then prune."""
     staging, final = pending.staging, pending.final
     _write_flushed(staging / MANIFEST, json.dumps({**pending.manifest, "files": files}, indent=1))
@@ -236,15 +236,15 @@ def _writing(strategy: StrategyBase, staging: Path, final: Path, needed: int) ->
 
 
 @contextlib.contextmanager
-def _discarding(strategy: StrategyBase, staging: Path, futures: Sequence[Any]) -> Iterator[None]:
+def _discarding(strategy: StrategyBase, staging: Path, written: Sequence[Future[Any]]) -> Iterator[None]:
     """Where the save fails, remove what it has staged, once no rank writes there any more.
 
-    :param futures: what this rank still writes in the background.
+    :param written: what this rank may still be writing.
     """
     try:
         yield
     except Exception:
-        for future in futures:
+        for future in written:
             with contextlib.suppress(Exception):  # the save has failed already, for the reason that is raised below
                 future.result()
         if strategy.is_rank_0():
@@ -337,7 +337,7 @@ def write_manifest(
     :param world_size: ranks whose random states it holds. :param models: shapes by name of each model.
     """
     about = {"format": FORMAT, "tag": tag, "strategy": strategy, "world_size": world_size, "models": models}
-    (folder / MANIFEST).write_text(json.dumps({**about, "files": _digest_files(folder, 0, 1, flush=False)}, indent=1))
+    (folder / MANIFEST).write_text(json.dumps({**about, "files": _seals(folder, 0, 1, flush=False)}, indent=1))
 
 
 def publish(staging: Path, final: Path) -> None:
@@ -515,26 +515,15 @@ def _read_foreign(
     return LoadedCheckpoint(path=folder, client_state={}, rank_states=[], world_size=0)
 
 
-def _digests(strategy: StrategyBase, folder: Path, sealed: Container[str]) -> dict[str, dict[str, Any]]:
-    """Size and digest of this rank's share of the files, which it flushes; the manifest is not among them."""
-    return _digest_files(folder, strategy.rank, strategy.world_size, flush=True, sealed=sealed)
+def _seals(folder: Path, index: int, shares: int, *, flush: bool, known: Container[str] = ()) -> dict[str, Seal]:
+    """Of this share of a folder's files; the manifest is not among them.
 
-
-def _digest_files(
-    folder: Path, index: int, shares: int, *, flush: bool, sealed: Container[str] = ()
-) -> dict[str, dict[str, Any]]:
-    """:param sealed: names that have their digests already."""
+    :param known: names that have their seals already.
+    """
     files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    rest = [name for name, path in files.items() if path.name != MANIFEST and name not in sealed]
-    return {name: _seal(files[name], flush=flush) for name in rest[index::shares]}
-
-
-def _seal(path: Path, *, flush: bool) -> dict[str, Any]:
-    """A file's line in the manifest."""
-    line = {"bytes": path.stat().st_size, "xxh3": _digest(path)}
-    if flush:
-        _flush(path)
-    return line
+    rest = [name for name, path in files.items() if path.name != MANIFEST and name not in known][index::shares]
+    with ThreadPoolExecutor(THREADS, thread_name_prefix="checkpoint") as pool:  # small files: each waits for the disk
+        return dict(zip(rest, pool.map(lambda name: seal_of(files[name], flush=flush), rest), strict=True))
 
 
 def _damage(folder: Path, index: int, shares: int) -> str | None:
@@ -549,21 +538,13 @@ def _damage(folder: Path, index: int, shares: int) -> str | None:
         try:
             if path.stat().st_size != item["bytes"]:
                 return f"{name} has {path.stat().st_size} bytes of {item['bytes']}"
-            if _digest(path) != item["xxh3"]:
+            if seal_of(path, flush=False)["xxh3"] != item["xxh3"]:
                 return f"{name} is altered: its digest differs"
         except FileNotFoundError:
             return f"{name} is missing"
         except OSError as error:
             return f"{name} cannot be read by rank {index}: {error.strerror}"
     return None
-
-
-def _digest(path: Path) -> str:
-    hasher = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while chunk := file.read(2**22):
-            hasher.update(chunk)
-    return hasher.hexdigest()
 
 
 def _candidates(folder: Path, tag: str | None) -> list[str]:

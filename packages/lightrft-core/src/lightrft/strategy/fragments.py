@@ -15,11 +15,13 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
 from .errors import CheckpointError
+from .host_copies import HostCopies
+from .sealed_file import Seals
 from .state_source import WEIGHT, Fragment, Placed, StateFormat, StateSource, TensorEntry, read_json
 from .tensor_files import TensorFileWriter, stored_tensors
 
@@ -28,11 +30,13 @@ INDEX = "state.json"
 T = TypeVar("T")
 
 
-def write(fragments: Iterable[Fragment], folder: Path, rank: int, ranks: int, *, asynchronous: bool = False) -> Any:
+def write(
+    fragments: Iterable[Fragment], folder: Path, rank: int, ranks: int, *, copies: HostCopies | None = None
+) -> Seals | Future[Seals]:
     """Write this rank's file.
 
-    :param asynchronous: copy the fragments, and write them from a thread.
-    :return: None, or with ``asynchronous`` a future of the files that were written.
+    :param copies: copy the fragments there, and write them from a thread.
+    :return: the seal of the file that was written, or with ``copies`` a future of it.
     """
     owned: dict[str, torch.Tensor] = {}
     for fragment in fragments:
@@ -40,11 +44,10 @@ def write(fragments: Iterable[Fragment], folder: Path, rank: int, ranks: int, *,
         if values.numel():
             owned[f"{fragment.kind}/{fragment.name}/{start}"] = values
     path = folder / f"state-{rank:05d}-of-{ranks:05d}.safetensors"
-    if not asynchronous:
-        _write(path, owned)
-        return None
-    copies = {key: values.detach().to("cpu", copy=True) for key, values in owned.items()}
-    return in_background(lambda: _write(path, copies))
+    if copies is None:
+        return _write(path, owned)
+    owned = copies.take(owned)
+    return in_background(lambda: _write(path, owned))
 
 
 def write_index(entries: Mapping[str, tuple[Iterable[int], int]], folder: Path, ranks: int) -> None:
@@ -120,11 +123,11 @@ def in_background(work: Callable[[], T]) -> Future[T]:
         pool.shutdown(wait=False)
 
 
-def _write(path: Path, tensors: Mapping[str, torch.Tensor]) -> list[Path]:
+def _write(path: Path, tensors: Mapping[str, torch.Tensor]) -> Seals:
     with TensorFileWriter(path, {key: (t.dtype, (t.numel(),)) for key, t in tensors.items()}) as writer:
         for key in writer.order:
             writer.write(key, tensors[key])
-    return [path]
+    return {path: writer.seal}
 
 
 FRAGMENTS = StateFormat(

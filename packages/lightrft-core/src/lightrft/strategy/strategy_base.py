@@ -11,6 +11,7 @@ import time
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -32,6 +33,7 @@ from .engine import RolloutEngine
 from .engine_host import EngineHost
 from .errors import CheckpointError, ConfigError, LightRFTError, RankTimeoutError
 from .groups import ProcessGroups, RankLayout
+from .host_copies import HostCopies
 from .hub_export import save_hub_model
 from .hub_layout import HubLayout, hub_sources, unwrap
 from .hub_record import inner_prefix
@@ -40,6 +42,7 @@ from .lifecycle import EngineStatus
 from .memory import OUT_OF_MEMORY_FLAGS, MoveReport, memory_figures
 from .optimizers import LossScale, move_optimizer
 from .scoring import RewardEngine
+from .sealed_file import Seals
 from .state_formats import open_state
 from .state_source import Fragment, StateFormat, StateSource, TensorEntry
 from .training_state import StateItem
@@ -82,6 +85,7 @@ class ModelRecord:
     at_boundary: bool = False
     skipped_steps: int = 0
     loss_scale: LossScale = field(default_factory=lambda: LossScale(enabled=False))
+    copies: HostCopies = field(default_factory=HostCopies)  # what an asynchronous save writes from
 
     @property
     def model(self) -> nn.Module:
@@ -653,18 +657,20 @@ class StrategyBase(ABC):
                 else:  # a parameter that has had no gradient yet
                     fragment.values.zero_()
 
-    def write_state(self, record: ModelRecord, folder: Path, *, asynchronous: bool) -> Any:
+    def write_state(self, record: ModelRecord, folder: Path, *, asynchronous: bool) -> Seals | Future[Seals] | None:
         """Write a model's weights and optimizer into ``folder``, in the backend's own format, from all ranks.
 
         The default is the portable form (:mod:`lightrft.strategy.fragments`).
 
-        :return: None, or with ``asynchronous`` a future that ends when the files are written. Its result may be the
-            paths that this rank wrote: they are digested and flushed in the background too.
+        :param asynchronous: copy the state (``record.copies``), return, and write the copy in the background.
+        :return: seals of files that this rank wrote with :class:`SealedFile`, or with ``asynchronous`` a future of
+            them; files of which nothing is said are read for their digests, and flushed, when the save is completed.
         """
         if self.is_rank_0():
             fragments.write_index(self.state_entries(record.model, record.optimizer), folder, self.layout.world_size)
         mine = self.local_state(record.model, record.optimizer)
-        return fragments.write(mine, folder, self.rank, self.layout.world_size, asynchronous=asynchronous)
+        copies = record.copies if asynchronous else None
+        return fragments.write(mine, folder, self.rank, self.layout.world_size, copies=copies)
 
     def read_state(self, record: ModelRecord, folder: Path, *, optimizer: bool) -> None:
         """Read what any backend's :meth:`write_state` wrote, at any world size, loading weights only (no pickle)."""

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from .errors import CheckpointError
+from .sealed_file import Seal, SealedFile
 
 MAX_HEADER_BYTES = 100 * 2**20  # the library's own limit
 _NAMES = {
@@ -38,7 +39,7 @@ _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 
 
 class TensorFileWriter:
-    """Writes one file; tensors are handed over one by one, in the order of :attr:`order`.
+    """Writes one file and flushes it; tensors are handed over one by one, in the order of :attr:`order`.
 
     :param tensors: dtype and shape of everything that will come, by name.
     """
@@ -60,7 +61,7 @@ class TensorFileWriter:
             header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        self._file = path.open("wb")
+        self._file = SealedFile(path)
         self._file.write(len(text).to_bytes(8, "little") + text)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
@@ -72,7 +73,7 @@ class TensorFileWriter:
         self._next += 1
 
     def close(self) -> None:
-        """Finish the file.
+        """Finish the file, which is on the disk then.
 
         :raises AssertionError: something was announced and did not come.
         """
@@ -85,7 +86,12 @@ class TensorFileWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close() if kind else self.close()
+        self._file.__exit__(kind, error, trace) if kind else self.close()
+
+    @property
+    def seal(self) -> Seal:
+        """Size and digest of what has been written."""
+        return self._file.seal
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,6 +22,7 @@ from lightrft.strategy.hub_layout import HubLayout, hub_sources
 from lightrft.strategy.memory import MoveReport
 from lightrft.strategy.meta_init import FillPlan
 from lightrft.strategy.native_strategy import NativeStrategy
+from lightrft.strategy.sealed_file import Seals
 from lightrft.strategy.state_source import Fragment, StateSource, TensorEntry
 from lightrft.strategy.strategy_base import ModelRecord, StepResult
 from lightrft.strategy.training_state import StateItem
@@ -238,14 +240,16 @@ class FSDPV2Strategy(NativeStrategy):
             self._renew_masters(model)
         self._unfilled.filled(model)
 
-    def write_state(self, record: ModelRecord, folder: Path, *, asynchronous: bool) -> checkpoints.PendingWrite | None:
+    def write_state(self, record: ModelRecord, folder: Path, *, asynchronous: bool) -> Seals | Future[Seals]:
         self._unfilled.require_none(record.model)
         self._settle(record.model)
-        if asynchronous and record.model not in self._background:
+        if not asynchronous:
+            return checkpoints.write(record.model, record.optimizer, folder)
+        if record.model not in self._background:
             # A writer's thread talks to its like on other ranks while training goes on, and while the writers of this
             # checkpoint's other models do the same: over a group of its own.
             group = dist.new_group(backend="gloo")
             assert isinstance(group, dist.ProcessGroup), "a group of all ranks holds this one"
             self._background[record.model] = group
-        group = self._background[record.model] if asynchronous else None
-        return checkpoints.write(record.model, record.optimizer, folder, asynchronous=asynchronous, group=group)
+        group = self._background[record.model]
+        return checkpoints.write_copies(record.model, record.optimizer, folder, record.copies, group)
