@@ -191,7 +191,7 @@ def finish(strategy: StrategyBase, *, block: bool = True) -> bool:
         mine: dict[str, Seal] = {}
         with _writing(strategy, staging, final, pending.needed):
             for future in pending.written:
-                mine |= {str(path.relative_to(staging)): seal for path, seal in (future.result() or {}).items()}
+                mine |= _named(future.result() or {}, staging)
         sealed = _merged(strategy.all_gather_object(mine))
         with _writing(strategy, staging, final, pending.needed):  # all files of all ranks are there
             rest = _seals(staging, strategy.rank, strategy.world_size, flush=True, known=sealed)
@@ -209,6 +209,10 @@ def _future(written: Future[Seals] | Seals | None) -> Future[Seals]:
     done: Future[Seals] = Future()
     done.set_result(written or {})
     return done
+
+
+def _named(seals: Seals, folder: Path) -> dict[str, Seal]:
+    return {str(path.relative_to(folder)): seal for path, seal in seals.items()}
 
 
 def _merged(parts: Iterable[Mapping[str, Seal]]) -> dict[str, Seal]:
@@ -330,14 +334,23 @@ def damage(folder: Path) -> str | None:
 
 
 def write_manifest(
-    folder: Path, *, tag: str, strategy: str, world_size: int, models: Mapping[str, Mapping[str, list[int]]]
+    folder: Path,
+    seals: Seals,
+    *,
+    tag: str,
+    strategy: str,
+    world_size: int,
+    models: Mapping[str, Mapping[str, list[int]]],
 ) -> None:
     """Mark a folder that one process has filled as a whole checkpoint.
 
+    :param seals: of some of its files; the others are read for their digests.
     :param world_size: ranks whose random states it holds. :param models: shapes by name of each model.
     """
     about = {"format": FORMAT, "tag": tag, "strategy": strategy, "world_size": world_size, "models": models}
-    (folder / MANIFEST).write_text(json.dumps({**about, "files": _seals(folder, 0, 1, flush=False)}, indent=1))
+    known = _named(seals, folder)
+    files = known | _seals(folder, 0, 1, flush=False, known=known)
+    (folder / MANIFEST).write_text(json.dumps({**about, "files": files}, indent=1))
 
 
 def publish(staging: Path, final: Path) -> None:

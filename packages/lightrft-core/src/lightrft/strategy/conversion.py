@@ -30,6 +30,7 @@ from . import checkpoint, fragments, hub_files
 from .errors import CheckpointError
 from .hub_layout import HubLayout, hub_sources
 from .hub_record import HUB, HubRecord, copy_companions
+from .sealed_file import Seals
 from .state_formats import format_of, known_formats, open_state
 from .state_source import WEIGHT, StateSource, read_json
 from .tensor_files import byte_view
@@ -302,10 +303,11 @@ def _to_checkpoint(
         for dtype in entry.dtypes.values()
     ]
     progress.start("writing", sum(sizes))
+    seals: Seals = {}
     for name, source in given.sources.items():
         folder = staging / name
         folder.mkdir()
-        write(source, folder, progress=progress.advance)
+        seals |= write(source, folder, progress=progress.advance)
         _copy_rest(given, name, folder)
     ranks = 0
     (staging / checkpoint.RANKS).mkdir()
@@ -323,7 +325,7 @@ def _to_checkpoint(
         name: {key: list(entry.shape) for key, entry in source.entries.items()}
         for name, source in given.sources.items()
     }
-    checkpoint.write_manifest(staging, tag=tag, strategy=STRATEGIES[to], world_size=ranks, models=shapes)
+    checkpoint.write_manifest(staging, seals, tag=tag, strategy=STRATEGIES[to], world_size=ranks, models=shapes)
     return len(sizes), sum(sizes)
 
 

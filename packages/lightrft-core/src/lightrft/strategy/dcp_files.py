@@ -7,21 +7,25 @@ are read weights-only.
 
 from __future__ import annotations
 
+import contextlib
 import io
+import os
 import pickle
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
 
 from .errors import CheckpointError
+from .sealed_file import SealedFile, Seals
 from .state_source import WEIGHT, Placed, StateSource, TensorEntry
 
 METADATA, STEP = ".metadata", "step"
@@ -165,12 +169,47 @@ class _Unpickler(pickle.Unpickler):
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
+def save(state: dict[str, torch.Tensor], folder: Path, **options: Any) -> Seals:
+    """``dcp.save`` into a folder, whose files are digested as they are written, and flushed.
+
+    :param options: ``process_group``, ``planner``, ``no_dist``.
+    :return: seals of the files that this process wrote.
+    :raises CheckpointError: a rank could not write.
+    """
+    writer = dcp.FileSystemWriter(folder, sync_files=False)  # its files flush themselves
+    writer.fs = files = _SealedFiles()
+    try:
+        dcp.save(state, storage_writer=writer, **options)
+    except CheckpointException as error:
+        raise plain_error(folder, "written", error) from error
+    return files.seals
+
+
+class _SealedFiles(FileSystem):
+    """Where DCP's writer writes."""
+
+    def __init__(self) -> None:
+        self.seals: Seals = {}
+
+    @contextlib.contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[IO[bytes]]:
+        assert mode == "wb"
+        with SealedFile(Path(path)) as file:
+            yield cast(Any, file)
+        self.seals[Path(path)] = file.seal
+
+    def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
+        super().rename(path, new_path)
+        self.seals[Path(new_path)] = self.seals.pop(Path(path))
+
+
 def write_source(
     source: StateSource, folder: Path, *, progress: Callable[[str, int], None] = lambda name, nbytes: None
-) -> None:
+) -> Seals:
     """Write everything of another source, from this process alone, one tensor at a time.
 
     :param progress: told each tensor's key and bytes.
+    :return: seals of the files.
     """
     keys: dict[str, torch.Tensor] = {}
     for name, entry in source.entries.items():
@@ -178,13 +217,9 @@ def write_source(
             keys[f"{kind}/{name}"] = torch.empty(entry.shape, dtype=dtype, device="meta")
         if entry.moments:
             keys[f"{STEP}/{name}"] = torch.empty((), dtype=torch.float32, device="meta")
-    writer = dcp.FileSystemWriter(folder, sync_files=False, thread_count=1)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.save(keys, storage_writer=writer, planner=_FromSource(source, progress), no_dist=True)
-    except CheckpointException as error:
-        raise plain_error(folder, "written", error) from error
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        return save(keys, folder, planner=_FromSource(source, progress), no_dist=True)
 
 
 class _FromSource(DefaultSavePlanner):

@@ -95,23 +95,26 @@ def open_fragments(folder: Path) -> StateSource:
 
 def write_source(
     source: StateSource, folder: Path, *, progress: Callable[[str, int], None] = lambda name, nbytes: None
-) -> None:
+) -> Seals:
     """Write everything of another source as one rank's file, one tensor at a time.
 
     :param progress: told each tensor's name and bytes.
+    :return: the seal of that file.
     """
     sizes = {
         f"{kind}/{name}/0": (dtype, (entry.numel,))
         for name, entry in source.entries.items()
         for kind, dtype in entry.dtypes.items()
     }
-    with TensorFileWriter(folder / "state-00000-of-00001.safetensors", sizes) as writer:
+    path = folder / "state-00000-of-00001.safetensors"
+    with TensorFileWriter(path, sizes) as writer:
         for key in writer.order:
             kind, _, rest = key.partition("/")
             values = source.read(rest.rpartition("/")[0], kind)
             writer.write(key, values)
             progress(key, values.nbytes)
     write_index({name: (entry.shape, entry.step) for name, entry in source.entries.items()}, folder, 1)
+    return {path: writer.seal}
 
 
 def in_background(work: Callable[[], T]) -> Future[T]:

@@ -43,11 +43,10 @@ class DeadlineClaims(StrategyClaims):
         super().__init_subclass__(**kwargs)
         if cls.__module__ == "lightrft.testing.strategy_suite":
             return
-        if cls.world_size == 1:
-            for name in [name for name in vars(DeadlineClaims) if name.startswith("test_")]:
-                setattr(cls, name, None)
-        else:
-            cls.test_a_rank_with_a_fault_is_named_by_the_others = _parametrized(cls.deadline_turn)
+        cases = (
+            _parametrized(cls.deadline_turn) if cls.world_size > 1 else None
+        )  # a suite that it extends may have some
+        cls.test_a_rank_with_a_fault_is_named_by_the_others = cases
 
     def _disturbed_work(self, fault: str, work: str, place: str) -> str:
         """What the error of a rank that waits says; the last rank has a fault."""
