@@ -68,7 +68,7 @@ def cost_of(code: str) -> Cost:
     """
     with tempfile.TemporaryFile("w+") as said:
         begun = time.monotonic()
-        process = subprocess.Popen([sys.executable, "-c", code], stdout=said, stderr=subprocess.STDOUT)
+        process = subprocess.Popen([sys.executable, "-P", "-c", code], stdout=said, stderr=subprocess.STDOUT)
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.monotonic() - begun
         process.returncode = os.waitstatus_to_exitcode(status)

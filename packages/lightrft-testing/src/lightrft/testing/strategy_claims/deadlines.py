@@ -43,9 +43,8 @@ class DeadlineClaims(StrategyClaims):
         super().__init_subclass__(**kwargs)
         if cls.__module__ == "lightrft.testing.strategy_suite":
             return
-        cases = (
-            _parametrized(cls.deadline_turn) if cls.world_size > 1 else None
-        )  # a suite that it extends may have some
+        # None: the suite that it extends may have some.
+        cases = _parametrized(cls.deadline_turn) if cls.world_size > 1 else None
         cls.test_a_rank_with_a_fault_is_named_by_the_others = cases
 
     def _disturbed_work(self, fault: str, work: str, place: str) -> str:
