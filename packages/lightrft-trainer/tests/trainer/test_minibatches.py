@@ -50,6 +50,12 @@ def test_micro_batches_hold_similar_lengths() -> None:
     assert [b.indices for b in cut] == [(1, 3), (2, 0)]
 
 
+def test_samples_of_one_prompt_stay_together_where_asked() -> None:
+    lengths = {0: 9, 1: 3, 2: 4, 3: 8}  # two prompts of two samples
+    (cut,) = cut_microbatches([0, 1, 2, 3], dict.fromkeys(range(4), 0), lengths, world_size=1, size=2, n_samples=2)
+    assert [batch.indices for batch in cut] == [(2, 3), (1, 0)]
+
+
 @given(
     lengths=st.lists(st.integers(1, 30), min_size=1, max_size=40),
     ranks=st.integers(1, 3),

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .row_layout import RowLayout, SequenceRanks
+from .shared_prompts import SharedPrompts
 
 # What our attention computes with, by the name of the implementation that the model was loaded with.
 KERNELS = {"sdpa": "sdpa", "eager": "sdpa", "flash_attention_2": "flash_attention_2"}
@@ -87,7 +88,7 @@ def attend(
     scaling: float | None = None,
     *,
     kernel: str,
-    row_layout: RowLayout | None = None,
+    row_layout: RowLayout | SharedPrompts | None = None,
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -106,6 +107,8 @@ def attend(
             f"{type(module).__name__} attends with {', '.join(wrong)}, which is not computed for packed samples nor "
             "for sequence parallelism; leave --packing_samples and --sp_size away"
         )
+    if isinstance(row_layout, SharedPrompts):
+        return _over_prompts(query, key, value, row_layout, scaling=scaling, window=sliding_window), None
     ranks = row_layout.ranks
     if ranks is not None:
         key, value = (_with_heads_for(part, query.shape[1], ranks.size) for part in (key, value))
@@ -135,6 +138,35 @@ def _in_segments(query: Tensor, key: Tensor, value: Tensor, segments: tuple[int,
         found = _sdpa(*rows, **options).unflatten(0, (-1, count))
         out.append(found.transpose(1, 2).flatten(2, 3))
     return torch.cat(out, dim=2)
+
+
+def _over_prompts(
+    query: Tensor, key: Tensor, value: Tensor, layout: SharedPrompts, *, scaling: float | None, window: int | None
+) -> Tensor:
+    """``[1, L, heads, width]``: causal attention where samples see their prompt and themselves."""
+    groups = query.shape[1] // key.shape[1]
+    flat = [each[0].transpose(0, 1) for each in (query, key, value)]  # [L, heads, width]
+    contexts = [layout.all_prompts.fill(each[: sum(layout.prompts)]) for each in flat[1:]]
+    sizes = [part.padding.tokens for part in layout.parts]
+    outputs = []
+    for part, mine in zip(layout.parts, zip(*(each.split(sizes) for each in flat), strict=True), strict=True):
+        q, k, v = (part.padding.fill(each) for each in mine)  # [segments, tokens, heads, width]
+        if not part.context:
+            q, k, v = (each.transpose(1, 2) for each in (q, k, v))
+            out = _sdpa(q, k, v, dropout=0.0, scaling=scaling, window=window, causal=True)
+        else:
+            sources, before = layout.sources[part.segments], slice(0, max(part.context))
+            k, v = (
+                torch.cat([context[:, before].index_select(0, sources), own], dim=1).transpose(1, 2)
+                for context, own in zip(contexts, (k, v), strict=True)
+            )
+            # The heads of a group stand one after the other as queries of their one head of keys.
+            q = q.unflatten(2, (-1, groups)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+            mask = layout.mask(part, window, groups, q.dtype)
+            out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
+            out = out.unflatten(2, (groups, -1)).flatten(1, 2)
+        outputs.append(part.padding.drain(out.transpose(1, 2)))
+    return torch.cat(outputs).unsqueeze(0)
 
 
 def _sdpa(

@@ -13,6 +13,7 @@ from .loading import is_vision_language, load_model, multimodal_inputs, position
 from .lora import ALL_LINEAR, add_adapters
 from .row_layout import RowLayout, SequenceRanks
 from .rows import check_right_padded, trimmed_length
+from .shared_prompts import WORTHWHILE, SharedPrompts, can_share, has_dropout
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Question:
     inputs: dict[str, Any]
     asked: Tensor
     labels: Tensor
-    layout: RowLayout | None
+    layout: RowLayout | SharedPrompts | None
     shape: torch.Size
 
     def answer(self, values: Tensor) -> Tensor:
@@ -49,6 +50,8 @@ class TokenModel(nn.Module):
     """A transformers model, ``.model``, behind rows of prompt, response and padding.
 
     Everything goes through :meth:`forward` and the model's own forward, so that a strategy may shard any part of it.
+    Rows that begin with one prompt are computed with that prompt once, where the model allows it
+    (``.shares_prompts``) and enough is saved.
 
     :param pretrain_or_model: a folder or hub name, a transformers configuration (random weights), or a module.
     :param kind: what of the model is taken; see :func:`lightrft.models.loading.load_model`.
@@ -108,6 +111,10 @@ class TokenModel(nn.Module):
                 )
         if packing_samples or self.sequence_ranks is not None:
             row_attention.install(self.model, "--packing_samples" if packing_samples else "--sp_size")
+        self.shares_prompts = self.sequence_ranks is None and can_share(self.model)
+        self._random = has_dropout(self.model)
+        if self.shares_prompts:
+            row_attention.install(self.model, "shared prompts")
         if gradient_checkpointing:
             self.gradient_checkpointing_enable()
 
@@ -142,14 +149,17 @@ class TokenModel(nn.Module):
         tokens, trimmed = sequences[:, :length], mask[:, :length]
         wanted = (trimmed if response_mask is None else response_mask[:, :length]).bool()
         asked, following = nn.functional.pad(wanted[:, 1:], (0, 1)), nn.functional.pad(tokens[:, 1:], (0, 1))
-        extras = multimodal_inputs(self.config, tokens, multimodal)
+        given = extras = multimodal_inputs(self.config, tokens, multimodal)
         if getattr(self.config.get_text_config(decoder=True), "output_router_logits", False):
             # Its router's auxiliary loss is no part of an objective here, and rows in parts would not give it.
             extras = {"output_router_logits": False, **extras}
-        if not self.packing_samples and self.sequence_ranks is None:
+        layout: RowLayout | SharedPrompts | None = None
+        if response_mask is not None and self.shares_prompts and not given:
+            layout = self._shared(tokens, trimmed, asked)
+        if layout is None and not self.packing_samples and self.sequence_ranks is None:
             inputs = {"input_ids": tokens, "attention_mask": trimmed, "use_cache": False, **extras}
             return Question(inputs, asked, following[asked], None, sequences.shape)
-        layout = RowLayout.of(trimmed, packed=self.packing_samples, ranks=self.sequence_ranks)
+        layout = layout or RowLayout.of(trimmed, packed=self.packing_samples, ranks=self.sequence_ranks)
         asked = layout.place(asked)
         inputs = {
             "input_ids": layout.place(tokens),
@@ -160,6 +170,13 @@ class TokenModel(nn.Module):
             **{name: value for name, value in extras.items() if name != "mm_token_type_ids"},
         }
         return Question(inputs, asked, layout.place(following)[asked], layout, sequences.shape)
+
+    def _shared(self, tokens: Tensor, mask: Tensor, asked: Tensor) -> SharedPrompts | None:
+        """A layout in which prompts that rows share are computed once; None where that saves too little."""
+        if len(tokens) < 2 or (self._random and self.model.training):
+            return None
+        otherwise = int(mask.sum()) if self.packing_samples else tokens.numel()
+        return SharedPrompts.of(tokens, asked, at_most=WORTHWHILE * otherwise)
 
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
         """Recompute activations in the backward pass (non-reentrant, which sharded models need)."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightrft.strategy.hub_layout import unwrap
 from lightrft.strategy.sampling import SamplingParams
 
 from .advantages import discounted_returns, gae, group_scores, token_rewards, whiten
@@ -102,6 +103,11 @@ class ExperienceMaker:
     def vllm_mp_group(self) -> Any:
         """The ranks that share an engine; None where each rank has its own."""
         return self.strategy.engine_mp_group
+
+    @property
+    def samples_together(self) -> int:
+        """How many neighbours among the samples share a prompt, where the actor gains by it."""
+        return self.sampling.n if getattr(unwrap(self.actor), "shares_prompts", False) else 1
 
     @property
     def token_fields(self) -> tuple[str, ...]:
@@ -278,6 +284,7 @@ class ExperienceMaker:
             size=self.micro_batch_size,
             max_tokens=config.max_tokens_per_micro_batch,
             packed=config.packing_samples,
+            n_samples=self.samples_together,
         )
         for batch in cut[self.strategy.data_parallel_rank]:
             yield [samples[index] for index in batch.indices]

@@ -83,12 +83,14 @@ def cut_microbatches(
     size: int,
     max_tokens: int | None = None,
     packed: bool = False,
+    n_samples: int = 1,
 ) -> list[list[MicroBatch]]:
     """Each rank's micro-batches of one optimizer step: equally many on every rank, of similar lengths within each.
 
     :param owners: data rank that holds each sample. :param lengths: tokens of each sample, to keep padding low.
     :param size: samples of a micro-batch. :param max_tokens: tokens of a micro-batch instead; padding counts, unless
         samples are ``packed``.
+    :param n_samples: of a prompt, which stay together where ``size`` counts: for models that compute it once.
     :return: one list for each rank; short ones are filled up with empty micro-batches.
     :raises SampleTooLongError: a sample has more than ``max_tokens``; raised alike on every rank.
     """
@@ -99,12 +101,17 @@ def cut_microbatches(
                 f"--max_tokens_per_micro_batch {max_tokens}: sample {longest} of this step has {lengths[longest]} "
                 f"tokens; raise it to at least {lengths[longest]}, or lower --prompt_max_len or --generate_max_len"
             )
+    n_samples = n_samples if max_tokens is None else 1
     shares: list[list[int]] = [[] for _ in range(world_size)]
     for index in minibatch:
         shares[owners[index]].append(index)
     cut: list[list[MicroBatch]] = []
     for share in shares:
-        share.sort(key=lambda index: (lengths[index], index))
+        longest_of: dict[int, int] = {}
+        for index in share:
+            prompt = index // n_samples
+            longest_of[prompt] = max(lengths[index], longest_of.get(prompt, 0))
+        share.sort(key=lambda index: (longest_of[index // n_samples], index // n_samples, lengths[index], index))
         if max_tokens is None:
             parts = [share[i : i + size] for i in range(0, len(share), size)]
         elif packed:

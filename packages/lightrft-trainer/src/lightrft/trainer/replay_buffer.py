@@ -103,6 +103,7 @@ class ReplayBuffer:
         ranks: int,
         max_tokens: int | None = None,
         packed: bool = False,
+        n_samples: int = 1,
     ) -> list[OptimizerBatch]:
         """Optimizer steps with their micro-batches; the same on every rank but for those.
 
@@ -120,6 +121,7 @@ class ReplayBuffer:
                 size=micro_batch_size,
                 max_tokens=max_tokens,
                 packed=packed,
+                n_samples=n_samples,
             )
             responses = [self.records[index].response_length for index in indices]
             batches.append(

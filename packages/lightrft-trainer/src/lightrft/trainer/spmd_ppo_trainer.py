@@ -461,6 +461,7 @@ class SPMDPPOTrainer:
             ranks=ranks,
             max_tokens=config.max_tokens_per_micro_batch,
             packed=config.packing_samples,
+            n_samples=self.experience_maker.samples_together,
         )
 
     def training_step(self, batch: OptimizerBatch, global_steps: int) -> dict[str, float]:

@@ -42,7 +42,10 @@ def decode_attention(
 def install(model: Any) -> None:
     """Let the model's text layers attend through :func:`decode_attention`, where they would have used SDPA."""
     text = model.config.get_text_config(decoder=True)
-    if text._attn_implementation != "sdpa" or not getattr(model, "_supports_attention_backend", False):
+    # A configuration that the trainer's model holds may name the trainer's attention, which is SDPA by another name.
+    if text._attn_implementation.removeprefix("lightrft_") != "sdpa" or not getattr(
+        model, "_supports_attention_backend", False
+    ):
         return
     AttentionInterface.register(NAME, decode_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
