@@ -1,4 +1,6 @@
-"""Packing, fused logprobs and sequence parallelism: each is the plain computation, on every backend, in any mixture."""
+"""Packing, prompts computed once, fused logprobs and sequence parallelism: each is the plain computation, on every
+backend, in any mixture.
+"""
 
 from __future__ import annotations
 
@@ -23,26 +25,43 @@ BACKENDS: dict[str, dict[str, Any]] = {
     "ZeRO 3": {"zero_stage": 3},
 }
 MODELS = {"dense": "qwen2", "MoE": "qwen3_moe"}
-MIXTURES = list(itertools.product((False, True), (False, True), (1, 2)))  # packing, fused, sp_size
+LAYOUTS = ("padded", "packed", "prompts once")
+MIXTURES = [
+    (layout, fused, sp_size)
+    for layout, fused, sp_size in itertools.product(LAYOUTS, (False, True), (1, 2))
+    if sp_size == 1 or layout != "prompts once"
+]
 # Of one another the summation orders differ by this much, relative to the whole gradient's norm.
 ROUNDING = 2e-6
-# Lengths that no two ranks can share evenly, alone or together.
-PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [4], [3, 3, 3, 9]]
-RESPONSES = [[20, 21, 2], [30, 31, 32, 33, 2], [40, 2], [50, 51, 52, 53, 54, 55, 56, 57, 58, 2]]
+# Lengths that no two ranks can share evenly, alone or together. Either data rank has samples of one prompt.
+FIRST, SECOND = [5, 6, 7, 8, 9], [3, 3, 3, 9, 8, 7, 6]
+TRAINED = [FIRST, SECOND, FIRST, SECOND, FIRST]
+RESPONSES = [[20, 21, 2], [30, 31, 32, 33, 2], [40, 2], [50, 51, 52, 53, 54, 55, 56, 57, 58, 2], [60, 2]]
 TOKENS = sum(map(len, RESPONSES))
 
 
-def one_step(strategy: Any, kind: str, mine: slice, **options: Any) -> tuple[float, dict[str, torch.Tensor]]:
+def one_step(
+    strategy: Any, kind: str, mine: slice, layout: str = "padded", **options: Any
+) -> tuple[float, dict[str, torch.Tensor]]:
     """This rank's part of the loss, and the whole gradient, of a token mean over all rows."""
-    rows = pad_rows(PROMPTS[mine], RESPONSES[mine], pad_token_id=0)
-    weights = torch.randn(len(PROMPTS), 20, generator=torch.Generator().manual_seed(3))
-    model = Actor(tiny_model(kind), sequence_group=strategy.sequence_group, **options).train()
+    rows = pad_rows(TRAINED[mine], RESPONSES[mine], pad_token_id=0)
+    weights = torch.randn(len(TRAINED), 20, generator=torch.Generator().manual_seed(3))
+    options |= {"sequence_group": strategy.sequence_group, "packing_samples": layout == "packed"}
+    model = Actor(tiny_model(kind), **options).train()
+    if layout != "prompts once":
+        model.shares_prompts = False
+    seen: list[int] = []
+    model.model.get_input_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0].numel()))
     actor = strategy.prepare(model)
     optimizer = strategy.create_optimizer(actor)
     logprobs, entropies = actor(
         rows.sequences, rows.attention_mask, rows.response_mask, temperature=0.8, return_entropy=True
     )
     loss = ((logprobs - 0.1 * entropies) * weights[mine, : logprobs.shape[1]]).sum()
+    if layout == "prompts once":
+        prompts = TRAINED[mine]
+        repeated = sum(len(p) - 1 for p in prompts) - sum({tuple(p): len(p) - 1 for p in prompts}.values())
+        assert seen[0] == rows.attention_mask.sum() - len(prompts) - repeated
     strategy.backward(loss, actor, optimizer, scale=1 / TOKENS)
     strategy.optimizer_step(optimizer, actor, None)
     return loss.item() / TOKENS, gradients_of(strategy, actor, optimizer)
@@ -62,10 +81,10 @@ def settings(ranks: int, sp_size: int, **given: Any) -> StrategyConfig:
 def on_ranks(backend: dict[str, Any], kind: str, mixtures: list[Any], checkpointing: bool, ranks: int) -> list[Any]:
     """Loss over all rows and gradient of each mixture."""
     found = []
-    for packing, fused, sp_size in mixtures:
+    for layout, fused, sp_size in mixtures:
         strategy = get_strategy(settings(ranks, sp_size, **backend))
         mine = slice(strategy.data_parallel_rank, None, strategy.data_parallel_size)
-        options = {"packing_samples": packing, "fused_linear_logprob": fused, "chunk_size": 3}
+        options = {"layout": layout, "fused_linear_logprob": fused, "chunk_size": 3}
         loss, gradient = one_step(strategy, kind, mine, gradient_checkpointing=checkpointing, **options)
         found.append((strategy.reduce_over_data(loss, "sum"), gradient))
     return found
@@ -87,8 +106,8 @@ def test_every_mixture_gives_the_plain_loss_and_gradient(ranks: Any, backend: st
     """``-rP`` prints the rows of the table in docs/equivalence.md."""
     for found in ranks.run(on_ranks, BACKENDS[backend], MODELS[kind], MIXTURES, True, RANKS):
         measured = distances(found, MODELS[kind])
-        for (packing, fused, sp_size), (loss, gradient) in zip(MIXTURES, measured, strict=True):
-            words = f"{'packed' if packing else 'padded'}, {'fused' if fused else 'plain'}, sp_size {sp_size}"
+        for (layout, fused, sp_size), (loss, gradient) in zip(MIXTURES, measured, strict=True):
+            words = f"{layout}, {'fused' if fused else 'plain'}, sp_size {sp_size}"
             sys.stdout.write(f"| {backend}, {kind}: {words} | {loss:.1e} | {gradient:.1e} |\n")
             assert loss < ROUNDING and gradient < ROUNDING, words
 
@@ -97,12 +116,13 @@ def test_every_mixture_gives_the_plain_loss_and_gradient(ranks: Any, backend: st
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_pairs_of_ranks_that_share_sequences_average_their_gradients(rank_pools: Any, backend: str) -> None:
     """Four ranks, two to a sequence: what is shared within a pair is summed over pairs, and not the other way about."""
-    mixtures = [(False, False, 2), (True, True, 2)]
+    mixtures = [("padded", False, 2), ("packed", True, 2)]
     for found in rank_pools(4).run(on_ranks, BACKENDS[backend], "qwen2", mixtures, True, 4):
         assert all(loss < ROUNDING and gradient < ROUNDING for loss, gradient in distances(found, "qwen2"))
 
 
 # ---- rollouts of ranks that share their sequences ------------------------------------------------------------------
+PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [4], [3, 3, 3, 9]]
 SAMPLING = {"temperature": 1.0, "max_tokens": 6, "n": 2}
 
 

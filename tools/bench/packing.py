@@ -79,6 +79,8 @@ def compare(order: str, lengths: list[int], size: int, turns: int) -> None:
     fill = sum(lengths) / sum(rows.sequences.numel() for rows in batches)
     padded = build()
     packed = Actor(copy.deepcopy(padded.model), packing_samples=True)
+    for actor in (padded, packed):
+        actor.shares_prompts = False  # that layout has no padding either
     seconds: dict[str, list[float]] = {"padded": [], "packed": []}
     for turn in range(turns + 1):
         totals = {}

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightrft.engines.hf import HFEngine
+from lightrft.engines.hf import HFEngine, decoding
 from lightrft.strategy.engine import EngineSpec, GenerationRequest
 from lightrft.strategy.errors import PluginError, RolloutError, WeightSyncError
 from lightrft.strategy.registry import load_plugin
@@ -106,6 +106,20 @@ def test_a_long_answer_makes_the_cache_grow(folder: str) -> None:
     outputs = engine.generate(requests_for(PROMPTS[:3], sampling))
     assert tokens_of(outputs) == [greedy_reference(model, prompt, 330) for prompt in PROMPTS[:3]]
     assert engine._cache.capacity > 330
+
+
+def test_noise_made_ahead_follows_its_sample_when_rows_move(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = started(folder, max_batch_size=3)
+    requests = [
+        GenerationRequest(
+            prompt_token_ids=PROMPTS[i % 3], sampling=SamplingParams(max_tokens=length, seed=i, ignore_eos=True)
+        )
+        for i, length in enumerate((9, 2, 5, 7, 3, 12, 4))
+    ]
+    together = engine.generate(requests)
+    monkeypatch.setattr(decoding, "tokens_ahead", lambda rows, vocabulary, left: 1)
+    for one, other in zip(together, engine.generate(requests), strict=True):
+        assert one.output_token_ids == other.output_token_ids and one.logprobs == other.logprobs
 
 
 def test_an_engine_without_weights_has_right_buffers_and_leaves_the_config_alone() -> None:

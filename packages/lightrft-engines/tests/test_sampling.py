@@ -12,9 +12,11 @@ from lightrft.engines.sampling import (
     SamplingShape,
     draw,
     exponential_noise,
+    noise_ahead,
     noise_keys,
     noise_stream,
     splitmix64,
+    tokens_ahead,
     truncate,
 )
 
@@ -97,6 +99,19 @@ def test_noise_of_some_ids_is_that_of_all_ids(seed: int, index: int, data: st.Da
     some = torch.tensor(data.draw(st.lists(st.integers(0, 4095), min_size=1, max_size=20)), dtype=torch.int32)
     keys = noise_keys(noise_stream(torch.tensor([seed])), torch.tensor([index]))
     assert torch.equal(exponential_noise(keys, some.unsqueeze(0)), exponential_noise(keys, IDS)[:, some.long()])
+
+
+def test_noise_made_for_several_tokens_is_that_of_each() -> None:
+    stream, index = noise_stream(torch.arange(3)), torch.tensor([0, 7, 100])
+    ahead = noise_ahead(stream, index, len(IDS), 5)
+    for token in range(5):
+        assert torch.equal(ahead[:, token], exponential_noise(noise_keys(stream, index + token), IDS))
+
+
+def test_noise_is_made_ahead_where_vocabularies_are_small_and_for_no_token_too_many() -> None:
+    assert tokens_ahead(64, 512, 100) == 16
+    assert tokens_ahead(64, 512, 3) == 3
+    assert tokens_ahead(16, 49152, 100) == 1
 
 
 def reference(logits: torch.Tensor, top_k: int, top_p: float, min_p: float) -> torch.Tensor:

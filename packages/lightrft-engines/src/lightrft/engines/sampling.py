@@ -121,6 +121,26 @@ def exponential_noise(keys: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return uniform.log1p_().neg_()  # -log(1 - u)
 
 
+def noise_ahead(stream: torch.Tensor, index: torch.Tensor, vocabulary: int, tokens: int) -> torch.Tensor:
+    """Noise for the next ``tokens`` output tokens of rows that draw from the whole vocabulary.
+
+    :param stream: int64 ``[rows]``. :param index: int64 ``[rows]``, how many output tokens each already has.
+    :return: float32 ``[rows, tokens, vocabulary]``.
+    """
+    device = stream.device
+    keys = noise_keys(stream.unsqueeze(1), index.unsqueeze(1) + torch.arange(tokens, device=device)).flatten()
+    noise = exponential_noise(keys, torch.arange(vocabulary, dtype=torch.int32, device=device))
+    return noise.unflatten(0, (-1, tokens))
+
+
+def tokens_ahead(rows: int, vocabulary: int, left: int) -> int:
+    """For how many tokens noise is made at a time: small vocabularies cost more in calls than in numbers.
+
+    :param left: most tokens that any row will still draw.
+    """
+    return max(1, min(left, _BLOCK // (rows * vocabulary)))
+
+
 def truncate(logits: torch.Tensor, rows: RowSampling, shape: SamplingShape) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Drop tokens by min_p, then top_k, then top_p over what is left (vLLM's order). Dropped tokens become -inf.
 
@@ -165,18 +185,23 @@ def _top_p(values: torch.Tensor, top_p: torch.Tensor, total: torch.Tensor) -> tu
 
 
 def draw(
-    logits: torch.Tensor, index: torch.Tensor, rows: RowSampling, shape: SamplingShape
+    logits: torch.Tensor,
+    index: torch.Tensor,
+    rows: RowSampling,
+    shape: SamplingShape,
+    noise: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw one token a row.
 
     :param logits: ``[rows, vocabulary]`` of any floating dtype. :param index: int64 ``[rows]``, how many output tokens
         the row already has.
+    :param noise: float32 ``[rows, vocabulary]``, these tokens' of :func:`noise_ahead`; None: it is made here.
     :return: tokens (int64 ``[rows]``) and their natural-log probabilities (float32 ``[rows]``) under the distribution
         drawn from; for greedy rows under the model's own, at temperature 1.
     """
     per_block = max(1, _BLOCK // logits.shape[-1]) if logits.device.type == "cpu" else logits.shape[0]
-    if logits.shape[0] <= per_block:
-        return _draw_block(logits.float(), index, rows, shape)
+    if noise is not None or logits.shape[0] <= per_block:
+        return _draw_block(logits.float(), index, rows, shape, noise)
     tokens, logprobs = [], []
     for begin in range(0, logits.shape[0], per_block):
         part = slice(begin, begin + per_block)
@@ -194,7 +219,11 @@ def draw(
 
 
 def _draw_block(
-    logits: torch.Tensor, index: torch.Tensor, rows: RowSampling, shape: SamplingShape
+    logits: torch.Tensor,
+    index: torch.Tensor,
+    rows: RowSampling,
+    shape: SamplingShape,
+    noise: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     values, ids = logits, None
     if shape.any_temperature and not shape.all_greedy:
@@ -208,12 +237,13 @@ def _draw_block(
     shares = (values - peak).exp_()
     total, scores = shares.sum(-1, keepdim=True), values
     if not shape.all_greedy:
-        wanted = (
-            torch.arange(values.shape[-1], dtype=torch.int32, device=values.device)
-            if ids is None
-            else ids.to(torch.int32)
-        )
-        noise = exponential_noise(noise_keys(rows.stream, index), wanted)
+        if noise is None:
+            wanted = (
+                torch.arange(values.shape[-1], dtype=torch.int32, device=values.device)
+                if ids is None
+                else ids.to(torch.int32)
+            )
+            noise = exponential_noise(noise_keys(rows.stream, index), wanted)
         scores = shares.div_(noise)
         if shape.any_greedy:  # two values near the peak may have one exponential: the greedy choice is by the values
             scores = torch.where((rows.temperature == 0).unsqueeze(1), values - peak, scores)

@@ -16,7 +16,7 @@ import torch
 from lightrft.strategy.sampling import SamplingParams
 
 from ..processed_prompts import Prompt
-from ..sampling import RowSampling, SamplingShape, draw, noise_stream
+from ..sampling import RowSampling, SamplingShape, draw, noise_ahead, noise_stream, tokens_ahead
 from .batching import group_equal, prefill_buckets, swap_remove, worth_compacting
 from .cache import Prefill, SlotCache
 
@@ -125,7 +125,10 @@ class _Batch:
         self.finished = 0
         self.shape = SamplingShape()
         self.quiet = 0  # tokens to draw before any row may end; until then no step asks the device
-        self.any_minimum = self.any_stop = self.any_images = False
+        self.left = 0  # most tokens that any row will still draw
+        self.noise: torch.Tensor | None = None  # [rows, tokens, vocabulary], of which the first `used` tokens are drawn
+        self.used = 0
+        self.any_minimum = self.any_stop = self.all_stop = self.any_images = False
         self.longest_row = 0
         self.lockstep: Any = None  # transformers' own cache, for models that ours does not serve
         self.mask = torch.empty(0)
@@ -160,6 +163,7 @@ class _Batch:
             logits.append(ends[source])
             row += len(members)
         self.longest_row = max(self.longest_row, max(len(p.ids) for p in prompts))
+        self.noise = None
         self._views()
         self._take(slice(first, self.rows), torch.cat(logits) if len(logits) > 1 else logits[0])
         return len(chosen)
@@ -193,9 +197,12 @@ class _Batch:
             to, origin = (torch.tensor(rows, device=self.m.device) for rows in (holes, movers))
             for table in (self.ints, self.floats, self.stops, self.mask):
                 table[to] = table[origin]
+            if self.noise is not None:
+                self.noise[to] = self.noise[origin]
             if self.lockstep is None:
                 self.memory.move(to, origin, self.longest_row)
         self.rows, self.finished = living, 0
+        self.noise = None if self.noise is None else self.noise[:living]
         self.done[:] = False
         self.longest_row = int(self.ints[:living, _LENGTH].max()) if living else 0
         self._views()
@@ -269,7 +276,10 @@ class _Batch:
         )
         self.any_minimum = any(p.min_tokens > 0 for p in params)
         self.any_stop = any(s.stops for s in living)
-        self.quiet = quiet_tokens(living, self.index.tolist())
+        self.all_stop = all(s.stops for s in living)
+        written = self.index.tolist()
+        self.quiet = quiet_tokens(living, written)
+        self.left = max((s.limit - count for s, count in zip(living, written, strict=True)), default=0)
         self.place = self.sample * self.tokens.shape[1]
         if self.m.plain:
             self.row_mask = self.mask[:n]
@@ -357,9 +367,11 @@ class _Batch:
         stops, early, sampling = self.row_stops[rows], self.minimum[rows], self.sampling
         if rows.start:  # rows that were just admitted behind others
             sampling = RowSampling(**{name: value[rows] for name, value in vars(sampling).items()})
-        if self.any_minimum and self.any_stop:
+        if self.quiet and self.all_stop:  # all are too early to end
+            logits = logits.scatter_(1, stops, -torch.inf)
+        elif self.any_minimum and self.any_stop:
             logits = _forbid(logits.float(), stops, index < early)
-        token, logprob = draw(logits, index, sampling, self.shape)
+        token, logprob = draw(logits, index, sampling, self.shape, self._noise(rows, logits.shape[-1]))
         place = place + index
         self.tokens.view(-1).index_copy_(0, place, token)
         self.logprobs.view(-1).index_copy_(0, place, logprob)
@@ -379,6 +391,20 @@ class _Batch:
         done |= ended
         self.counts[sample] = index
         self.finished = int(self.done[: self.rows].sum())
+
+    def _noise(self, rows: slice, vocabulary: int) -> torch.Tensor | None:
+        """This token's noise for all rows, made for several tokens at a time; None where that gains nothing."""
+        if rows.start or self.shape.truncates or self.shape.all_greedy:
+            return None
+        if self.noise is None or self.used == self.noise.shape[1]:
+            count = tokens_ahead(self.rows, vocabulary, self.left)
+            if count == 1:
+                self.noise = None
+                return None
+            self.noise, self.used = noise_ahead(self.sampling.stream, self.index, vocabulary, count), 0
+        self.used += 1
+        self.left -= 1
+        return self.noise[:, self.used - 1]
 
     def responses(self) -> list[Response]:
         counts, stopped = self.counts.tolist(), self.stopped.tolist()
