@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 import torch
@@ -39,6 +40,16 @@ def empty_cache(device: torch.device) -> None:
 def widens_products(device: torch.device) -> bool:
     """Can ``torch.mm`` there take 16-bit factors and give fp32 (``out_dtype``), on its tensor cores?"""
     return device.type == "cuda"
+
+
+@functools.cache
+def multiplies(device: torch.device, dtype: torch.dtype) -> bool:
+    """Are products of matrices of this dtype as fast there as float32's? Not on CPUs without instructions for them."""
+    if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
+        return True
+    name = "bf16" if dtype == torch.bfloat16 else "fp16"
+    has = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", None)
+    return has is None or bool(has())
 
 
 def replays_graphs(device: torch.device) -> bool:

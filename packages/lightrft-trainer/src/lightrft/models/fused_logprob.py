@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightrft.strategy.device import widens_products
+from lightrft.strategy.device import multiplies, widens_products
+from lightrft.strategy.wide_products import wide_linear
 
 BLOCK_BYTES = 64 * 2**20
 """Memory for the matrices of a block on a CPU: its products lose nothing then. An accelerator takes 8 times as much."""
@@ -109,7 +110,10 @@ class _FusedStatistics(torch.autograd.Function):
             if ctx.temperature != 1.0:
                 gradient.div_(ctx.temperature)
             if hidden_grad is not None:
-                torch.mm(gradient.to(weight.dtype), weight, out=hidden_grad[part])
+                if multiplies(weight.device, weight.dtype):
+                    torch.mm(gradient.to(weight.dtype), weight, out=hidden_grad[part])
+                else:
+                    hidden_grad[part] = gradient @ weight.to(dtype)
             if weight_grad is not None:
                 _add_product(weight_grad, gradient, hidden[part])
             if bias_grad is not None:
@@ -132,7 +136,7 @@ class _Logits:
     def __call__(self, hidden: Tensor) -> Tensor:
         logits = self.memory[: len(hidden)]
         if self.weight.dtype != self.dtype:  # 16 bit: rounded as the layer's own product is
-            logits.copy_(nn.functional.linear(hidden, self.weight, self.bias))
+            logits.copy_(wide_linear(hidden, self.weight, self.bias))
         elif self.bias is None:
             torch.mm(hidden, self.weight.t(), out=logits)
         else:

@@ -8,6 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightrft.strategy.wide_products import widen_products
+
 from . import row_attention
 from .loading import is_vision_language, load_model, multimodal_inputs, positions_of
 from .lora import ALL_LINEAR, add_adapters
@@ -115,6 +117,7 @@ class TokenModel(nn.Module):
         self._random = has_dropout(self.model)
         if self.shares_prompts:
             row_attention.install(self.model, "shared prompts")
+        widen_products(self.model)
         if gradient_checkpointing:
             self.gradient_checkpointing_enable()
 

@@ -19,6 +19,7 @@ from lightrft.strategy.engine import (
 )
 from lightrft.strategy.lifecycle import Resource
 from lightrft.strategy.weights import TensorSpec
+from lightrft.strategy.wide_products import widen_products
 
 from ..spec_checks import require_model
 from . import loading
@@ -68,6 +69,7 @@ class HFEngine(BatchEngine):
             raise ValueError(f'engine "hf" has no extra options, got {", ".join(sorted(spec.extra))}: remove them')
         model, generation = loading.load_model(spec)
         attention.install(model)
+        widen_products(model)
         plain, window, mixed = attention_windows(model)
         self._model, self._cache = model, SlotCache()
         self._memory = WeightMemory(model)
