@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightrft.models import Actor, Critic, pad_rows, shared_prompts
+from lightrft.models import Actor, Critic, pad_rows, shared_prompts, token_model
 from lightrft.models.shared_prompts import SharedPrompts, alike
 from lightrft.testing.tiny_models import TEXT_KINDS, tiny_config, tiny_model
 
@@ -111,6 +111,18 @@ def test_only_what_saves_enough_and_changes_nothing_is_shared():
     seen = widths(dropping)
     Actor(dropping).eval()(*even)
     assert seen[-1] == (1, 2 * 9 + 8 * 4)
+
+
+def test_where_masks_would_be_large_rows_are_packed_or_left_as_they_are(monkeypatch: pytest.MonkeyPatch):
+    model = tiny_model("qwen2")
+    for name, (sequences, mask, response) in BATCHES.items():
+        shared = gradients(Actor(copy.deepcopy(model)), (sequences, mask, response))
+        with monkeypatch.context() as patch:
+            patch.setattr(token_model, "LARGEST_MASK", 10)
+            actor = Actor(copy.deepcopy(model))
+            seen = widths(actor.model)
+            assert_same(gradients(actor, (sequences, mask, response)), shared, atol=2e-5)
+        assert seen == [(1, int(mask.sum())) if name == "ragged" else tuple(sequences.shape)]
 
 
 def test_similar_lengths_are_padded_to_one_and_others_are_not():

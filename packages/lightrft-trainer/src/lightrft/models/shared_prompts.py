@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 WORTHWHILE = 0.8
 """Share of the tokens up to which computing prompts once pays for bringing keys to the samples."""
+LARGEST_MASK = 2**24  # elements, for all parts together: 64 MiB in fp32
 FREE_PADDING = 512  # padded queries below this cost less than another call of attention
 PADDING_SHARE = 0.25
 # Families, of transformers' own code, whose layers mix tokens through attention alone and that the tests cover.
@@ -106,6 +107,11 @@ class Part:
     padding: Padding
     context: tuple[int, ...] = ()
 
+    @property
+    def seen(self) -> tuple[int, ...]:
+        """``context``, or one of it where all are alike: a mask for each."""
+        return self.context[:1] if len(set(self.context)) == 1 else self.context
+
 
 @dataclass(frozen=True, eq=False)
 class SharedPrompts:
@@ -184,16 +190,23 @@ class SharedPrompts:
         """``prompt_of`` as a tensor."""
         return torch.tensor(self.prompt_of, device=self.index.device)
 
+    def mask_elements(self, groups: int) -> int:
+        """Size of all masks; ``groups`` as in :meth:`mask`."""
+        return sum(
+            len(part.seen) * groups * part.padding.width * (max(part.context) + part.padding.width)
+            for part in self.parts
+            if part.context
+        )
+
     def mask(self, part: Part, window: int | None, groups: int, dtype: torch.dtype) -> Tensor:
         """What the samples of a part see: ``[samples or 1, 1, groups * queries, context + queries]``, 0 or -inf."""
         key = (part.segments.start, window, groups, dtype)
         if key not in self._masks:
-            lengths = part.context[:1] if len(set(part.context)) == 1 else part.context
-            context = torch.tensor(lengths, device=self.index.device)[:, None, None]
+            context = torch.tensor(part.seen, device=self.index.device)[:, None, None]
             before = torch.arange(max(part.context), device=context.device)
             queries = torch.arange(part.padding.width, device=context.device)
             to_context = (context + queries[:, None] - before).masked_fill(before >= context, -1)
-            to_own = (queries[:, None] - queries).expand(len(lengths), -1, -1)
+            to_own = (queries[:, None] - queries).expand(len(context), -1, -1)
             distance = torch.cat([to_context, to_own], dim=2)
             hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
             mask = torch.zeros(hidden.shape, dtype=dtype, device=context.device).masked_fill_(hidden, -torch.inf)

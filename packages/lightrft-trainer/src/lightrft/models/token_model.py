@@ -15,7 +15,7 @@ from .loading import is_vision_language, load_model, multimodal_inputs, position
 from .lora import ALL_LINEAR, add_adapters
 from .row_layout import RowLayout, SequenceRanks
 from .rows import check_right_padded, trimmed_length
-from .shared_prompts import WORTHWHILE, SharedPrompts, can_share, has_dropout
+from .shared_prompts import LARGEST_MASK, WORTHWHILE, SharedPrompts, can_share, has_dropout
 
 
 @dataclass(frozen=True)
@@ -174,12 +174,20 @@ class TokenModel(nn.Module):
         }
         return Question(inputs, asked, layout.place(following)[asked], layout, sequences.shape)
 
-    def _shared(self, tokens: Tensor, mask: Tensor, asked: Tensor) -> SharedPrompts | None:
+    def _shared(self, tokens: Tensor, mask: Tensor, asked: Tensor) -> RowLayout | SharedPrompts | None:
         """A layout in which prompts that rows share are computed once; None where that saves too little."""
         if len(tokens) < 2 or (self._random and self.model.training):
             return None
-        otherwise = int(mask.sum()) if self.packing_samples else tokens.numel()
-        return SharedPrompts.of(tokens, asked, at_most=WORTHWHILE * otherwise)
+        real, padded = int(mask.sum()), tokens.numel()
+        layout = SharedPrompts.of(tokens, asked, at_most=WORTHWHILE * (real if self.packing_samples else padded))
+        if layout is None or layout.mask_elements(self._head_groups) <= LARGEST_MASK:
+            return layout
+        return RowLayout.of(mask, packed=True, ranks=None) if real <= WORTHWHILE * padded else None
+
+    @property
+    def _head_groups(self) -> int:
+        """Query heads to each head of keys."""
+        return self.config.num_attention_heads // self.config.num_key_value_heads
 
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
         """Recompute activations in the backward pass (non-reentrant, which sharded models need)."""
