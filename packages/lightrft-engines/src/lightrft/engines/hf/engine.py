@@ -69,7 +69,8 @@ class HFEngine(BatchEngine):
             raise ValueError(f'engine "hf" has no extra options, got {", ".join(sorted(spec.extra))}: remove them')
         model, generation = loading.load_model(spec)
         attention.install(model)
-        widen_products(model)
+        if spec.dtype != torch.float32:
+            widen_products(model)
         plain, window, mixed = attention_windows(model)
         self._model, self._cache = model, SlotCache()
         self._memory = WeightMemory(model)
