@@ -87,6 +87,7 @@ class _Fill(torch.autograd.Function):
 class _Drain(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, flat: Tensor, padding: Padding) -> Tensor:
+        assert padding.places is not None, "else there is nothing to drain"
         ctx.padding = padding
         return flat.index_select(0, padding.places)
 
