@@ -28,8 +28,16 @@ nox.options.reuse_venv = "yes"  # uv makes an environment exact each time, so an
 nox.options.error_on_missing_interpreters = False
 nox.options.tags = ["default"]
 
-# No test reaches a model hub, no tokenizer forks threads under the ranks, no plot looks for a screen.
-TEST_ENV = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "Agg"}
+# No test reaches a model hub, no tokenizer forks threads under the ranks, no plot looks for a screen. torch asks the
+# name server for the name of each rank that connects, 127.0.0.1 included: an answer that is lost would cost 5 s. And
+# where bytecode is not kept (many containers), each of some hundred processes would compile torch and transformers.
+TEST_ENV = {
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "MPLBACKEND": "Agg",
+    "RES_OPTIONS": "timeout:1 attempts:1",
+    "PYTHONDONTWRITEBYTECODE": "",
+}
 NO_ACCELERATOR = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "ZE_AFFINITY_MASK": ""}
 NOTHING_COLLECTED = 5
 # What needs vLLM itself; elsewhere these tests say so and are skipped.

