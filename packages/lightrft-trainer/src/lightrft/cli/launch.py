@@ -70,6 +70,8 @@ def run_ranks(
     config.to_yaml(folder / CONFIG_FILE)
     module, *flags = command
     environment = {LAUNCH_DIR: str(folder), **thread_environment(ranks, os.cpu_count() or 1)}
+    if not _accelerators():
+        environment["DS_ACCELERATOR"] = "cpu"  # transformers imports DeepSpeed where it is: else it warns of no GPU
     with _environment(environment):
         words = ["-m", module, str(folder / CONFIG_FILE), *flags]
         return _run(_launch_config(options, ranks), folder, words, stopping)
@@ -84,9 +86,13 @@ def ranks_on_this_node(asked: int | None) -> int:
         if asked < 1:
             raise ConfigError([f"--nproc_per_node {asked}: must be at least 1"])
         return asked
+    return _accelerators() or CPU_RANKS
+
+
+def _accelerators() -> int:
     import torch
 
-    return torch.accelerator.device_count() or CPU_RANKS
+    return torch.accelerator.device_count()
 
 
 def thread_environment(ranks: int, cores: int) -> dict[str, str]:
