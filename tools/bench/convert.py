@@ -18,7 +18,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +37,14 @@ from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_d
 begun = time.monotonic()
 convert_zero_checkpoint_to_fp32_state_dict({source!r}, {target!r}, safe_serialization=True)
 print(time.monotonic() - begun)"""
+# A process's peak begins with that of the one that started it: this one is small.
+STARTER = """import os, subprocess, sys, time
+begun = time.monotonic()
+process = subprocess.Popen([sys.executable, "-P", "-c", sys.argv[1]])
+_, status, usage = os.wait4(process.pid, 0)
+print(usage.ru_maxrss, time.monotonic() - begun)
+sys.exit(os.waitstatus_to_exitcode(status))"""
+RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 # What is read, what is made of it, and where the result lies.
 DIRECTIONS = (
     ("deepspeed", "hf", "from_deepspeed"),
@@ -66,18 +73,12 @@ def cost_of(code: str) -> Cost:
 
     :raises RuntimeError: it failed; with its last words.
     """
-    with tempfile.TemporaryFile("w+") as said:
-        begun = time.monotonic()
-        process = subprocess.Popen([sys.executable, "-P", "-c", code], stdout=said, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.monotonic() - begun
-        process.returncode = os.waitstatus_to_exitcode(status)
-        said.seek(0)
-        words = said.read()
-    if process.returncode:
-        raise RuntimeError(f"{code}\nexit status {process.returncode}: {words[-2000:]}")
-    unit = 1 if sys.platform == "darwin" else 1024
-    return Cost(peak=usage.ru_maxrss * unit, seconds=seconds, alone=float(words.split()[-1]))
+    done = subprocess.run([sys.executable, "-c", STARTER, code], capture_output=True, text=True, check=False)
+    *said, last = done.stdout.splitlines() or [""]
+    if done.returncode:
+        raise RuntimeError(f"{code}\n{done.stderr[-2000:]}")
+    peak, seconds = last.split()
+    return Cost(peak=int(peak) * RSS_UNIT, seconds=float(seconds), alone=float(said[-1].split()[-1]))
 
 
 def prepare(name: str, folder: Path) -> None:
@@ -97,12 +98,15 @@ def measure(name: str, folder: Path, rounds: int) -> None:
     """Convert in each direction, and log the medians of ``rounds``."""
     largest = max(tensor.nbytes for tensor in build(name).state_dict().values())
     log.info("%s, largest tensor %.0f MiB, %d rounds:", name, largest / 2**20, rounds)
+    idle: dict[str, int] = {}
     for source, to, target in DIRECTIONS:
         imports = NOTHING.format(deepspeed=", lightrft.deepspeed.strategy" if source == "deepspeed" else "")
-        idle = cost_of(f"{imports}\nprint(0)").peak
+        if imports not in idle:
+            idle[imports] = cost_of(f"{imports}\nprint(0)").peak
         where = {"source": str(folder / source), "target": str(folder / target)}
         code = CONVERT.format(imports=imports, **where, to=to, pretrain=str(folder / "hub"))
-        _report(f"{source} to {to}", [_once(code, folder / target, number) for number in range(rounds)], idle, largest)
+        costs = [_once(code, folder / target, number) for number in range(rounds)]
+        _report(f"{source} to {to}", costs, idle[imports], largest)
     imports = "import deepspeed.utils.zero_to_fp32\nprint(0)"
     where = {"source": str(folder / "deepspeed"), "target": str(folder / "zero_to_fp32")}
     costs = [_once(ZERO_TO_FP32.format(**where), folder / "zero_to_fp32", number) for number in range(rounds)]
