@@ -49,6 +49,7 @@ MANIFEST, CLIENT, LATEST, RANKS = "manifest.json", "client_state.json", "latest"
 DEFAULT_NAME, SCALARS = "model", "scalars.json"
 # Seconds that a failed save waits for the other ranks to stop writing before it clears up.
 PATIENCE = 5.0
+# Small files that one rank flushes at the same time.
 THREADS = 8
 
 
