@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from lightrft.cli.doctor.command import DEADLINES, _deadlines
 from lightrft.cli.doctor.findings import CHECKS
 from lightrft.cli.main import main
+from lightrft.strategy.config import StrategyConfig
 
 
 def test_two_ranks_with_fsdp_and_the_embedded_engine_are_fit(tmp_path: Path) -> None:
@@ -26,6 +28,11 @@ def test_two_ranks_with_fsdp_and_the_embedded_engine_are_fit(tmp_path: Path) -> 
     assert [check["check"] for check in told["checks"]] == list(CHECKS)
     assert all(check["status"] == "ok" for check in told["checks"])
     assert list(tmp_path.glob("lightrft*")) == [], "it leaves nothing behind"
+
+
+def test_a_deadline_that_was_named_stays_and_a_slow_start_gets_time() -> None:
+    assert _deadlines(StrategyConfig(engine_type="vllm")) == DEADLINES
+    assert _deadlines(StrategyConfig(engine_type="sglang", engine_timeout=5.0)) == {"dist_timeout": 360.0}
 
 
 def test_what_is_missing_is_told_without_starting_ranks(capsys: pytest.CaptureFixture[str]) -> None:

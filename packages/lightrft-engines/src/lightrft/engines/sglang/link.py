@@ -59,8 +59,9 @@ class Link:
             self._connection.send((method, arguments))
             if not self._connection.poll(limit):
                 raise RolloutError(
-                    f'engine "sglang" did not answer "{method}" within {time.monotonic() - begun:.0f} s; shut it down '
-                    f"and set it up again, or end the run and --resume it{self._said()}"
+                    f'engine "sglang" did not answer "{method}" within {time.monotonic() - begun:.0f} s; if it is only '
+                    "slow, raise --engine_timeout; else shut it down and set it up again, or end the run and --resume "
+                    f"it{self._said()}"
                 )
             kind, value = self._connection.recv()
         except (EOFError, OSError) as error:
