@@ -6,6 +6,7 @@ An engine that is not installed in this environment skips its rows: `uv run nox 
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -15,12 +16,13 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from lightrft.models.lora import add_adapters
 from lightrft.strategy import get_strategy
 from lightrft.strategy.errors import RolloutError, StaleWeightsError, WeightSyncError
 from lightrft.strategy.lifecycle import EngineStatus
 from lightrft.testing import RankPool, faulty_sync, tiny_model
 from lightrft.testing.engine_suite import GREEDY, PROMPTS, greedy_reference, hub_state, processed_logprobs, tokens_of
-from lightrft.testing.tiny_models import save_tiny_model
+from lightrft.testing.tiny_models import save_tiny_model, set_adapters
 
 
 class Engine(NamedTuple):
@@ -46,6 +48,8 @@ SETTINGS: Mapping[str, Any] = {
     "verify_weights": "full",
     "weight_bucket_mb": 0.05,  # several buckets
 }
+# What only a long campaign adds to the table: adapters are merged before an engine sees them.
+FULL = [(backend, engine, True) for backend in BACKENDS for engine in ENGINES if (backend, engine.size) != ("FSDP2", 1)]
 SHARES = (slice(0, 4), slice(4, None))  # uneven
 
 
@@ -72,13 +76,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_tiny_model("qwen2", tmp_path_factory.mktemp("tiny") / "qwen2")
 
 
-def started(backend: str, engine: Engine, folder: str, **settings: Any) -> tuple[Any, Any]:
+def adapted() -> Any:
+    """A model with LoRA adapters, other than the one that engines load."""
+    model = tiny_model("qwen2", seed=1)
+    add_adapters(model, "generator", rank=4)
+    return set_adapters(model)
+
+
+def started(backend: str, engine: Engine, folder: str, lora: bool = False, **settings: Any) -> tuple[Any, Any]:
     """A strategy with an engine that the sharded actor has fed, by the documents' calls."""
     engine = Engine(*engine)  # ranks get a plain tuple: this module has no name there
     args = {**SETTINGS, **BACKENDS[backend], **engine.settings, "pretrain": folder, **settings}
     strategy = get_strategy(args)
     strategy.setup_distributed()
-    actor = strategy.prepare_model(tiny_model("qwen2", seed=1))
+    actor = strategy.prepare_model(adapted() if lora else tiny_model("qwen2", seed=1))
     strategy.setup_inference_engine(strategy.args, engine_type=engine.name, actor=actor)
     return strategy, actor
 
@@ -103,15 +114,15 @@ def sleeps_beside_another(strategy: Any, folder: str) -> None:
     other.engine_host.shutdown()
 
 
-def fed(backend: str, engine: Engine, folder: str) -> tuple[list[list[int]], float]:
+def fed(backend: str, engine: Engine, folder: str, lora: bool) -> tuple[list[list[int]], float]:
     """Greedy tokens for this rank's prompts, and the largest distance of their logprobs from a plain forward's."""
-    strategy, _ = started(backend, engine, folder)
+    strategy, _ = started(backend, engine, folder, lora)
     outputs = generated(strategy, sleep=True)
     assert strategy.inference_engine_status is EngineStatus.SLEEPED
     sleeps_beside_another(strategy, folder)
     assert tokens_of(generated(strategy)) == tokens_of(outputs), "it slept in between"
     assert {output.weight_version for output in outputs} == {1}
-    plain, error = tiny_model("qwen2", seed=1), 0.0
+    plain, error = adapted() if lora else tiny_model("qwen2", seed=1), 0.0
     for output in outputs:
         for row, token, logprob in zip(
             processed_logprobs(plain, output, GREEDY), output.output_token_ids, output.logprobs or (), strict=True
@@ -121,16 +132,23 @@ def fed(backend: str, engine: Engine, folder: str) -> tuple[list[list[int]], flo
     return tokens_of(outputs), error
 
 
-@pytest.mark.parametrize("engine", ENGINES, ids=cell)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_table_of_backends_and_engines(ranks: RankPool, folder: str, backend: str, engine: Engine) -> None:
+CELLS = [
+    pytest.param(
+        *row, id=f"{row[0]}, {cell(row[1])}{', LoRA' * row[2]}", marks=[pytest.mark.full] if row in FULL else []
+    )
+    for row in itertools.product(BACKENDS, ENGINES, (False, True))
+]
+
+
+@pytest.mark.parametrize(("backend", "engine", "lora"), CELLS)
+def test_table_of_backends_and_engines(ranks: RankPool, folder: str, backend: str, engine: Engine, lora: bool) -> None:
     """The rows of docs/equivalence.md: ``-k table -rP`` prints them."""
-    results = ranks.run(fed, backend, tuple(installed(engine)), folder)
-    model = tiny_model("qwen2", seed=1)
+    results = ranks.run(fed, backend, tuple(installed(engine)), folder, lora)
+    model = adapted() if lora else tiny_model("qwen2", seed=1)
     expected = [greedy_reference(model, prompt, 12) for prompt in PROMPTS]
     equal = sum(mine == other for mine, other in zip((t for part, _ in results for t in part), expected, strict=True))
     error = max(error for _, error in results)
-    sys.stdout.write(f"| {backend} | {cell(engine)} | {equal} of {len(expected)} | {error:.1e} |\n")
+    sys.stdout.write(f"| {backend}{', LoRA' * lora} | {cell(engine)} | {equal} of {len(expected)} | {error:.1e} |\n")
     assert equal == len(expected)
     assert error < 1e-5
 

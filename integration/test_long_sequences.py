@@ -15,7 +15,7 @@ import torch
 from lightrft.models import Actor, pad_rows
 from lightrft.strategy import FakeStrategy, StrategyConfig, get_strategy
 from lightrft.testing.strategy_claims.claims import gradients_of
-from lightrft.testing.tiny_models import save_tiny_model, tiny_model
+from lightrft.testing.tiny_models import save_tiny_model, set_adapters, tiny_model
 
 RANKS = 2
 BACKENDS: dict[str, dict[str, Any]] = {
@@ -24,7 +24,11 @@ BACKENDS: dict[str, dict[str, Any]] = {
     "ZeRO 2": {"zero_stage": 2},
     "ZeRO 3": {"zero_stage": 3},
 }
-MODELS = {"dense": "qwen2", "MoE": "qwen3_moe"}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dense": ("qwen2", {}),
+    "MoE": ("qwen3_moe", {}),
+    "dense, LoRA": ("qwen2", {"lora_rank": 4}),
+}
 LAYOUTS = ("padded", "packed", "prompts once")
 MIXTURES = [
     (layout, fused, sp_size)
@@ -41,18 +45,19 @@ TOKENS = sum(map(len, RESPONSES))
 
 
 def one_step(
-    strategy: Any, kind: str, mine: slice, layout: str = "padded", **options: Any
+    strategy: Any, model: str, mine: slice, layout: str = "padded", **options: Any
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """This rank's part of the loss, and the whole gradient, of a token mean over all rows."""
+    kind, adapters = MODELS[model]
     rows = pad_rows(TRAINED[mine], RESPONSES[mine], pad_token_id=0)
     weights = torch.randn(len(TRAINED), 20, generator=torch.Generator().manual_seed(3))
     options |= {"sequence_group": strategy.sequence_group, "packing_samples": layout == "packed"}
-    model = Actor(tiny_model(kind), **options).train()
+    made = Actor(tiny_model(kind), **adapters, **options).train()
     if layout != "prompts once":
-        model.shares_prompts = False
+        made.shares_prompts = False
     seen: list[int] = []
-    model.model.get_input_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0].numel()))
-    actor = strategy.prepare(model)
+    made.model.get_input_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0].numel()))
+    actor = strategy.prepare(set_adapters(made))
     optimizer = strategy.create_optimizer(actor)
     logprobs, entropies = actor(
         rows.sequences, rows.attention_mask, rows.response_mask, temperature=0.8, return_entropy=True
@@ -78,21 +83,21 @@ def settings(ranks: int, sp_size: int, **given: Any) -> StrategyConfig:
     )
 
 
-def on_ranks(backend: dict[str, Any], kind: str, mixtures: list[Any], checkpointing: bool, ranks: int) -> list[Any]:
+def on_ranks(backend: dict[str, Any], model: str, mixtures: list[Any], checkpointing: bool, ranks: int) -> list[Any]:
     """Loss over all rows and gradient of each mixture."""
     found = []
     for layout, fused, sp_size in mixtures:
         strategy = get_strategy(settings(ranks, sp_size, **backend))
         mine = slice(strategy.data_parallel_rank, None, strategy.data_parallel_size)
         options = {"layout": layout, "fused_linear_logprob": fused, "chunk_size": 3}
-        loss, gradient = one_step(strategy, kind, mine, gradient_checkpointing=checkpointing, **options)
+        loss, gradient = one_step(strategy, model, mine, gradient_checkpointing=checkpointing, **options)
         found.append((strategy.reduce_over_data(loss, "sum"), gradient))
     return found
 
 
-def distances(found: list[Any], kind: str) -> list[tuple[float, float]]:
+def distances(found: list[Any], model: str) -> list[tuple[float, float]]:
     """Of each mixture from the plain step in one process: in loss, and in gradient relative to the whole one's norm."""
-    loss, gradient = one_step(FakeStrategy(args=settings(1, 1)), kind, slice(None))
+    loss, gradient = one_step(FakeStrategy(args=settings(1, 1)), model, slice(None))
     norm = torch.stack([part.norm() for part in gradient.values()]).norm()
     return [
         (abs(other - loss), float(max((theirs[n] - gradient[n]).norm() / norm for n in gradient)))
@@ -100,25 +105,34 @@ def distances(found: list[Any], kind: str) -> list[tuple[float, float]]:
     ]
 
 
-@pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("backend", ["FSDP2", pytest.param("ZeRO 1", marks=pytest.mark.full), "ZeRO 2", "ZeRO 3"])
-def test_every_mixture_gives_the_plain_loss_and_gradient(ranks: Any, backend: str, kind: str) -> None:
+def cells() -> list[Any]:
+    """Backends and models: what every change runs, and the others."""
+    full = {("ZeRO 1", "dense"), ("ZeRO 1", "MoE"), ("ZeRO 1", "dense, LoRA"), ("ZeRO 2", "dense, LoRA")}
+    return [
+        pytest.param(*cell, id=", ".join(cell), marks=[pytest.mark.full] if cell in full else [])
+        for cell in itertools.product(BACKENDS, MODELS)
+    ]
+
+
+@pytest.mark.parametrize(("backend", "model"), cells())
+def test_every_mixture_gives_the_plain_loss_and_gradient(ranks: Any, backend: str, model: str) -> None:
     """``-rP`` prints the rows of the table in docs/equivalence.md."""
-    for found in ranks.run(on_ranks, BACKENDS[backend], MODELS[kind], MIXTURES, True, RANKS):
-        measured = distances(found, MODELS[kind])
+    for found in ranks.run(on_ranks, BACKENDS[backend], model, MIXTURES, True, RANKS):
+        measured = distances(found, model)
         for (layout, fused, sp_size), (loss, gradient) in zip(MIXTURES, measured, strict=True):
             words = f"{layout}, {'fused' if fused else 'plain'}, sp_size {sp_size}"
-            sys.stdout.write(f"| {backend}, {kind}: {words} | {loss:.1e} | {gradient:.1e} |\n")
+            sys.stdout.write(f"| {backend}, {model}: {words} | {loss:.1e} | {gradient:.1e} |\n")
             assert loss < ROUNDING and gradient < ROUNDING, words
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("model", ["dense", "dense, LoRA"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_pairs_of_ranks_that_share_sequences_average_their_gradients(rank_pools: Any, backend: str) -> None:
+def test_pairs_of_ranks_that_share_sequences_average_their_gradients(rank_pools: Any, backend: str, model: str) -> None:
     """Four ranks, two to a sequence: what is shared within a pair is summed over pairs, and not the other way about."""
     mixtures = [("padded", False, 2), ("packed", True, 2)]
-    for found in rank_pools(4).run(on_ranks, BACKENDS[backend], "qwen2", mixtures, True, 4):
-        assert all(loss < ROUNDING and gradient < ROUNDING for loss, gradient in distances(found, "qwen2"))
+    for found in rank_pools(4).run(on_ranks, BACKENDS[backend], model, mixtures, True, 4):
+        assert all(loss < ROUNDING and gradient < ROUNDING for loss, gradient in distances(found, model))
 
 
 # ---- rollouts of ranks that share their sequences ------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
     python tools/bench/fused_logprob.py
     uv run --no-sync --with trl==1.16.0 --with liger-kernel python tools/bench/fused_logprob.py --grow
+    uv run --no-sync --with liger-kernel --with cut-cross-entropy python tools/bench/fused_logprob.py --device cuda \
+        --dtype bfloat16 --width 4096 --vocabulary 131072
 
 Each way runs in a process of its own, one after the other in turns, so that its peak memory is its own and whatever
 else the machine does meets all alike. Printed are the medians of the seconds by the clock on the wall (with
@@ -11,7 +13,8 @@ torch's, and what the peak of the process's memory rose by.
 plain: ``log_softmax`` of the logits. chunked: the same in slices of 1024 tokens with logits recomputed in the backward
 pass (``torch.utils.checkpoint``), as several trainers do. selective: TRL's selective_log_softmax. trl_chunked: TRL's
 ChunkedLogProbFunction over 4096 entries of the vocabulary at a time. liger: its chunked GRPO loss without compiling,
-which gives a loss rather than logprobs.
+which gives a loss rather than logprobs. On an accelerator alone, as Triton kernels that give no entropies: liger_ce,
+Liger's fused linear cross entropy of each token; cut, cut cross entropy (arXiv:2411.09009) with every gradient.
 """
 
 from __future__ import annotations
@@ -85,6 +88,20 @@ def liger(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return (output[0] if isinstance(output, tuple) else output).reshape(1)
 
 
+def liger_ce(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Liger's fused linear cross entropy, token by token."""
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss  # pyright: ignore[reportMissingImports]
+
+    return -LigerFusedLinearCrossEntropyLoss(reduction="none")(weight, hidden, labels)
+
+
+def cut(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Cut cross entropy, every gradient included."""
+    from cut_cross_entropy import linear_cross_entropy  # pyright: ignore[reportMissingImports]
+
+    return -linear_cross_entropy(hidden, weight, labels, reduction="none", filter_eps=None)
+
+
 WAYS: dict[str, tuple[Way, str]] = {
     "plain": (plain, "torch"),
     "fused": (fused, "torch"),
@@ -93,7 +110,10 @@ WAYS: dict[str, tuple[Way, str]] = {
     "selective": (selective, "trl"),
     "trl_chunked": (trl_chunked, "trl"),
     "liger": (liger, "liger_kernel"),
+    "liger_ce": (liger_ce, "liger_kernel"),
+    "cut": (cut, "cut_cross_entropy"),
 }
+ON_ACCELERATORS = ("liger_ce", "cut")
 CHUNK = 4096
 
 
@@ -104,24 +124,40 @@ def measure(args: argparse.Namespace) -> tuple[list[float], float]:
     clock = time.process_time if args.processor else time.perf_counter
     generator = torch.Generator().manual_seed(0)
     kind = getattr(torch, args.dtype)
-    hidden = torch.randn(tokens, width, generator=generator).to(kind).requires_grad_()
-    weight = (torch.randn(vocabulary, width, generator=generator) * 0.05).to(kind).requires_grad_()
-    labels = torch.randint(vocabulary, (tokens,), generator=generator)
+    hidden = torch.randn(tokens, width, generator=generator).to(args.device, kind).requires_grad_()
+    weight = (torch.randn(vocabulary, width, generator=generator) * 0.05).to(args.device, kind).requires_grad_()
+    labels = torch.randint(vocabulary, (tokens,), generator=generator).to(args.device)
     way = WAYS[name][0]
-    few = torch.randn(256, 8, requires_grad=True), torch.randn(64, 8, requires_grad=True), labels[:256] % 64
-    way(*few).sum().backward()  # threads and libraries have started
-    before, seconds = peak(), []
+    # Threads and libraries have started after these; kernels are compiled for the shapes that are measured.
+    few = (hidden, weight, labels)
+    if args.device == "cpu":
+        few = torch.randn(256, 8, requires_grad=True), torch.randn(64, 8, requires_grad=True), labels[:256] % 64
+    way(*few).sum().backward()
+    hidden.grad = weight.grad = None
+    synchronize(args.device)
+    before, seconds = peak(args.device, begin=True), []
     for _ in range(args.rounds):
         begun = clock()
         way(hidden, weight, labels).sum().backward()
+        synchronize(args.device)
         seconds.append(clock() - begun)
         hidden.grad = weight.grad = None
-    return seconds, peak() - before
+    return seconds, peak(args.device) - before
 
 
-def peak() -> float:
-    """The most memory that this process has held, in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def synchronize(device: str) -> None:
+    """Wait for what was started on an accelerator."""
+    if device != "cpu":
+        torch.accelerator.synchronize()
+
+
+def peak(device: str, *, begin: bool = False) -> float:
+    """The most memory that this process has held, or that the accelerator's allocator has since ``begin``, in MiB."""
+    if device == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    if begin:
+        torch.accelerator.reset_peak_memory_stats()
+    return torch.accelerator.max_memory_allocated() / 2**20
 
 
 def compare(names: list[str], turns: int, shape: list[str]) -> None:
@@ -137,7 +173,7 @@ def compare(names: list[str], turns: int, shape: list[str]) -> None:
     for name in names:
         ratios = [ours / theirs for ours, theirs in zip(seconds[name], seconds[names[0]], strict=True)]
         log.info(
-            "%-14s %7.2f s  %5.2f × plain  %6.0f MiB extra",
+            "%-14s %8.3f s  %5.2f × plain  %6.0f MiB extra",
             *(name, statistics.median(seconds[name]), statistics.median(ratios), memory[name]),
         )
 
@@ -146,6 +182,7 @@ def main() -> None:
     """Compare the ways at one shape, or at growing ones."""
     global CHUNK
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", default="cpu", help="cpu, or an accelerator as torch names it")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--vocabulary", type=int, default=32768)
@@ -165,17 +202,19 @@ def main() -> None:
         return
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**20))  # freed blocks go back, so that a peak is a peak
     names = [name for name, (_, library) in WAYS.items() if importlib.util.find_spec(library) is not None]
+    names = [name for name in names if args.device != "cpu" or name not in ON_ACCELERATORS]
     shapes = [(args.tokens, args.vocabulary)]
     if args.grow:
         shapes += [(args.tokens * k, args.vocabulary) for k in (2, 4)]
         shapes += [(args.tokens, args.vocabulary * k) for k in (2, 4)]
     for place, (tokens, vocabulary) in enumerate(shapes):
         log.info(
-            "N=%d H=%d V=%d %s, chunk %d, %d threads",
-            *(tokens, args.width, vocabulary, args.dtype, CHUNK, args.threads),
+            "N=%d H=%d V=%d %s on %s, chunk %d, %d threads",
+            *(tokens, args.width, vocabulary, args.dtype, args.device, CHUNK, args.threads),
         )
         shape = {"tokens": tokens, "vocabulary": vocabulary, "width": args.width, "dtype": args.dtype}
         shape |= {"chunk_size": CHUNK, "rounds": args.rounds, "threads": args.threads}
+        shape["device"] = args.device
         flags = [word for name, value in shape.items() for word in (f"--{name}", str(value))]
         flags += ["--processor"] * args.processor
         compare(names if place == 0 else ["plain", "fused"], args.turns if place == 0 else 1, flags)

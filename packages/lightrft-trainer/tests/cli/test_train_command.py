@@ -134,6 +134,26 @@ def test_packed_fused_and_cut_sequences_train_as_plain_ones(tiny: Tiny, tmp_path
 
 
 @pytest.mark.full
+def test_the_default_task_is_learned_by_adapters(train: Tiny, tmp_path: Path) -> None:
+    """``model/`` and ``adapter/`` say the same, and that is what was learned."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    command = train(tmp_path, "--lora_rank", "8", "--output_dir", str(tmp_path / "run"))
+    assert command.process.wait(timeout=900) == 0, command.output()
+    accuracy = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert accuracy["0"] < 0.3 and accuracy["200"] > 0.8
+    base, merged = (AutoModelForCausalLM.from_pretrained(tmp_path / "run" / n) for n in ("initial_model", "model"))
+    ids = torch.arange(3, 13).repeat(2, 1)
+    with torch.no_grad():
+        before = base(ids).logits
+        logits = PeftModel.from_pretrained(base, str(tmp_path / "run" / "adapter"))(ids).logits
+        assert torch.allclose(logits, merged(ids).logits, atol=1e-4)
+        assert not torch.allclose(logits, before, atol=0.1)
+
+
+@pytest.mark.full
 def test_the_default_task_is_learned_packed_fused_and_cut(train: Tiny, tmp_path: Path) -> None:
     """The whole run, and the plain one beside it, is in docs/equivalence.md."""
     steps = ("--max_steps", "101", "--eval_steps", "50")

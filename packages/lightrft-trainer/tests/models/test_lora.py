@@ -18,24 +18,14 @@ from lightrft.models.lora import WithoutAdapters, save_adapter
 from lightrft.strategy import FakeStrategy
 from lightrft.strategy.hub_layout import HubLayout, hub_sources
 from lightrft.strategy.weights import UpdatePlan
-from lightrft.testing.tiny_models import save_tiny_model, tiny_config, tiny_model
+from lightrft.testing.tiny_models import save_tiny_model, set_adapters, tiny_config, tiny_model
 
 ROWS = pad_rows([[5, 6, 7], [8, 9, 10, 11]], [[20, 21, 2], [30, 2]], pad_token_id=0)
 ASKED = (ROWS.sequences, ROWS.attention_mask, ROWS.response_mask)
 
 
-def moved(model: Any) -> Any:
-    """The same model with adapters that have learnt something."""
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return model
-
-
 def adapted(kind: str = "qwen2", **options: Any) -> Actor:
-    return moved(Actor(tiny_model(kind), lora_rank=4, lora_alpha=6.0, **options))
+    return set_adapters(Actor(tiny_model(kind), lora_rank=4, lora_alpha=6.0, **options))
 
 
 def exported(strategy: FakeStrategy, model: Any, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
@@ -91,7 +81,7 @@ def test_a_16_bit_export_rounds_once() -> None:
 
 
 def test_adapters_beside_16_bit_weights_are_merged_in_fp32() -> None:
-    actor = moved(Actor(tiny_model("qwen2").bfloat16(), lora_rank=4))
+    actor = set_adapters(Actor(tiny_model("qwen2").bfloat16(), lora_rank=4))
     layer = actor.model.model.layers[0].self_attn.q_proj
     assert (layer.base_layer.weight.dtype, layer.lora_A.default.weight.dtype) == (torch.bfloat16, torch.float32)
     wanted = layer.base_layer.weight.float() + 4.0 * (layer.lora_B.default.weight @ layer.lora_A.default.weight)
@@ -189,7 +179,7 @@ def test_the_fused_logprob_and_packing_see_the_adapters() -> None:
 # ---- files -----------------------------------------------------------------------------------------------------------
 def test_the_saved_model_and_the_saved_adapter_load_where_they_should(tmp_path: Path) -> None:
     base = save_tiny_model("qwen2", tmp_path / "base")
-    actor, strategy = moved(Actor(str(base), lora_rank=4, lora_alpha=6.0)).eval(), FakeStrategy()
+    actor, strategy = set_adapters(Actor(str(base), lora_rank=4, lora_alpha=6.0)).eval(), FakeStrategy()
     strategy.save_model(actor, None, tmp_path / "merged")
     save_adapter(strategy, actor, tmp_path / "adapter")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
@@ -203,7 +193,7 @@ def test_the_saved_model_and_the_saved_adapter_load_where_they_should(tmp_path: 
 
 
 def test_a_vision_language_adapter_loads_in_peft(tmp_path: Path) -> None:
-    actor = moved(ActorVL(tiny_model("qwen2_vl"), lora_rank=2))
+    actor = set_adapters(ActorVL(tiny_model("qwen2_vl"), lora_rank=2))
     save_adapter(FakeStrategy(), actor, tmp_path / "adapter")
     peft = PeftModel.from_pretrained(tiny_model("qwen2_vl"), str(tmp_path / "adapter"))
     mine = {n: p for n, p in actor.named_parameters() if "lora_" in n}
@@ -233,7 +223,7 @@ def test_training_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(tmp_path: P
     strategy.save_ckpt(actor, tmp_path)
     expected = two_more(strategy, actor, optimizer)
     strategy, actor, optimizer = make()
-    moved(actor)
+    set_adapters(actor)
     strategy.load_ckpt(actor, tmp_path)
     found = two_more(strategy, actor, optimizer)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -256,6 +246,15 @@ def test_an_unknown_module_is_refused_with_the_ones_that_there_are() -> None:
         Actor(tiny_model("qwen2"), lora_rank=2, target_modules="qkv")
     with pytest.raises(ValueError, match="--target_modules lm_head"):
         Actor(tiny_model("qwen2"), lora_rank=2, target_modules="lm_head")
+
+
+@pytest.mark.parametrize("name", ["experts", "gate_up_proj", "mlp.experts.down_proj"])
+def test_stacked_experts_are_refused_by_name(name: str) -> None:
+    said = (
+        rf"--target_modules {name}: Qwen3MoeForCausalLM stacks its experts in \S*\.mlp\.experts\.\w+_proj, which gets"
+    )
+    with pytest.raises(ValueError, match=rf"{said} no adapter; possible are all-linear, or of k_proj, o_proj"):
+        Actor(tiny_model("qwen3_moe"), lora_rank=2, target_modules=f"q_proj,{name}")
 
 
 def test_a_model_without_memory_is_refused() -> None:

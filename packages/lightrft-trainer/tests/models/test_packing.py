@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+import types
 from typing import Any
 
 import pytest
@@ -110,6 +112,62 @@ def test_a_router_that_would_give_its_auxiliary_loss_changes_nothing(build: Any)
     expected = gradients(plain.train())
     assert_same(gradients(asking.train()), expected)
     assert_same(gradients(packed.train()), expected)
+
+
+# ---- flash attention -------------------------------------------------------------------------------------------------
+def varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+) -> Tensor:
+    """What flash_attn_varlen_func documents, by plain products: ``[tokens, heads, width]``, a batch end to end."""
+    assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32 and dropout_p == 0.0
+    assert torch.equal(cu_seqlens_q, cu_seqlens_k) and int(cu_seqlens_q[-1]) == len(q) == len(k) == len(v)
+    lengths = cu_seqlens_q.diff().tolist()
+    assert max_seqlen_q == max_seqlen_k == max(lengths)
+    left, right = window_size
+    outs = []
+    for query, key, value in zip(*(part.split(lengths) for part in (q, k, v)), strict=True):
+        query, key, value = (part.transpose(0, 1) for part in (query, key, value))
+        key, value = (part.repeat_interleave(len(query) // len(part), dim=0) for part in (key, value))
+        ahead = torch.arange(query.shape[1])[None] - torch.arange(query.shape[1])[:, None]
+        hidden = (ahead > 0 if causal else ahead > ahead.max()) | ((right >= 0) & (ahead > right))
+        hidden |= (left >= 0) & (ahead < -left)
+        scale = query.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+        scores = (query @ key.transpose(1, 2) * scale).masked_fill(hidden, -torch.inf)
+        outs.append((scores.softmax(-1) @ value).transpose(0, 1))
+    return torch.cat(outs)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "qwen2_sliding", "mistral"])
+def test_flash_attention_is_asked_for_each_sample_alone(kind: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_varlen_func=varlen))
+    model = tiny_model(kind)
+    expected = gradients(Actor(copy.deepcopy(model)).train())
+    model.config._attn_implementation = "flash_attention_2"
+    assert_same(gradients(Actor(model, packing_samples=True).train()), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "qwen2_sliding", "mistral"])
+def test_flash_attention_packs_as_plain_attention_pads(kind: str):
+    pytest.importorskip("flash_attn", reason="pip install flash-attn: the kernel of --flash_attn is not installed")
+    device = torch.accelerator.current_accelerator()
+    exact, flash = tiny_model(kind).to(device), tiny_model(kind, dtype=torch.bfloat16).to(device)
+    rounded = Actor(copy.deepcopy(flash))
+    flash.config._attn_implementation = "flash_attention_2"
+    asked = [part.to(device) for part in (ROWS.sequences, ROWS.attention_mask, ROWS.response_mask)]
+    with torch.no_grad():
+        true, plain, packed = (model(*asked) for model in (Actor(exact), rounded, Actor(flash, packing_samples=True)))
+    assert (packed - true).abs().max() < 4 * (plain - true).abs().max()
 
 
 def test_attention_that_would_leak_is_refused_by_name():

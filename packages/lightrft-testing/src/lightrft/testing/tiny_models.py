@@ -176,6 +176,16 @@ def tiny_model(kind: str = "qwen2", *, seed: int = 0, dtype: torch.dtype = torch
     return model.eval()
 
 
+@torch.no_grad()
+def set_adapters(model: Any, *, seed: int = 3) -> Any:
+    """Give every LoRA adapter in ``model`` values that do something (a new one adds 0), the same in any process."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model
+
+
 def tiny_tokenizer() -> Any:
     """A byte-level BPE tokenizer of 512 tokens that encodes any text, with a chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

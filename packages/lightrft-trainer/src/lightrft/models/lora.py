@@ -81,9 +81,13 @@ def _layers(model: Any, wanted: str) -> list[str]:
         found = {layer for layer in linear if f".{layer}".endswith(f".{name}" if name else "")}
         if not found:
             possible = ", ".join(sorted({layer.rpartition(".")[2] for layer in linear})) or "none"
+            stacked = [path for path, p in model.named_parameters() if p.ndim == 3 and f".{name}." in f".{path}."]
+            why = (
+                f"stacks its experts in {stacked[0]}, which gets no adapter" if stacked else "has no such linear layer"
+            )
             raise ValueError(
-                f"--target_modules {name or ALL_LINEAR}: {type(model).__name__} has no such linear layer; possible are "
-                f"{ALL_LINEAR}, or of {possible}"
+                f"--target_modules {name or ALL_LINEAR}: {type(model).__name__} {why}; possible are {ALL_LINEAR}, "
+                f"or of {possible}"
             )
         chosen |= found
     return sorted(chosen)

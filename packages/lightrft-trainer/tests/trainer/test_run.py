@@ -1,0 +1,81 @@
+"""What a run builds of its settings: a flag that reached no model would change nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft.tuners.lora import LoraLayer
+
+from lightrft.data.tasks import build_model
+from lightrft.strategy import FakeStrategy, StrategyConfig
+from lightrft.trainer.run import build_models
+
+ALL: dict[str, Any] = {"advantage_estimator": "gae", "enable_ema": True}  # actor, critic, reference and average
+
+
+def layers(model: Any) -> dict[str, Any]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+def of_adapters(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda model: {read(layer) for layer in layers(model).values()}
+
+
+# Each flag, what a model shows of it, and in which models it must show, in the order of ALL.
+FLAGS: dict[str, tuple[dict[str, Any], Callable[[Any], Any], str]] = {
+    "packing": ({"packing_samples": True}, lambda m: m.packing_samples, "actor critic reference"),
+    "fused": ({"fused_linear_logprob": True}, lambda m: getattr(m, "fused_linear_logprob", None), "actor reference"),
+    "chunks": (
+        {"fused_linear_logprob": True, "chunk_size": 7},
+        lambda m: getattr(m, "chunk_size", None),
+        "actor reference",
+    ),
+    "recomputed": ({"gradient_checkpointing": True}, lambda m: m.model.is_gradient_checkpointing, "actor critic"),
+    "rank": ({"lora_rank": 3}, of_adapters(lambda layer: layer.r["default"]), "actor critic average"),
+    "alpha": ({"lora_rank": 2, "lora_alpha": 6.0}, of_adapters(lambda x: x.scaling["default"]), "actor critic average"),
+    "dropout": (
+        {"lora_rank": 2, "lora_dropout": 0.25},
+        of_adapters(lambda layer: getattr(layer.lora_dropout["default"], "p", 0.0)),
+        "actor critic average",
+    ),
+    "targets": (
+        {"lora_rank": 2, "target_modules": "q_proj"},
+        lambda model: {name.rpartition(".")[2] for name in layers(model)},
+        "actor critic average",
+    ),
+}
+
+
+def models(folder: Path, **settings: Any) -> dict[str, Any]:
+    config = StrategyConfig(strategy="fake", engine_type="hf", pretrain=str(folder), **ALL, **settings)
+    actor, critic, _, reference, average = build_models(FakeStrategy(args=config), config, multimodal=False)
+    return {"actor": actor, "critic": critic, "reference": reference, "average": average}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    build_model().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_each_flag_reaches_the_models_that_it_is_for(folder: Path, flag: str) -> None:
+    settings, shown, concerned = FLAGS[flag]
+    without = {"lora_rank": 2} if flag in ("alpha", "dropout", "targets") else {}
+    plain, other = models(folder, **without), models(folder, **settings)
+    differ = {name for name, model in other.items() if model is not None and shown(model) != shown(plain[name])}
+    assert differ == set(concerned.split())
+
+
+def test_with_adapters_no_reference_is_loaded(folder: Path) -> None:
+    assert models(folder)["reference"] is not None
+    assert models(folder, lora_rank=2)["reference"] is None
+
+
+def test_flash_attention_that_cannot_be_had_is_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"--flash_attn"):
+        models(folder, flash_attn=True)
