@@ -35,7 +35,7 @@ print(lightrft.strategy.conversion.convert({source!r}, {target!r}, to={to!r}, pr
 ZERO_TO_FP32 = """import time
 from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict
 begun = time.monotonic()
-convert_zero_checkpoint_to_fp32_state_dict({source!r}, {target!r}, safe_serialization=True)
+convert_zero_checkpoint_to_fp32_state_dict({source!r}, {target!r}, safe_serialization=False)  # tied weights
 print(time.monotonic() - begun)"""
 # A process's peak begins with that of the one that started it: this one is small.
 STARTER = """import os, subprocess, sys, time
