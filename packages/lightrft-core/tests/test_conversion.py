@@ -378,25 +378,30 @@ def test_a_conversion_killed_half_way_leaves_the_old_folder_and_the_next_one_wor
     assert not list(tmp_path.glob(".hub*"))
 
 
+# Not ru_maxrss: it begins with the peak of the process that started this one.
 MEMORY = """
-import resource, sys, torch
+import re, sys, torch
+from pathlib import Path
 from lightrft.strategy.conversion import convert
 import lightrft.strategy.dcp_files, lightrft.strategy.hub_layout
+def peak():
+    return int(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 torch.ones(1000, 1000) @ torch.ones(1000, 1000)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 convert(sys.argv[1], sys.argv[2], to=sys.argv[3], verify=True)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+print(peak() - before)
 """
 
 
 class Large(nn.Module):
-    """16 equal layers of 8 MiB."""
+    """24 equal layers of 8 MiB."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(2048, 1024, bias=False) for _ in range(16))
+        self.layers = nn.ModuleList(nn.Linear(2048, 1024, bias=False) for _ in range(24))
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells a process's own peak: run it there")
 @pytest.mark.parametrize("way", [("ds", "fsdp"), ("fsdp", "ds")])
 def test_memory_is_that_of_a_few_tensors_whatever_the_model(tmp_path: Path, way: tuple[str, str]) -> None:
     strategy = FakeStrategy()
@@ -404,8 +409,8 @@ def test_memory_is_that_of_a_few_tensors_whatever_the_model(tmp_path: Path, way:
     convert(tmp_path / "run", tmp_path / "run" / "fsdp", to="fsdp")
     command_line = [sys.executable, "-c", MEMORY, str(tmp_path / "run" / way[0]), str(tmp_path / "out"), way[1]]
     done = subprocess.run(command_line, capture_output=True, text=True, check=True)
-    largest, whole = 8 * 2**20, 16 * 8 * 2**20
-    assert int(done.stdout) < 3 * largest + 24 * 2**20 < whole
+    largest, whole = 8 * 2**20, 24 * 8 * 2**20
+    assert 0 < int(done.stdout) < 3 * largest + 64 * 2**20 < whole
 
 
 def test_conversion_is_a_dataclass_that_reads_well() -> None:

@@ -11,6 +11,7 @@ import contextlib
 import io
 import os
 import pickle
+import queue
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,8 +22,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 
 from .errors import CheckpointError
 from .sealed_file import SealedFile, Seals
@@ -169,14 +171,20 @@ class _Unpickler(pickle.Unpickler):
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
-def save(state: dict[str, torch.Tensor], folder: Path, **options: Any) -> Seals:
+def save(
+    state: dict[str, torch.Tensor],
+    folder: Path,
+    *,
+    writer_type: type[dcp.FileSystemWriter] = dcp.FileSystemWriter,
+    **options: Any,
+) -> Seals:
     """``dcp.save`` into a folder, whose files are digested as they are written, and flushed.
 
     :param options: ``process_group``, ``planner``, ``no_dist``.
     :return: seals of the files that this process wrote.
     :raises CheckpointError: a rank could not write.
     """
-    writer = dcp.FileSystemWriter(folder, sync_files=False)  # its files flush themselves
+    writer = writer_type(folder, sync_files=False)  # its files flush themselves
     writer.fs = files = _SealedFiles()
     try:
         dcp.save(state, storage_writer=writer, **options)
@@ -219,7 +227,36 @@ def write_source(
             keys[f"{STEP}/{name}"] = torch.empty((), dtype=torch.float32, device="meta")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        return save(keys, folder, planner=_FromSource(source, progress), no_dist=True)
+        planner = _FromSource(source, progress)
+        return save(keys, folder, writer_type=_FileByFile, planner=planner, no_dist=True)
+
+
+class _FileByFile(dcp.FileSystemWriter):
+    """Begins another file before one holds more than the largest tensor.
+
+    DCP's writer keeps the tensors of a file in memory until it is whole, and would put all of them into one.
+    """
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
+        sizes = [_nbytes(item) for item in plan.items]
+        limit, held, files = max(sizes, default=0), 0, [[]]
+        for item, size in zip(plan.items, sizes, strict=True):
+            if files[-1] and held + size > limit:
+                files.append([])
+                held = 0
+            files[-1].append(item)
+            held += size
+        waiting: queue.Queue[Any] = queue.Queue()
+        for number, items in enumerate(files):
+            name = f"{plan.storage_data.prefix}{number}{DEFAULT_SUFFIX}"
+            waiting.put((self.fs.concat_path(self.path, name), name, items))
+        return self._write_data(planner, waiting)
+
+
+def _nbytes(item: WriteItem) -> int:
+    data = item.tensor_data
+    assert data is not None
+    return data.chunk.sizes.numel() * data.properties.dtype.itemsize
 
 
 class _FromSource(DefaultSavePlanner):
