@@ -145,8 +145,10 @@ def _record(patch: pytest.MonkeyPatch) -> list[Draws]:
     noted: list[tuple[torch.Tensor, ...]] = []
     draw, run = decoding.draw, decoding.Decoder.run
 
-    def noting_draw(logits: torch.Tensor, index: torch.Tensor, rows: Any, shape: Any) -> Any:
-        token, logprob = draw(logits, index, rows, shape)
+    def noting_draw(
+        logits: torch.Tensor, index: torch.Tensor, rows: Any, shape: Any, ahead: torch.Tensor | None
+    ) -> Any:
+        token, logprob = draw(logits, index, rows, shape, ahead)
         ids = torch.arange(logits.shape[-1], dtype=torch.int32)
         noise = exponential_noise(noise_keys(rows.stream, index), ids)
         scores = logits.float() / rows.temperature.unsqueeze(1) - noise.log()
