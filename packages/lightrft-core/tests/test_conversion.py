@@ -401,7 +401,7 @@ class Large(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(2048, 1024, bias=False) for _ in range(24))
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells a process's own peak: run it there")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells a process's own peak: use Linux")
 @pytest.mark.parametrize("way", [("ds", "fsdp"), ("fsdp", "ds")])
 def test_memory_is_that_of_a_few_tensors_whatever_the_model(tmp_path: Path, way: tuple[str, str]) -> None:
     strategy = FakeStrategy()
