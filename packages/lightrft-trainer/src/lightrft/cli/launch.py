@@ -70,7 +70,7 @@ def run_ranks(
     config.to_yaml(folder / CONFIG_FILE)
     module, *flags = command
     environment = {LAUNCH_DIR: str(folder), **thread_environment(ranks, os.cpu_count() or 1)}
-    if not _accelerators():
+    if not accelerators_on_this_node():
         environment["DS_ACCELERATOR"] = "cpu"  # transformers imports DeepSpeed where it is: else it warns of no GPU
     with _environment(environment):
         words = ["-m", module, str(folder / CONFIG_FILE), *flags]
@@ -86,10 +86,11 @@ def ranks_on_this_node(asked: int | None) -> int:
         if asked < 1:
             raise ConfigError([f"--nproc_per_node {asked}: must be at least 1"])
         return asked
-    return _accelerators() or CPU_RANKS
+    return accelerators_on_this_node() or CPU_RANKS
 
 
-def _accelerators() -> int:
+def accelerators_on_this_node() -> int:
+    """How many there are; 0 where ranks compute on the CPU."""
     import torch
 
     return torch.accelerator.device_count()

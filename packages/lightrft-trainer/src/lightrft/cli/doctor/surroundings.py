@@ -19,6 +19,7 @@ from lightrft.strategy.config import FIELDS, StrategyConfig
 from lightrft.strategy.errors import ConfigError, PluginError
 from lightrft.strategy.registry import load_plugin
 
+from ..launch import accelerators_on_this_node
 from ..settings import check_settings
 from .findings import Finding
 
@@ -113,7 +114,7 @@ def machine(config: StrategyConfig, ranks: int) -> Finding:
     import psutil
     import torch
 
-    names = [torch.get_device_module().get_device_name(i) for i in range(_accelerators())] if _accelerators() else []
+    names = [torch.get_device_module().get_device_name(i) for i in range(accelerators_on_this_node())]
     shared = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else None
     figures = {
         "cpus": os.cpu_count() or 1,
@@ -124,12 +125,6 @@ def machine(config: StrategyConfig, ranks: int) -> Finding:
         "name_lookup_seconds": round(max(_name_lookup() for _ in range(5)), 3),
     }
     return judge_machine(figures, config, ranks)
-
-
-def _accelerators() -> int:
-    import torch
-
-    return torch.accelerator.device_count() if torch.accelerator.is_available() else 0
 
 
 def _name_lookup() -> float:
