@@ -38,7 +38,13 @@ TEST_ENV = {
     "RES_OPTIONS": "timeout:1 attempts:1",
     "PYTHONDONTWRITEBYTECODE": "",
 }
-NO_ACCELERATOR = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "ZE_AFFINITY_MASK": ""}
+# No accelerator is seen, and what Triton would compile for one is interpreted.
+NO_ACCELERATOR = {
+    "CUDA_VISIBLE_DEVICES": "",
+    "HIP_VISIBLE_DEVICES": "",
+    "ZE_AFFINITY_MASK": "",
+    "TRITON_INTERPRET": "1",
+}
 NOTHING_COLLECTED = 5
 # What needs vLLM itself; elsewhere these tests say so and are skipped.
 VLLM_TESTS = [

@@ -90,6 +90,29 @@ class TestZero3(_OnZero, _CannotHold, StrategySuite):
     """Every claim."""
 
 
+@pytest.mark.gpu
+class TestZero1OnAnAccelerator(_OnZero, StrategySuite):
+    """One rank on a device of its own."""
+
+    world_size = 1
+    zero_stage = 1
+
+
+@pytest.mark.gpu
+class TestZero2OnAnAccelerator(_OnZero, _CannotHold, StrategySuite):
+    """The same."""
+
+    world_size = 1
+    zero_stage = 2
+
+
+@pytest.mark.gpu
+class TestZero3OnAnAccelerator(_OnZero, _CannotHold, StrategySuite):
+    """The same."""
+
+    world_size = 1
+
+
 del (
     StrategySuite,
     CheckpointClaims,

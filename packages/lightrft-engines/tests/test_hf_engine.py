@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import pytest
 
 from lightrft.engines.hf import HFEngine
+from lightrft.strategy.device import local_device
 from lightrft.strategy.engine import EngineSpec, RolloutEngine
 from lightrft.testing.engine_suite import EngineSuite
 
@@ -21,6 +22,13 @@ class TestHFEngine(EngineSuite):
             return engine
 
         return make
+
+
+@pytest.mark.gpu
+class TestHFEngineOnAnAccelerator(TestHFEngine):
+    """Models, caches and draws on a device, against Hugging Face on the CPU."""
+
+    spec_options: ClassVar[Mapping[str, Any]] = {"device": local_device()}
 
 
 class TestHFEngineInSmallBatches(TestHFEngine):

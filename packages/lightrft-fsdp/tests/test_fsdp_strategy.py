@@ -1,4 +1,4 @@
-"""FSDPV2Strategy keeps every claim of the standard suite, on two ranks and (in full runs) on one."""
+"""FSDPV2Strategy keeps every claim of the standard suite: on two ranks, in full runs on one, and on an accelerator."""
 
 from __future__ import annotations
 
@@ -23,5 +23,12 @@ class TestFSDPOnTwoRanks(StrategySuite):
 @pytest.mark.full
 class TestFSDPOnOneRank(TestFSDPOnTwoRanks):
     """Nothing to shard: the plain module, the same meaning."""
+
+    world_size = 1
+
+
+@pytest.mark.gpu
+class TestFSDPOnAnAccelerator(TestFSDPOnTwoRanks):
+    """One rank on a device of its own, over that device's own collectives."""
 
     world_size = 1

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightrft.models import Actor, ActorVL, Critic, pad_rows
+from lightrft.models import Actor, ActorVL, Critic, pad_rows, row_attention
 from lightrft.testing.tiny_models import TEXT_KINDS, tiny_config, tiny_model
 
 # The last two are of one length, and computed as a batch.
@@ -147,27 +147,59 @@ def varlen(
     return torch.cat(outs)
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "qwen2_sliding", "mistral"])
+FLASH_KINDS = ["qwen2", "qwen3", "qwen2_sliding", "mistral"]
+
+
+@pytest.mark.parametrize("kind", FLASH_KINDS)
 def test_flash_attention_is_asked_for_each_sample_alone(kind: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_varlen_func=varlen))
     model = tiny_model(kind)
+    monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_varlen_func=varlen))
     expected = gradients(Actor(copy.deepcopy(model)).train())
     model.config._attn_implementation = "flash_attention_2"
     assert_same(gradients(Actor(model, packing_samples=True).train()), expected)
 
 
+@pytest.mark.parametrize("kind", FLASH_KINDS)
+def test_torchs_own_kernel_is_asked_for_each_sample_alone(kind: str, monkeypatch: pytest.MonkeyPatch):
+    from torch.nn.attention import varlen as module
+
+    asked = []
+
+    def varlen_attn(*tensors: Any, scale: float, window_size: tuple[int, int], enable_gqa: bool) -> Tensor:
+        asked.append(enable_gqa)
+        causal = window_size[1] == 0
+        window = (-1, -1) if window_size[0] < 0 else window_size
+        return varlen(*tensors, softmax_scale=scale, causal=causal, window_size=window)
+
+    monkeypatch.setattr(module, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(row_attention, "attends_in_segments", lambda device, dtype: True)
+    model = tiny_model(kind)
+    expected = gradients(Actor(copy.deepcopy(model)).train())
+    assert not asked
+    assert_same(gradients(Actor(model, packing_samples=True).train()), expected)
+    assert asked and all(asked)
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "qwen2_sliding", "mistral"])
-def test_flash_attention_packs_as_plain_attention_pads(kind: str):
-    pytest.importorskip("flash_attn", reason="pip install flash-attn: the kernel of --flash_attn is not installed")
+@pytest.mark.parametrize("implementation", ["sdpa", "flash_attention_2"])
+@pytest.mark.parametrize("kind", FLASH_KINDS)
+def test_kernels_of_variable_lengths_pack_as_plain_attention_pads(kind: str, implementation: str):
+    """sdpa: where a device has torch's own kernel, it computes what is packed."""
+    if implementation == "flash_attention_2":
+        pytest.importorskip("flash_attn", reason="pip install flash-attn: the kernel of --flash_attn is not installed")
     device = torch.accelerator.current_accelerator()
-    exact, flash = tiny_model(kind).to(device), tiny_model(kind, dtype=torch.bfloat16).to(device)
-    rounded = Actor(copy.deepcopy(flash))
-    flash.config._attn_implementation = "flash_attention_2"
-    asked = [part.to(device) for part in (ROWS.sequences, ROWS.attention_mask, ROWS.response_mask)]
-    with torch.no_grad():
-        true, plain, packed = (model(*asked) for model in (Actor(exact), rounded, Actor(flash, packing_samples=True)))
-    assert (packed - true).abs().max() < 4 * (plain - true).abs().max()
+    exact, packing = tiny_model(kind).to(device), tiny_model(kind, dtype=torch.bfloat16).to(device)
+    plain = Actor(copy.deepcopy(packing))
+    plain.shares_prompts = False
+    packing.config._attn_implementation = implementation
+    found = []
+    for actor in (Actor(exact), plain, Actor(packing, packing_samples=True)):
+        logprobs = actor(*(part.to(device) for part in (ROWS.sequences, ROWS.attention_mask, ROWS.response_mask)))
+        logprobs.sum().backward()
+        gradient = torch.cat([p.grad.flatten().float() for _, p in sorted(actor.named_parameters())])  # type: ignore[union-attr]
+        found.append((logprobs.detach(), gradient))
+    for true, padded, packed in zip(*found, strict=True):
+        assert (packed - true).norm() < 2 * (padded - true).norm()
 
 
 def test_attention_that_would_leak_is_refused_by_name():

@@ -52,6 +52,18 @@ def multiplies(device: torch.device, dtype: torch.dtype) -> bool:
     return has is None or bool(has())
 
 
+def runs_triton(device: torch.device) -> bool:
+    """Do Triton's kernels run there, where Triton is installed?"""
+    return device.type == "cuda"
+
+
+def attends_in_segments(device: torch.device, dtype: torch.dtype) -> bool:
+    """Has torch a kernel of its own there for the attention of rows of several lengths, forward and backward?"""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def replays_graphs(device: torch.device) -> bool:
     """Can kernels be recorded there as a graph (a CUDA graph) and replayed?"""
     return device.type == "cuda"

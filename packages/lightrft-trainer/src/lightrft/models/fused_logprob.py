@@ -4,6 +4,9 @@ For N tokens, a width of H and a vocabulary of V, the logits and their gradient 
 go through chunks of c tokens, so that memory grows with c × V. The backward pass makes a chunk's logits again: that is
 one product of four, and it saves the passes over memory that the plain computation spends on N × V numbers.
 
+On a GPU the logits of a chunk are read by one kernel (:mod:`.logit_kernels`), and the backward pass goes through the
+vocabulary rather than the tokens, so that each row of the weight's gradient is finished at once, in the weight's dtype.
+
 The same is done by Liger's fused linear cross entropy and by cut cross entropy (arXiv:2411.09009) in kernels for GPUs;
 neither gives the entropy nor runs on a CPU.
 """
@@ -19,6 +22,8 @@ from torch import Tensor, nn
 
 from lightrft.strategy.device import multiplies, widens_products
 from lightrft.strategy.wide_products import wide_linear
+
+from . import logit_kernels
 
 BLOCK_BYTES = 64 * 2**20
 """Memory for the matrices of a block on a CPU: its products lose nothing then. An accelerator takes 8 times as much."""
@@ -115,7 +120,7 @@ class _FusedStatistics(torch.autograd.Function):
                 else:
                     hidden_grad[part] = gradient @ weight.to(dtype)
             if weight_grad is not None:
-                _add_product(weight_grad, gradient, hidden[part])
+                _add_product(weight_grad, gradient.t(), hidden[part])
             if bias_grad is not None:
                 bias_grad.add_(gradient.sum(dim=0))
         return (
@@ -144,14 +149,93 @@ class _Logits:
         return logits if self.temperature == 1.0 else logits.div_(self.temperature)
 
 
-def _add_product(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
-    """``total += gradientᵀ hidden``, in the dtype of ``total``."""
-    if hidden.dtype == total.dtype:
-        total.addmm_(gradient.t(), hidden)
-    elif widens_products(hidden.device):
-        total.add_(torch.mm(gradient.t().to(hidden.dtype), hidden, out_dtype=total.dtype))
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """``total += left @ right``, in the dtype of ``total``; ``left`` may be wider than ``right``."""
+    if right.dtype == total.dtype:
+        total.addmm_(left, right)
+    elif widens_products(right.device):
+        torch.addmm(total, left.to(right.dtype), right, out_dtype=total.dtype, out=total)
     else:
-        total.addmm_(gradient.t(), hidden.to(total.dtype))
+        total.addmm_(left.to(total.dtype), right.to(total.dtype))
+
+
+class _StatisticsByKernels(torch.autograd.Function):
+    """The same where :mod:`.logit_kernels` apply: logits exist in the weight's dtype, and are read once a pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        temperature: float,
+        with_entropy: bool,
+        rows: int,
+    ) -> tuple[Tensor, Tensor | None]:
+        logprobs, normalizers = torch.empty(2, len(hidden), device=hidden.device)
+        entropies = torch.empty_like(logprobs) if with_entropy else None
+        memory = torch.empty(min(rows, len(hidden)) * len(weight), dtype=weight.dtype, device=weight.device)
+        for start in range(0, len(hidden), rows):
+            part = slice(start, start + rows)
+            logit_kernels.statistics(
+                _product(hidden[part], weight, bias, memory),
+                labels[part],
+                temperature=temperature,
+                logprobs=logprobs[part],
+                normalizers=normalizers[part],
+                entropies=None if entropies is None else entropies[part],
+            )
+        ctx.save_for_backward(hidden, weight, bias, labels, normalizers, entropies)
+        ctx.temperature, ctx.elements = temperature, len(memory)
+        return logprobs, entropies
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *by: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, labels, normalizers, entropies = ctx.saved_tensors
+        for_hidden, for_weight, for_bias = ctx.needs_input_grad[:3]
+        vocabulary, columns = len(weight), _columns(ctx.elements, len(hidden), len(weight))
+        # A sum over parts of the vocabulary is formed in fp32, or rounding would grow with their number.
+        hidden_grad = torch.zeros(hidden.shape, device=hidden.device) if for_hidden else None
+        weight_grad = torch.empty_like(weight) if for_weight else None
+        bias_grad = torch.empty_like(bias) if for_bias else None
+        memory = torch.empty(columns * len(hidden), dtype=weight.dtype, device=weight.device)
+        for start in range(0, vocabulary, columns):
+            part = slice(start, start + columns)
+            logits = _product(hidden, weight[part], None if bias is None else bias[part], memory)
+            logit_kernels.gradients(
+                logits,
+                labels,
+                temperature=ctx.temperature,
+                normalizers=normalizers,
+                entropies=entropies,
+                by_logprob=by[0],
+                by_entropy=by[1],
+                result=logits,
+                first=start,
+            )
+            if hidden_grad is not None:
+                _add_product(hidden_grad, logits, weight[part])
+            if weight_grad is not None:
+                torch.mm(logits.t(), hidden, out=weight_grad[part])
+            if bias_grad is not None:
+                bias_grad[part] = logits.sum(dim=0, dtype=torch.float32)
+        return None if hidden_grad is None else hidden_grad.to(hidden.dtype), weight_grad, bias_grad, *([None] * 4)
+
+
+def _product(hidden: Tensor, weight: Tensor, bias: Tensor | None, memory: Tensor) -> Tensor:
+    """``linear(hidden, weight, bias)``, in memory that the next one reuses."""
+    out = memory[: len(hidden) * len(weight)].view(len(hidden), len(weight))
+    if bias is None:
+        return torch.mm(hidden, weight.t(), out=out)
+    return torch.addmm(bias, hidden, weight.t(), out=out)
+
+
+def _columns(elements: int, tokens: int, vocabulary: int) -> int:
+    """How much of the vocabulary is taken at a time by all tokens: tiles of products are wasted on crooked widths."""
+    columns = max(1, min(vocabulary, elements // max(tokens, 1)))
+    return columns if columns in (1, vocabulary) or columns < 256 else columns // 256 * 256
 
 
 def fused_token_statistics(
@@ -187,10 +271,13 @@ def fused_token_statistics(
     if torch.is_autocast_enabled(device):
         cast = torch.get_autocast_dtype(device)
         hidden, weight, bias = hidden.to(cast), weight.to(cast), None if bias is None else bias.to(cast)
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    rows = rows_in_block(chunk_size, len(weight), dtype, hidden.device, matrices=2 if with_entropy else 1)
+    in_kernels = logit_kernels.apply_to(hidden)
+    dtype = hidden.dtype if in_kernels else torch.promote_types(hidden.dtype, torch.float32)
+    matrices = 2 if with_entropy and not in_kernels else 1
+    rows = rows_in_block(chunk_size, len(weight), dtype, hidden.device, matrices=matrices)
+    function = _StatisticsByKernels if in_kernels else _FusedStatistics
     with torch.autocast(device, enabled=False):
-        return _FusedStatistics.apply(hidden, weight, bias, labels, float(temperature), with_entropy, rows)
+        return function.apply(hidden, weight, bias, labels, float(temperature), with_entropy, rows)
 
 
 # ---- in a model ------------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 For N tokens and a vocabulary of V, PyTorch's ``log_softmax`` keeps N × V numbers for the backward pass beside the
 logits, and another N × V in fp32 where the logits are bf16. Here nothing is kept but the logits, and both passes go
-through chunks of rows; the backward pass makes one N × V tensor, its result.
+through chunks of rows; the backward pass makes one N × V tensor, its result. On a GPU each is one kernel.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from . import logit_kernels
 
 CHUNK_BYTES = 8 * 2**20
 """Size of one chunk in the computing dtype: small enough to stay in a CPU's cache, large enough to fill a GPU."""
@@ -38,6 +40,18 @@ class _TokenStatistics(torch.autograd.Function):
         count, vocabulary = logits.shape
         logprobs = torch.empty(count, dtype=dtype, device=logits.device)
         entropies = torch.empty_like(logprobs) if with_entropy else None
+        ctx.temperature = temperature
+        if logit_kernels.apply_to(logits):
+            normalizers = torch.empty_like(logprobs)
+            logit_kernels.statistics(
+                *(logits, labels),
+                temperature=temperature,
+                logprobs=logprobs,
+                normalizers=normalizers,
+                entropies=entropies,
+            )
+            ctx.save_for_backward(logits, labels, entropies, normalizers)
+            return logprobs, entropies
         step = _rows_in_chunk(vocabulary, dtype, logits.device)
         for start in range(0, count, step):
             rows = slice(start, start + step)
@@ -46,17 +60,27 @@ class _TokenStatistics(torch.autograd.Function):
             if entropies is not None:
                 # A masked token has the logprob -inf: its term is 0, not 0 × inf.
                 entropies[rows] = -normalized.exp().mul_(normalized.clamp_min_(torch.finfo(dtype).min)).sum(-1)
-        ctx.save_for_backward(logits, labels, entropies)
-        ctx.temperature = temperature
+        ctx.save_for_backward(logits, labels, entropies, None)
         return logprobs, entropies
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor, None, None, None]:
-        logits, labels, entropies = ctx.saved_tensors
+        logits, labels, entropies, normalizers = ctx.saved_tensors
         by_logprob, by_entropy = gradients
         dtype = torch.promote_types(logits.dtype, torch.float32)
         result = torch.empty_like(logits)
+        if normalizers is not None:
+            logit_kernels.gradients(
+                *(logits, labels),
+                temperature=ctx.temperature,
+                normalizers=normalizers,
+                entropies=entropies,
+                by_logprob=by_logprob,
+                by_entropy=by_entropy,
+                result=result,
+            )
+            return result, None, None, None
         step = _rows_in_chunk(logits.shape[1], dtype, logits.device)
         for start in range(0, logits.shape[0], step):
             rows = slice(start, start + step)

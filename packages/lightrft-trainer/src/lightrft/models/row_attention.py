@@ -7,13 +7,18 @@ them again; a call without one is transformers' own attention.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
+from inspect import signature
 from itertools import groupby
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from lightrft.strategy.device import attends_in_segments
 
 from .row_layout import RowLayout, SequenceRanks
 from .shared_prompts import SharedPrompts
@@ -117,7 +122,9 @@ def attend(
     causal = bool(getattr(module, "is_causal", True))
     options = {"dropout": dropout, "scaling": scaling, "window": sliding_window, "causal": causal}
     if kernel == "flash_attention_2":
-        out = _flash(query, key, value, segments, **options)
+        out = _varied(_flash, query, key, value, segments, **options)
+    elif _torch_varies(query, segments, dropout):
+        out = _varied(_torch_flash, query, key, value, segments, **options)
     else:
         out = _in_segments(query, key, value, segments, **options)
     if ranks is not None:
@@ -200,36 +207,81 @@ def _sdpa(
     )
 
 
-def _flash(
+# ---- kernels of variable lengths -------------------------------------------------------------------------------------
+def _varied(
+    kernel: Callable[..., Tensor],
     query: Tensor,
     key: Tensor,
     value: Tensor,
     segments: tuple[int, ...],
     *,
-    dropout: float,
-    scaling: float | None,
     window: int | None,
     causal: bool,
+    **options: Any,
 ) -> Tensor:
-    """Attention within each segment, in one kernel of variable lengths."""
-    from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
-
+    """Attention within each segment, in one kernel that takes tokens ``[T, heads, width]`` and where segments end."""
     rows, _, length, _ = query.shape
     lengths = segments * rows
     ends = torch.tensor((0, *lengths), device=query.device).cumsum(0).int()
     flat = [part.transpose(1, 2).reshape(rows * length, part.shape[1], -1) for part in (query, key, value)]
-    out = flash_attn_varlen_func(
-        *flat,
+    before, after = (-1, -1) if window is None else (window - 1, window - 1)
+    seen = (before, 0 if causal else after)
+    return kernel(*flat, ends, max(lengths), seen, **options).view(rows, length, query.shape[1], -1).transpose(1, 2)
+
+
+def _flash(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    ends: Tensor,
+    longest: int,
+    seen: tuple[int, int],
+    *,
+    dropout: float,
+    scaling: float | None,
+) -> Tensor:
+    """The package flash-attn's."""
+    from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
+
+    return flash_attn_varlen_func(
+        *(query, key, value),
         cu_seqlens_q=ends,
         cu_seqlens_k=ends,
-        max_seqlen_q=max(lengths),
-        max_seqlen_k=max(lengths),
+        max_seqlen_q=longest,
+        max_seqlen_k=longest,
         dropout_p=dropout,
         softmax_scale=scaling,
-        causal=causal,
-        window_size=(-1, -1) if window is None else (window - 1, 0 if causal else window - 1),
+        causal=seen[1] == 0,
+        window_size=seen,
     )
-    return out.view(rows, length, query.shape[1], -1).transpose(1, 2)
+
+
+def _torch_varies(query: Tensor, segments: tuple[int, ...], dropout: float) -> bool:
+    """Does torch's own kernel of variable lengths compute this? It has no dropout, and no heads wider than 256."""
+    if len(segments) == 1 or dropout or query.shape[-1] > 256 or query.shape[-1] % 8:
+        return False
+    return attends_in_segments(query.device, query.dtype) and find_spec("torch.nn.attention.varlen") is not None
+
+
+def _torch_flash(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    ends: Tensor,
+    longest: int,
+    seen: tuple[int, int],
+    *,
+    dropout: float,
+    scaling: float | None,
+) -> Tensor:
+    """Torch's own, which needs no further package."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    # Later versions of torch want to be told of heads of keys that several heads of queries share.
+    grouped = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+    out = varlen_attn(query, key, value, ends, ends, longest, longest, scale=scaling, window_size=seen, **grouped)
+    assert isinstance(out, Tensor)
+    return out
 
 
 # ---- ranks that share a sequence -------------------------------------------------------------------------------------

@@ -1,0 +1,97 @@
+"""The kernels' arithmetic, by Triton's interpreter on a CPU; on a GPU they are compiled (see the tests marked gpu)."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightrft.models import fused_logprob, logit_kernels, token_statistics_from_logits
+from lightrft.models.fused_logprob import fused_token_statistics
+
+pytest.importorskip("triton", reason="Triton comes with torch for Linux on x86; its kernels cannot be read elsewhere")
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("export TRITON_INTERPRET=1, as nox does: Triton asks for it as it is imported", allow_module_level=True)
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logit_kernels, "runs_triton", lambda device: True)
+    monkeypatch.setattr(logit_kernels, "LARGEST_BLOCK", 64)  # several blocks in a small vocabulary
+
+
+def numbers(
+    kind: torch.dtype, *, bias: bool, entropy: bool, temperature: float, chunk: int | None, masked: int = 0
+) -> list[Tensor]:
+    """Values and gradients: by the kernels, from hidden states or (chunk None) from logits; in fp64 by plain torch."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(rows, 16, generator=generator) for rows in (19, 203))
+    offset = torch.randn(203, generator=generator)
+    labels = torch.randint(203, (19,), generator=generator)
+    labels[:3] = torch.tensor([0, 63, 64])  # the edges of blocks
+    labels %= 203 - masked
+    by = torch.randn(2, 19, generator=generator)
+    if masked:
+        offset[-masked:] = -torch.inf
+    leaves = [t.to(kind).requires_grad_() for t in (hidden, weight, *([offset] if bias else []))]
+    given_bias = leaves[2] if bias else None
+    if kind == torch.float64:
+        normalized = (nn.functional.linear(leaves[0], leaves[1], given_bias) / temperature).log_softmax(-1)
+        logprobs = normalized.gather(-1, labels[:, None])[:, 0]
+        entropies = -(normalized.exp() * normalized.clamp_min(-1e30)).sum(-1)
+    elif chunk is None:
+        logits = nn.functional.linear(leaves[0], leaves[1], given_bias)
+        logprobs, entropies = token_statistics_from_logits(
+            logits, labels, temperature=temperature, with_entropy=entropy
+        )
+    else:
+        logprobs, entropies = fused_token_statistics(
+            *leaves[:2], given_bias, labels, temperature=temperature, with_entropy=entropy, chunk_size=chunk
+        )
+    values = [logprobs, *([entropies] if entropy else [])]
+    loss = sum(
+        ((value * weights.to(value.dtype)).sum() for value, weights in zip(values, by, strict=False)),
+        logprobs.sum() * 0,
+    )
+    gradients = torch.autograd.grad(loss, leaves)
+    return [part.detach().double() for part in (*values, *gradients)]
+
+
+@pytest.mark.parametrize("chunk", [None, 5, 4096])
+@pytest.mark.parametrize(("bias", "entropy"), [(False, False), (True, True)])
+def test_values_and_gradients_equal_float64(chunk: int | None, bias: bool, entropy: bool):
+    options = {"bias": bias, "entropy": entropy, "temperature": 0.7}
+    ours = numbers(torch.float32, chunk=chunk, **options)
+    assert (ours[0] <= 0).all()
+    for mine, exact in zip(ours, numbers(torch.float64, chunk=None, **options), strict=True):
+        assert torch.allclose(mine, exact, atol=1e-5, rtol=1e-5), (mine - exact).abs().max()
+
+
+def test_bf16_is_about_as_far_from_float64_as_plain_torch(monkeypatch: pytest.MonkeyPatch):
+    options = {"bias": True, "entropy": True, "temperature": 1.0}
+    exact = numbers(torch.float64, chunk=None, **options)
+    ours = [numbers(torch.bfloat16, chunk=chunk, **options) for chunk in (5, None)]
+    monkeypatch.setattr(logit_kernels, "runs_triton", lambda device: False)
+    theirs = [numbers(torch.bfloat16, chunk=chunk, **options) for chunk in (5, None)]
+    for by_kernels, by_torch in zip(ours, theirs, strict=True):
+        for mine, other, true in zip(by_kernels, by_torch, exact, strict=True):
+            # The interpreter cuts numbers to 16 bits where a GPU rounds them.
+            assert (mine - true).norm() <= 1.3 * (other - true).norm()
+
+
+@pytest.mark.parametrize("masked", [3, 150])  # 150: whole blocks of it
+def test_masked_entries_of_the_vocabulary_give_no_nan(masked: int):
+    options = {"bias": True, "entropy": True, "temperature": 1.0, "masked": masked}
+    ours, exact = numbers(torch.float32, chunk=7, **options), numbers(torch.float64, chunk=None, **options)
+    assert torch.allclose(ours[0], exact[0], atol=1e-5) and torch.allclose(ours[1], exact[1], atol=1e-5)
+    assert all(part.isfinite().all() for part in ours) and (ours[3][-masked:] == 0).all()
+
+
+def test_parts_of_a_vocabulary_are_even_and_fit_their_memory():
+    assert fused_logprob._columns(4096 * 1000, 4096, 151936) == 768
+    assert fused_logprob._columns(100, 1000, 50) == 1
+    assert fused_logprob._columns(10**6, 10, 5000) == 5000
+    for tokens in (1, 7, 700, 5000):
+        assert fused_logprob._columns(10**6, tokens, 151936) * tokens <= 10**6
