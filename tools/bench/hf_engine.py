@@ -3,7 +3,8 @@
     python tools/bench/hf_engine.py --model tiny smollm2 --threads 1
 
 Both draw at temperature 1 and write exactly ``--new-tokens`` for every prompt, from random weights. Rounds alternate
-between the two, so that whatever else the machine does meets both alike; the ratio is that of the medians.
+between the two, so that whatever else the machine does meets both alike; the ratio is that of the medians. Where there
+is an accelerator, both compute on it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 from transformers.utils import logging as transformers_logging
 
 from lightrft.engines.hf import HFEngine
+from lightrft.strategy.device import local_device, synchronize
 from lightrft.strategy.engine import EngineSpec, GenerationRequest
 from lightrft.strategy.sampling import SamplingParams
 
@@ -46,6 +48,16 @@ MODELS: dict[str, Callable[[], Any]] = {
         max_position_embeddings=2048,
         tie_word_embeddings=True,
     ),
+    "qwen2.5-0.5b": lambda: Qwen2Config(
+        vocab_size=151936,
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        max_position_embeddings=32768,
+        tie_word_embeddings=True,
+    ),
 }
 
 
@@ -66,9 +78,11 @@ def left_padded(prompts: list[tuple[int, ...]], device: torch.device) -> dict[st
 
 
 def timed(act: Callable[[], Any]) -> float:
-    """Seconds that ``act`` takes."""
+    """Seconds that ``act`` takes, and what it started on a device."""
+    synchronize(local_device())
     begun = time.perf_counter()
     act()
+    synchronize(local_device())
     return time.perf_counter() - begun
 
 
@@ -76,6 +90,7 @@ def measure(name: str, args: argparse.Namespace) -> None:
     """Alternate between engine and ``generate``, and report the ratio."""
     config = MODELS[name]()
     dtype = getattr(torch, args.dtype)
+    device = local_device()
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     model.generation_config.eos_token_id = None
@@ -84,10 +99,11 @@ def measure(name: str, args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         engine = HFEngine()
-        engine.start(EngineSpec(pretrain=folder, dtype=dtype))
+        engine.start(EngineSpec(pretrain=folder, dtype=dtype, device=device))
     sampling = SamplingParams(max_tokens=new, ignore_eos=True)
     requests = [GenerationRequest(prompt_token_ids=p, sampling=sampling) for p in prompts]
-    batch = left_padded(prompts, torch.device("cpu"))
+    batch = left_padded(prompts, device)
+    model.to(device)
 
     def ours() -> None:
         outputs = engine.generate(requests)
@@ -104,9 +120,19 @@ def measure(name: str, args: argparse.Namespace) -> None:
     mine, generate = (statistics.median(column) for column in zip(*rounds, strict=True))
     tokens = len(prompts) * new
     log.info(
-        "%s %s, %d prompts x %d samples, prompt lengths %d-%d, %d new tokens, %d thread(s), %d rounds: "
+        "%s %s on %s, %d prompts x %d samples, prompt lengths %d-%d, %d new tokens, %d thread(s), %d rounds: "
         "engine %.3f s (%.0f tokens/s, best %.3f s), generate %.3f s (%.0f tokens/s, best %.3f s), ratio %.2f",
-        *(name, args.dtype, args.prompts, args.samples, args.shortest, args.longest, new, torch.get_num_threads()),
+        *(
+            name,
+            args.dtype,
+            device,
+            args.prompts,
+            args.samples,
+            args.shortest,
+            args.longest,
+            new,
+            torch.get_num_threads(),
+        ),
         *(args.rounds, mine, tokens / mine, min(r[0] for r in rounds)),
         *(generate, tokens / generate, min(r[1] for r in rounds), generate / mine),
     )

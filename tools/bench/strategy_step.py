@@ -4,8 +4,8 @@
 
 The raw loop is what one writes without a strategy: ``fully_shard`` on every layer and on the root, fused AdamW and
 ``clip_grad_norm_``; or ``deepspeed.initialize`` with a fused AdamW. Both have the same decay groups and train the same
-weights on the same rows, in fp32, one thread a rank. Steps alternate between the two, so that whatever else the machine
-does meets both alike, and the medians are compared.
+weights on the same rows, in fp32, one thread a rank; on accelerators where there are some (``--ranks 1`` on one). Steps
+alternate between the two, so that whatever else the machine does meets both alike, and the medians are compared.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
 from lightrft.strategy import get_strategy
+from lightrft.strategy.device import local_device, process_group_backend, synchronize
 
 log = logging.getLogger("bench.strategy_step")
 ROWS, LENGTH, MAX_NORM = 2, 64, 1.0
@@ -88,8 +89,8 @@ def raw_loop(name: str, backend: str, accumulation: int) -> Step:
 
 def raw_fsdp(name: str, accumulation: int) -> Step:
     """FSDP2 as its tutorial has it."""
-    model = build(name)
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model = build(name).to(local_device())
+    mesh = init_device_mesh(local_device().type, (dist.get_world_size(),))
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -137,16 +138,17 @@ def measure(name: str, backend: str, rounds: int, accumulation: int) -> None:
     """Time both loops in turn and log what came of it, on rank 0."""
     loops = {"strategy": strategy_loop(name, backend, accumulation), "raw": raw_loop(name, backend, accumulation)}
     seconds: dict[str, list[float]] = {kind: [] for kind in loops}
-    vocabulary = MODELS[name]().vocab_size
+    vocabulary, device = MODELS[name]().vocab_size, local_device()
     for counted in range(-2, rounds):
         generator = torch.Generator().manual_seed(100 * counted + dist.get_rank() + 1000)
-        rows = torch.randint(3, vocabulary, (ROWS * accumulation, LENGTH), generator=generator)
+        rows = torch.randint(3, vocabulary, (ROWS * accumulation, LENGTH), generator=generator).to(device)
         norms = {}
         order = list(loops) if counted % 2 else list(reversed(loops))
         for kind in order:
             dist.barrier()
             begun = time.perf_counter()
             norms[kind] = loops[kind](rows)
+            synchronize(device)
             if counted >= 0:
                 seconds[kind].append(time.perf_counter() - begun)
         if abs(norms["strategy"] - norms["raw"]) > 1e-3 * norms["raw"]:
@@ -173,7 +175,10 @@ def main() -> None:
     become_ranks(args.ranks)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    device = local_device()
+    if device.type != "cpu":
+        torch.accelerator.set_device_index(device.index)
+    dist.init_process_group(process_group_backend(device))
     for backend in args.backend:
         for name in args.model:
             measure(name, backend, args.rounds * (5 if name == "tiny" else 1), args.accumulation)

@@ -27,6 +27,7 @@ from hf_engine import MODELS, timed
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from lightrft.strategy.device import local_device
 from lightrft.strategy.engine import EngineSpec, RolloutEngine
 from lightrft.strategy.hub_layout import HubLayout, hub_sources
 from lightrft.strategy.registry import load_plugin
@@ -89,7 +90,11 @@ def measure(
         sent[:] = [receipt.nbytes, receipt.buckets]
 
     sync()
-    pairs = [(torch.ones(s.numel, dtype=s.dtype), torch.zeros(s.numel, dtype=s.dtype)) for s in specs]
+    device = local_device()
+    pairs = [
+        (torch.ones(s.numel, dtype=s.dtype, device=device), torch.zeros(s.numel, dtype=s.dtype, device=device))
+        for s in specs
+    ]
 
     def memcpy() -> None:
         for source, target in pairs:
@@ -132,11 +137,11 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     config, dtype = MODELS[args.model](), getattr(torch, args.dtype)
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype).to(local_device())
     engine: RolloutEngine = load_plugin("engines", args.engine)()
     extra = {"kv_cache_memory_bytes": 64 * 2**20} if args.engine == "vllm" else {}
     begun = time.perf_counter()
-    engine.start(EngineSpec(model_config=config, dtype=dtype, max_model_len=64, extra=extra))
+    engine.start(EngineSpec(model_config=config, dtype=dtype, device=local_device(), max_model_len=64, extra=extra))
     log.info("engine started without weights in %.3f s", time.perf_counter() - begun)
     specs, export = views_of(model)
     for bucket_mb in args.bucket_mb:
