@@ -4,6 +4,9 @@ In 16 bit a kernel computes in fp32 without an fp32 copy. The sums run block by 
 taken out, as in online softmax (Milakov and Gimelshein, arXiv:1805.02867, algorithm 3).
 """
 
+# What is decorated with triton.jit is Triton's language, not Python's.
+# pyright: reportMissingParameterType=false, reportCallIssue=false
+
 from __future__ import annotations
 
 import functools
@@ -81,7 +84,7 @@ def apply_to(tensor: Tensor) -> bool:
 
 
 def _block(width: int) -> int:
-    return min(LARGEST_BLOCK, triton.next_power_of_2(width))
+    return min(LARGEST_BLOCK, 1 << (width - 1).bit_length())
 
 
 def statistics(
@@ -131,12 +134,15 @@ def gradients(
     count, width = logits.shape
     if not count:
         return
-    with_entropy = by_entropy is not None and entropies is not None
     by_logprob = torch.zeros_like(normalizers) if by_logprob is None else by_logprob.contiguous()
+    if by_entropy is None or entropies is None:
+        with_entropy, entropies, by_entropy = False, normalizers, by_logprob
+    else:
+        with_entropy, by_entropy = True, by_entropy.contiguous()
     block = min(1024, _block(width))
     _gradients_kernel[(count, triton.cdiv(width, block))](
-        *(logits, result, labels, normalizers, entropies if with_entropy else normalizers, by_logprob),
-        *(by_entropy.contiguous() if with_entropy else by_logprob, logits.stride(0), width, first, 1.0 / temperature),
+        *(logits, result, labels, normalizers, entropies, by_logprob, by_entropy),
+        *(logits.stride(0), width, first, 1.0 / temperature),
         with_entropy=with_entropy,
         block=block,
         num_warps=4,

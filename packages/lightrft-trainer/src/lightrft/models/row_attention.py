@@ -278,7 +278,7 @@ def _torch_flash(
     from torch.nn.attention.varlen import varlen_attn
 
     # Later versions of torch want to be told of heads of keys that several heads of queries share.
-    grouped = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+    grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
     out = varlen_attn(query, key, value, ends, ends, longest, longest, scale=scaling, window_size=seen, **grouped)
     assert isinstance(out, Tensor)
     return out
