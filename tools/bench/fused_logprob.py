@@ -5,10 +5,10 @@
     uv run --no-sync --with liger-kernel --with cut-cross-entropy python tools/bench/fused_logprob.py --device cuda \
         --dtype bfloat16 --width 4096 --vocabulary 131072
 
-Each way runs in a process of its own, one after the other in turns, so that its peak memory is its own and whatever
-else the machine does meets all alike. Printed are the medians of the seconds by the clock on the wall (with
+On a CPU each way runs in a process of its own, so that its peak memory is its own; the ways take turns, so that
+whatever else the machine does meets all alike. Printed are the medians of the seconds by the clock on the wall (with
 ``--processor``, on a busy machine: of the processor, all threads together), the ratio of each turn's seconds to plain
-torch's, and what the peak of the process's memory rose by.
+torch's, and what the peak of the process's memory (of the accelerator's allocator) rose by.
 
 plain: ``log_softmax`` of the logits. chunked: the same in slices of 1024 tokens with logits recomputed in the backward
 pass (``torch.utils.checkpoint``), as several trainers do. selective: TRL's selective_log_softmax. trl_chunked: TRL's
@@ -117,10 +117,10 @@ ON_ACCELERATORS = ("liger_ce", "cut")
 CHUNK = 4096
 
 
-def measure(args: argparse.Namespace) -> tuple[list[float], float]:
+def measure(name: str, args: argparse.Namespace) -> tuple[list[float], float]:
     """Seconds of each round and MiB by which the process's peak rose, in this process."""
     torch.set_num_threads(args.threads)
-    name, tokens, width, vocabulary = args.only, args.tokens, args.width, args.vocabulary
+    tokens, width, vocabulary = args.tokens, args.width, args.vocabulary
     clock = time.process_time if args.processor else time.perf_counter
     generator = torch.Generator().manual_seed(0)
     kind = getattr(torch, args.dtype)
@@ -160,20 +160,26 @@ def peak(device: str, *, begin: bool = False) -> float:
     return torch.accelerator.max_memory_allocated() / 2**20
 
 
-def compare(names: list[str], turns: int, shape: list[str]) -> None:
+def compare(names: list[str], turns: int, args: argparse.Namespace) -> None:
     """Run each way ``turns`` times in turn and log a line for each."""
+    shape = ("tokens", "vocabulary", "width", "dtype", "chunk_size", "rounds", "threads")
+    flags = [word for name in shape for word in (f"--{name}", str(getattr(args, name)))]
+    flags += ["--processor"] * args.processor
     seconds: dict[str, list[float]] = {name: [] for name in names}
     memory: dict[str, float] = {}
     for _ in range(turns):
         for name in names:
-            command = [sys.executable, __file__, "--only", name, *shape]
-            answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
-            found, memory[name] = json.loads(answer)
+            if args.device != "cpu":  # its allocator counts for each way alone
+                found, memory[name] = measure(name, args)
+            else:
+                command = [sys.executable, __file__, "--only", name, *flags]
+                answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+                found, memory[name] = json.loads(answer)
             seconds[name].append(min(found))
     for name in names:
         ratios = [ours / theirs for ours, theirs in zip(seconds[name], seconds[names[0]], strict=True)]
         log.info(
-            "%-14s %8.3f s  %5.2f × plain  %6.0f MiB extra",
+            "%-14s %8.4f s  %5.2f × plain  %6.0f MiB extra",
             *(name, statistics.median(seconds[name]), statistics.median(ratios), memory[name]),
         )
 
@@ -198,7 +204,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     CHUNK = args.chunk_size
     if args.only:
-        print(json.dumps(measure(args)))
+        print(json.dumps(measure(args.only, args)))
         return
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**20))  # freed blocks go back, so that a peak is a peak
     names = [name for name, (_, library) in WAYS.items() if importlib.util.find_spec(library) is not None]
@@ -212,12 +218,8 @@ def main() -> None:
             "N=%d H=%d V=%d %s on %s, chunk %d, %d threads",
             *(tokens, args.width, vocabulary, args.dtype, args.device, CHUNK, args.threads),
         )
-        shape = {"tokens": tokens, "vocabulary": vocabulary, "width": args.width, "dtype": args.dtype}
-        shape |= {"chunk_size": CHUNK, "rounds": args.rounds, "threads": args.threads}
-        shape["device"] = args.device
-        flags = [word for name, value in shape.items() for word in (f"--{name}", str(value))]
-        flags += ["--processor"] * args.processor
-        compare(names if place == 0 else ["plain", "fused"], args.turns if place == 0 else 1, flags)
+        shaped = argparse.Namespace(**{**vars(args), "tokens": tokens, "vocabulary": vocabulary})
+        compare(names if place == 0 else ["plain", "fused"], args.turns if place == 0 else 1, shaped)
 
 
 if __name__ == "__main__":

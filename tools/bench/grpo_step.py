@@ -2,7 +2,7 @@
 
     uv run --no-sync --with trl==1.16.0 python tools/bench/grpo_step.py
     uv run --no-sync --with trl==1.16.0 python tools/bench/grpo_step.py --model FOLDER --prompts 4 --samples 4 \
-        --new-tokens 48 --dtype bfloat16
+        --new-tokens 48 --dtype bfloat16                    # or smollm2: random weights of that shape
 
 Same model, prompts, samples, lengths (every response has exactly ``--new-tokens`` tokens), optimizer and learning
 rate; no reference model and no gradient checkpointing on either side. Each side lives in a process of its own (in one
@@ -36,33 +36,42 @@ from lightrft.strategy.config import StrategyConfig
 from lightrft.trainer import SPMDPPOTrainer
 
 log = logging.getLogger("bench.grpo_step")
-VOCABULARY = 512
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 1024,
+    },
+    "smollm2": {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+    },
+}
 LEARNING_RATE = 1e-5
 
 
-def tiny_model(folder: Path) -> Path:
-    """A Llama of two layers, width 64, vocabulary 512, with a tokenizer of words w0, w1, ...
+def random_model(shape: str, folder: Path) -> Path:
+    """A Llama of that shape, with a tokenizer of words w0, w1, ...
 
     Not a Qwen2: transformers would read the folder's tokenizer as Qwen2's own, whatever it is.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    backend = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w3"))
+    config = LlamaConfig(**SHAPES[shape], bos_token_id=None, eos_token_id=1, pad_token_id=0)
+    backend = Tokenizer(models.WordLevel({f"w{i}": i for i in range(config.vocab_size)}, unk_token="w3"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="w0", eos_token="w1").save_pretrained(folder)
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=1024,
-        bos_token_id=None,
-        eos_token_id=1,
-        pad_token_id=0,
-    )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
@@ -225,7 +234,7 @@ def contestant(name: str, model: Path, args: argparse.Namespace, folder: Path, b
 def main() -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="folder of a model and its tokenizer; default: a tiny one")
+    parser.add_argument("--model", default="tiny", help="folder of a model and its tokenizer, tiny or smollm2")
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--samples", type=int, default=8, help="samples a prompt")
     parser.add_argument("--prompt-tokens", type=int, default=32)
@@ -242,7 +251,7 @@ def main() -> None:
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        model = Path(args.model) if args.model else tiny_model(folder / "model")
+        model = random_model(args.model, folder / "model") if args.model in SHAPES else Path(args.model)
         pipes, processes = {}, []
         for name in names:
             pipes[name], theirs = context.Pipe()

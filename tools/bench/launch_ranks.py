@@ -10,7 +10,8 @@ from pathlib import Path
 def ranks_command(ranks: int) -> tuple[list[str], dict[str, str]]:
     """What starts this very script on so many ranks, a thread each: words and environment."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    path = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     return [sys.executable, *launcher, *sys.argv], environment
 
 

@@ -1,7 +1,7 @@
 """Tokens per second with and without ``--packing_samples``, on samples whose lengths are drawn from a log-normal.
 
     python tools/bench/packing.py --order drawn sorted
-    python tools/bench/packing.py --device cuda --dtype bfloat16 --flash_attn
+    python tools/bench/packing.py --device cuda --dtype bfloat16 --width 1536 --layers 16     # and --flash_attn
 
 A step is forward and backward of an actor over micro-batches of the same samples, padded or packed; a quarter of each
 is prompt, of which no logits are made. *drawn* takes the samples as they come, *sorted* by length, as the trainer
@@ -35,11 +35,11 @@ def build(args: argparse.Namespace) -> Actor:
     actor = Actor(
         Qwen2Config(
             vocab_size=VOCABULARY,
-            hidden_size=256,
-            intermediate_size=1024,
-            num_hidden_layers=6,
-            num_attention_heads=4,
-            num_key_value_heads=2,
+            hidden_size=args.width,
+            intermediate_size=4 * args.width,
+            num_hidden_layers=args.layers,
+            num_attention_heads=args.width // 64,
+            num_key_value_heads=args.width // 128,
             max_position_embeddings=LONGEST,
         ),
         dtype=getattr(torch, args.dtype),
@@ -112,6 +112,8 @@ def main() -> None:
     parser.add_argument("--flash_attn", action="store_true", help="attend with flash attention's kernels")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--size", type=int, default=16, help="Samples of a micro-batch.")
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)

@@ -23,7 +23,7 @@ from .lifecycle import EngineStatus
 from .prompts import Prompt, from_multi_modal_inputs, make_prompts, make_requests
 from .registry import load_plugin
 from .sampling import SamplingParams
-from .weights import SyncReceipt, TensorSpec, UpdatePlan, WeightBucket, sample_positions, sync_digest, take_samples
+from .weights import SyncReceipt, TensorSpec, UpdatePlan, WeightBucket, sample_positions, sync_digest, take_all_samples
 
 if TYPE_CHECKING:
     from .strategy_base import StrategyBase
@@ -401,7 +401,7 @@ class EngineHost:
 
 
 def _samples_of(bucket: WeightBucket) -> dict[str, torch.Tensor]:
-    return {name: take_samples(tensor, sample_positions(tensor.numel())) for name, tensor in bucket.tensors.items()}
+    return take_all_samples(bucket.tensors, {n: sample_positions(t.numel()) for n, t in bucket.tensors.items()})
 
 
 def _attempt(act: Callable[..., T], *args: Any) -> tuple[T | None, Exception | None]:

@@ -41,7 +41,7 @@ def load_state(model: nn.Module, optimizer: Optimizer | None, items: Iterable[St
         optimizer.state.pop(tensor, None)  # a parameter that had not stepped yet must not keep what it has seen since
         if item.moments:
             state: dict[str, Any] = {k: v.to(tensor.device, copy=True) for k, v in item.moments.items()}
-            optimizer.state[tensor] = {"step": torch.tensor(float(item.step)), **state}
+            optimizer.state[tensor] = {STEP: step_count(optimizer, tensor, item.step), **state}
 
 
 def local_state(model: nn.Module, optimizer: Optimizer | None, index: int = 0, replicas: int = 1) -> Iterator[Fragment]:
@@ -78,10 +78,14 @@ def make_states(model: nn.Module, optimizer: Optimizer, entries: Mapping[str, Te
             if kind not in state:
                 state[kind] = torch.zeros_like(tensor, dtype=entry.dtypes[kind])
         if STEP not in state:
-            # A fused kernel wants its step beside the moments.
-            fused = any(group.get("fused") for group in optimizer.param_groups)
-            state[STEP] = torch.zeros((), dtype=torch.float32, device=tensor.device if fused else "cpu")
+            state[STEP] = step_count(optimizer, tensor)
         state[STEP].fill_(float(entry.step))
+
+
+def step_count(optimizer: Optimizer, tensor: torch.Tensor, steps: int = 0) -> torch.Tensor:
+    """0-d fp32, as torch's own optimizers count: a fused kernel wants it beside the moments of ``tensor``."""
+    fused = any(group.get("fused") for group in optimizer.param_groups)
+    return torch.tensor(float(steps), dtype=torch.float32, device=tensor.device if fused else "cpu")
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:

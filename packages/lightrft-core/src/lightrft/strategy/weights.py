@@ -173,10 +173,29 @@ def sample_positions(numel: int, count: int = SAMPLES_PER_TENSOR) -> torch.Tenso
 
 def take_samples(tensor: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Elements of ``tensor`` at flat ``positions``, on the CPU, without flattening it when it is a strided view."""
+    return _elements(tensor.detach(), positions.to(tensor.device)).cpu()
+
+
+def take_all_samples(
+    tensors: Mapping[str, torch.Tensor], positions: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """:func:`take_samples` of many tensors, by name: what lies on a device comes over in one piece of each dtype."""
+    together: dict[tuple[torch.device, torch.dtype], list[str]] = {}
+    for name, tensor in tensors.items():
+        together.setdefault((tensor.device, tensor.dtype), []).append(name)
+    found: dict[str, torch.Tensor] = {}
+    for (device, _), names in together.items():
+        sizes = [positions[name].numel() for name in names]
+        there = torch.cat([positions[name] for name in names]).to(device).split(sizes)
+        pieces = [_elements(tensors[name].detach(), where) for name, where in zip(names, there, strict=True)]
+        found |= zip(names, torch.cat(pieces).cpu().split(sizes), strict=True)
+    return found
+
+
+def _elements(tensor: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     if tensor.is_contiguous():
-        return tensor.detach().view(-1)[positions.to(tensor.device)].cpu()
-    index = torch.unravel_index(positions.to(tensor.device), tensor.shape)
-    return tensor.detach()[index].cpu()
+        return tensor.view(-1)[positions]
+    return tensor[torch.unravel_index(positions, tensor.shape)]
 
 
 def sync_digest(specs: Iterable[TensorSpec], samples: Mapping[str, torch.Tensor]) -> str:

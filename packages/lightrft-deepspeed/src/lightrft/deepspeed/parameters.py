@@ -15,6 +15,7 @@ from torch import nn
 from lightrft.strategy.adapters import merge, merge_flat
 from lightrft.strategy.errors import CheckpointError
 from lightrft.strategy.hub_layout import HubLayout, hub_sources
+from lightrft.strategy.plain_state import step_count
 from lightrft.strategy.state_source import WEIGHT, Fragment, TensorEntry, share_of
 from lightrft.strategy.training_state import StateItem, receive_items
 from lightrft.strategy.weights import TensorSpec, UpdatePlan, WeightBucket, plan_buckets
@@ -235,7 +236,7 @@ def _make_states(zero: Any, step: int) -> None:
         if "exp_avg" not in state:
             state.update({key: torch.zeros_like(flat) for key in MOMENTS})
         # DeepSpeedCPUAdam counts in a plain number.
-        state["step"] = torch.tensor(float(step)) if isinstance(inner, torch.optim.AdamW) else step
+        state["step"] = step_count(inner, flat, step) if isinstance(inner, torch.optim.AdamW) else step
     link_states(zero)
 
 

@@ -74,7 +74,9 @@ class FakeEngine(RolloutEngine):
     """
 
     name: ClassVar[str] = "fake"
-    capabilities: ClassVar[EngineCapabilities] = EngineCapabilities(devices=("cpu",), needs_model=False)
+    capabilities: ClassVar[EngineCapabilities] = EngineCapabilities(
+        devices=("cpu", "cuda", "xpu", "mps", "npu"), needs_model=False
+    )
     placement: ClassVar[Placement] = "spmd"
 
     def __init__(self, faults: Faults | None = None) -> None:

@@ -344,7 +344,7 @@ def _shake_gradients(seed: int, model: nn.Module) -> None:
         gradient = parameter.grad
         assert gradient is not None
         size = 2 * EPS * gradient.norm() / math.sqrt(gradient.numel())
-        noise = size * torch.randn(gradient.shape, generator=generator)
+        noise = size * torch.randn(gradient.shape, generator=generator).to(gradient.device)
         gradient.add_(noise.masked_fill_(gradient == 0, 0.0))  # what is exactly zero is so everywhere
 
     for parameter in model.parameters():

@@ -64,6 +64,7 @@ def run_rank(config: StrategyConfig, *, multimodal: bool) -> int:
         note_departure(error)  # those who wait for this rank name it
         _report_error(error, rank, output[-1] if output else None, multimodal=multimodal)
         return EXIT_FAILED
+    _leave_groups()
     launched = LAUNCH_DIR in os.environ
     if rank == 0:
         if not result.interrupted:
@@ -73,6 +74,14 @@ def run_rank(config: StrategyConfig, *, multimodal: bool) -> int:
             multimodal=multimodal,
         )
     return EXIT_INTERRUPTED if result.interrupted and not launched else 0
+
+
+def _leave_groups() -> None:
+    """An accelerator's collectives complain when a process just ends; what gloo needs ends with it."""
+    import torch
+
+    if torch.accelerator.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def show_result(result: RunResult) -> None:

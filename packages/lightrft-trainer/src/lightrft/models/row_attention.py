@@ -8,10 +8,10 @@ them again; a call without one is transformers' own attention.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from inspect import signature
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
@@ -222,11 +222,17 @@ def _varied(
     """Attention within each segment, in one kernel that takes tokens ``[T, heads, width]`` and where segments end."""
     rows, _, length, _ = query.shape
     lengths = segments * rows
-    ends = torch.tensor((0, *lengths), device=query.device).cumsum(0).int()
+    ends = _ends(lengths, query.device)
     flat = [part.transpose(1, 2).reshape(rows * length, part.shape[1], -1) for part in (query, key, value)]
     before, after = (-1, -1) if window is None else (window - 1, window - 1)
     seen = (before, 0 if causal else after)
     return kernel(*flat, ends, max(lengths), seen, **options).view(rows, length, query.shape[1], -1).transpose(1, 2)
+
+
+@lru_cache(maxsize=8)
+def _ends(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """Where each segment begins, and the last one's end; all layers of a model ask for the same."""
+    return torch.tensor((0, *accumulate(lengths)), dtype=torch.int32, device=device)
 
 
 def _flash(

@@ -9,7 +9,7 @@ import torch
 
 from lightrft.strategy.errors import WeightSyncError
 from lightrft.strategy.hub_layout import HubLayout, hub_sources
-from lightrft.strategy.weights import TensorSpec, take_samples
+from lightrft.strategy.weights import TensorSpec, take_all_samples
 
 from ..manifest import read_manifest
 
@@ -52,7 +52,7 @@ class WeightStore:
     def sample(self, positions: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Elements at flat positions, on the CPU. :raises WeightSyncError: a name is unknown."""
         self._manifest.check_known(list(positions))
-        return {name: take_samples(self.view(self._aliases.get(name, name)), at) for name, at in positions.items()}
+        return take_all_samples({name: self.view(self._aliases.get(name, name)) for name in positions}, positions)
 
 
 class WeightMemory:
