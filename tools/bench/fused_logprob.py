@@ -30,6 +30,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,7 +85,8 @@ def liger(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
     loss = LigerFusedLinearGRPOLoss(beta=0.0, compiled=False, use_ref_model=False, chunk_size=1)
     rows = labels.view(-1, 256)
-    output = loss(hidden.view(len(rows), 256, -1), weight, rows, torch.ones_like(rows), torch.ones(len(rows)), None)
+    advantages = torch.ones(len(rows), device=hidden.device)
+    output = loss(hidden.view(len(rows), 256, -1), weight, rows, torch.ones_like(rows), advantages, None)
     return (output[0] if isinstance(output, tuple) else output).reshape(1)
 
 
@@ -122,11 +124,12 @@ def measure(name: str, args: argparse.Namespace) -> tuple[list[float], float]:
     torch.set_num_threads(args.threads)
     tokens, width, vocabulary = args.tokens, args.width, args.vocabulary
     clock = time.process_time if args.processor else time.perf_counter
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(args.device).manual_seed(0)
+    given: dict[str, Any] = {"generator": generator, "device": args.device}
     kind = getattr(torch, args.dtype)
-    hidden = torch.randn(tokens, width, generator=generator).to(args.device, kind).requires_grad_()
-    weight = (torch.randn(vocabulary, width, generator=generator) * 0.05).to(args.device, kind).requires_grad_()
-    labels = torch.randint(vocabulary, (tokens,), generator=generator).to(args.device)
+    hidden = torch.randn(tokens, width, **given).to(kind).requires_grad_()
+    weight = (torch.randn(vocabulary, width, **given) * 0.05).to(kind).requires_grad_()
+    labels = torch.randint(vocabulary, (tokens,), **given)
     way = WAYS[name][0]
     # Threads and libraries have started after these; kernels are compiled for the shapes that are measured.
     few = (hidden, weight, labels)
