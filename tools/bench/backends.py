@@ -14,7 +14,6 @@ import argparse
 import gc
 import json
 import logging
-import os
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,7 @@ import psutil
 import torch
 import torch.distributed as dist
 from hf_engine import MODELS
+from launch_ranks import rank_environment
 from strategy_step import BACKENDS, MAX_NORM, build, loss_of
 
 from lightrft.strategy import get_strategy
@@ -78,8 +78,7 @@ def measure(name: str, backend: str, args: argparse.Namespace) -> dict[str, obje
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.ranks)]
     command += [__file__, "--model", name, "--as-rank", backend, "--steps", str(args.steps)]
     command += ["--rows", str(args.rows), "--length", str(args.length)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=rank_environment(), capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{backend}: {done.stderr}")
     return json.loads(done.stdout.strip().splitlines()[-1])

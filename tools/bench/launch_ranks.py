@@ -10,9 +10,13 @@ from pathlib import Path
 def ranks_command(ranks: int) -> tuple[list[str], dict[str, str]]:
     """What starts this very script on so many ranks, a thread each: words and environment."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return [sys.executable, *launcher, *sys.argv], rank_environment()
+
+
+def rank_environment() -> dict[str, str]:
+    """A thread a rank, and the benchmarks' own modules beside what is found already."""
     path = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    return [sys.executable, *launcher, *sys.argv], environment
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
 
 
 def become_ranks(ranks: int) -> None:

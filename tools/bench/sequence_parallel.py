@@ -16,18 +16,17 @@ import contextlib
 import gc
 import json
 import logging
-import os
 import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 import torch.distributed as dist
 from backends import MIB, peak_bytes, reset_peak
+from launch_ranks import rank_environment
 from torch.distributed.tensor import DTensor
 from transformers import Qwen2Config
 
@@ -107,8 +106,7 @@ def measure(ranks: int, length: int, steps: int) -> dict[str, Any]:
     """Start the ranks and read what rank 0 found."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command += [__file__, "--as-rank", "--lengths", str(length), "--steps", str(steps)]
-    path = str(Path(__file__).parent)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    environment = {**rank_environment(), "MALLOC_MMAP_THRESHOLD_": str(2**20)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{ranks} ranks, {length} tokens: {done.stderr}")
