@@ -29,7 +29,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from hf_engine import MODELS
 from launch_ranks import become_ranks
-from strategy_step import ADAM, BACKENDS, ROWS, build, loss_of
+from strategy_step import ADAM, BACKENDS, ROWS, build, loss_of, shard
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from lightrft.strategy import get_strategy
@@ -63,18 +63,22 @@ class Ours:
         return self.strategy.finish_checkpoint(block=block)
 
 
-def raw_dcp(ours: Ours) -> tuple[Callable[[Path], None], Callable[[Path], None]]:
-    """Save and load as the DCP tutorial has them; its writer flushes each file."""
+def raw_dcp(name: str) -> tuple[Callable[[Path], None], Callable[[Path], None]]:
+    """Save and load as the DCP tutorial has them, of a raw loop's model and AdamW; its writer flushes each file."""
+    model = shard(build(name))
+    optimizer = torch.optim.AdamW(model.parameters(), **ADAM)
+    loss_of(model, torch.full((ROWS, 32), 3)).backward()
+    optimizer.step()
 
     def save(folder: Path) -> None:
-        weights, optim = get_state_dict(ours.model, ours.optimizer)
+        weights, optim = get_state_dict(model, optimizer)
         dcp.save({"model": weights, "optim": optim}, storage_writer=dcp.FileSystemWriter(folder))
 
     def load(folder: Path) -> None:
-        weights, optim = get_state_dict(ours.model, ours.optimizer)
+        weights, optim = get_state_dict(model, optimizer)
         state = {"model": weights, "optim": optim}
         dcp.load(state, storage_reader=dcp.FileSystemReader(folder))
-        set_state_dict(ours.model, ours.optimizer, model_state_dict=state["model"], optim_state_dict=state["optim"])
+        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optim"])
 
     return save, load
 
@@ -121,7 +125,7 @@ def blocked(ours: Ours, folder: Path) -> float:
 def measure(name: str, backend: str, rounds: int, scratch: Path) -> None:
     """Let both sides save and load in turn, and log what came of it, on rank 0."""
     ours = Ours(name, backend)
-    raw_save, raw_load = raw_dcp(ours) if backend == "fsdp" else raw_deepspeed(ours)
+    raw_save, raw_load = raw_dcp(name) if backend == "fsdp" else raw_deepspeed(ours)
     sides = {"ours": (ours.save, ours.load), "raw": (raw_save, raw_load)}
     seconds: dict[str, list[float]] = {}
     nbytes = 0

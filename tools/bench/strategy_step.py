@@ -87,13 +87,18 @@ def raw_loop(name: str, backend: str, accumulation: int) -> Step:
     return raw_fsdp(name, accumulation) if backend == "fsdp" else raw_zero(name, int(backend[-1]), accumulation)
 
 
-def raw_fsdp(name: str, accumulation: int) -> Step:
-    """FSDP2 as its tutorial has it."""
-    model = build(name).to(local_device())
+def shard(model: Any) -> Any:
+    """Each layer and the root, over all ranks."""
     mesh = init_device_mesh(local_device().type, (dist.get_world_size(),))
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
+    return model
+
+
+def raw_fsdp(name: str, accumulation: int) -> Step:
+    """FSDP2 as its tutorial has it."""
+    model = shard(build(name).to(local_device()))
     optimizer = torch.optim.AdamW(groups_of(model), **ADAM)
 
     def step(rows: torch.Tensor) -> float:
