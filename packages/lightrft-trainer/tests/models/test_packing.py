@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightrft.models import Actor, ActorVL, Critic, pad_rows, row_attention
+from lightrft.models import Actor, ActorVL, Critic, pad_rows, segment_attention
 from lightrft.testing.tiny_models import TEXT_KINDS, tiny_config, tiny_model
 
 # The last two are of one length, and computed as a batch.
@@ -172,7 +172,7 @@ def test_torchs_own_kernel_is_asked_for_each_sample_alone(kind: str, monkeypatch
         return varlen(*tensors, softmax_scale=scale, causal=causal, window_size=window)
 
     monkeypatch.setattr(module, "varlen_attn", varlen_attn)
-    monkeypatch.setattr(row_attention, "attends_in_segments", lambda device, dtype: True)
+    monkeypatch.setattr(segment_attention, "attends_in_segments", lambda device, dtype: True)
     model = tiny_model(kind)
     expected = gradients(Actor(copy.deepcopy(model)).train())
     assert not asked

@@ -1,0 +1,160 @@
+"""Attention within the segments of rows: by SDPA, or by one kernel that knows where segments end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from importlib.util import find_spec
+from inspect import signature
+from itertools import accumulate, groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightrft.strategy.device import attends_in_segments
+
+
+def attend_in_segments(
+    query: Tensor, key: Tensor, value: Tensor, segments: tuple[int, ...], *, kernel: str, dropout: float, **options: Any
+) -> Tensor:
+    """``[R, heads, L, width]``, each token of a row seeing its own segment alone.
+
+    :param key: heads of keys and values divide the query's. :param segments: lengths that add up to L.
+    :param kernel: ``flash_attention_2``, or ``sdpa``: then torch's own kernel of variable lengths, where it has one.
+    :param options: ``scaling`` (None: by the width), ``window`` (tokens that a sliding window shows, or None),
+        ``causal``.
+    """
+    if kernel == "flash_attention_2":
+        return _varied(_flash, query, key, value, segments, dropout=dropout, **options)
+    if _torch_varies(query, segments, dropout):
+        return _varied(_torch_flash, query, key, value, segments, **options)
+    return _in_segments(query, key, value, segments, dropout=dropout, **options)
+
+
+def _in_segments(query: Tensor, key: Tensor, value: Tensor, segments: tuple[int, ...], **options: Any) -> Tensor:
+    """By SDPA; neighbours of one length are computed as a batch."""
+    if len(segments) == 1:
+        return sdpa(query, key, value, **options)
+    out, runs = [], [(length, len(list(run))) for length, run in groupby(segments)]
+    sizes = [length * count for length, count in runs]
+    parts = zip(*(part.split(sizes, dim=2) for part in (query, key, value)), strict=True)
+    for (length, count), part in zip(runs, parts, strict=True):
+        # [R, heads, count * length, width] as [R * count, heads, length, width], and back
+        rows = (each.unflatten(2, (count, length)).transpose(1, 2).flatten(0, 1) for each in part)
+        found = sdpa(*rows, **options).unflatten(0, (-1, count))
+        out.append(found.transpose(1, 2).flatten(2, 3))
+    return torch.cat(out, dim=2)
+
+
+def sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    dropout: float,
+    scaling: float | None,
+    window: int | None,
+    causal: bool,
+) -> Tensor:
+    """Attention within one segment."""
+    length, grouped = query.shape[2], query.shape[1] // key.shape[1]
+    mask = None
+    if causal and window is not None and window < length:
+        distance = torch.arange(length, device=query.device)[:, None] - torch.arange(length, device=query.device)
+        mask, causal = (distance >= 0) & (distance < window), False
+    native = query.device.type != "cpu" and mask is None  # there grouped heads take the slow path
+    if grouped > 1 and not native:
+        key, value = (part.repeat_interleave(grouped, dim=1) for part in (key, value))
+    return nn.functional.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        dropout_p=dropout,
+        scale=scaling,
+        is_causal=causal,
+        enable_gqa=grouped > 1 and native,
+    )
+
+
+# ---- kernels of variable lengths -------------------------------------------------------------------------------------
+def _varied(
+    kernel: Callable[..., Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: tuple[int, ...],
+    *,
+    window: int | None,
+    causal: bool,
+    **options: Any,
+) -> Tensor:
+    """Attention within each segment, in one kernel that takes tokens ``[T, heads, width]`` and where segments end."""
+    rows, _, length, _ = query.shape
+    lengths = segments * rows
+    ends = _ends(lengths, query.device)
+    flat = [part.transpose(1, 2).reshape(rows * length, part.shape[1], -1) for part in (query, key, value)]
+    before, after = (-1, -1) if window is None else (window - 1, window - 1)
+    seen = (before, 0 if causal else after)
+    return kernel(*flat, ends, max(lengths), seen, **options).view(rows, length, query.shape[1], -1).transpose(1, 2)
+
+
+@lru_cache(maxsize=8)
+def _ends(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """Where each segment begins, and the last one's end; all layers of a model ask for the same."""
+    return torch.tensor((0, *accumulate(lengths)), dtype=torch.int32, device=device)
+
+
+def _flash(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    ends: Tensor,
+    longest: int,
+    seen: tuple[int, int],
+    *,
+    dropout: float,
+    scaling: float | None,
+) -> Tensor:
+    """The package flash-attn's."""
+    from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
+
+    return flash_attn_varlen_func(
+        *(query, key, value),
+        cu_seqlens_q=ends,
+        cu_seqlens_k=ends,
+        max_seqlen_q=longest,
+        max_seqlen_k=longest,
+        dropout_p=dropout,
+        softmax_scale=scaling,
+        causal=seen[1] == 0,
+        window_size=seen,
+    )
+
+
+def _torch_varies(query: Tensor, segments: tuple[int, ...], dropout: float) -> bool:
+    """Does torch's own kernel of variable lengths compute this? It has no dropout, and no heads wider than 256."""
+    if len(segments) == 1 or dropout or query.shape[-1] > 256 or query.shape[-1] % 8:
+        return False
+    return attends_in_segments(query.device, query.dtype) and find_spec("torch.nn.attention.varlen") is not None
+
+
+def _torch_flash(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    ends: Tensor,
+    longest: int,
+    seen: tuple[int, int],
+    *,
+    scaling: float | None,
+) -> Tensor:
+    """Torch's own, which needs no further package."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    # Later versions of torch want to be told of heads of keys that several heads of queries share.
+    grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+    out = varlen_attn(query, key, value, ends, ends, longest, longest, scale=scaling, window_size=seen, **grouped)
+    assert isinstance(out, Tensor)
+    return out
