@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,6 +34,8 @@ CRITIC_LOSS = 1 / 64
 # The norm under which "clipping is on" and never acts.
 NEVER_CLIPS = 1e6
 EPS = torch.finfo(torch.float32).eps
+# How often a floor shakes the gradients.
+SHAKEN = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +180,7 @@ class Deviation:
 
 
 FIELDS = ("gradient at identical weights", "loss", "gradient norm", "weights")
+_FIGURES = ("first_gradient", "loss", "grad_norm", "weights")
 
 
 class _Role:
@@ -312,28 +315,37 @@ def noise_floor(recipe: Recipe) -> Deviation:
     others. What one process makes of gradients that are so far off, three times at random, counts as well: Adam
     amplifies it wherever a gradient is nearly zero.
     """
-    return _floor(replace(recipe, accumulation=1))
+    *_, whole = rising_floors(recipe)
+    return whole
 
 
-@functools.lru_cache(maxsize=64)
-def _floor(recipe: Recipe) -> Deviation:
-    deviations = []
-    parts = 2
-    while recipe.rows % parts == 0 and parts <= recipe.rows:
-        regrouped = replace(recipe, accumulation=parts)
-        deviations.append(
-            compare(run_trajectory(FakeStrategy(**regrouped.settings(1)), regrouped), reference_trajectory(recipe))
-        )
-        parts *= 2
-    for seed in range(3):
-        shaken = run_trajectory(FakeStrategy(**recipe.settings(1)), recipe, functools.partial(_shake_gradients, seed))
-        deviations.append(compare(shaken, reference_trajectory(recipe)))
-    return Deviation(
-        first_gradient=max(2 * EPS, *(d.first_gradient for d in deviations)),
-        loss=max(d.loss for d in deviations),
-        grad_norm=max(_norm_rounding(recipe), *(d.grad_norm for d in deviations)),
-        weights=max(d.weights for d in deviations),
-    )
+def rising_floors(recipe: Recipe) -> Iterator[Deviation]:
+    """The noise floor run by run, up to the whole one: what lies within one of them lies within all that follow."""
+    recipe = replace(recipe, accumulation=1)
+    floor = Deviation(first_gradient=2 * EPS, loss=0.0, grad_norm=_norm_rounding(recipe), weights=0.0)
+    for number in range(SHAKEN + _halvings(recipe)):
+        pairs = zip(floor.figures(), _disturbed(recipe, number).figures(), strict=True)
+        floor = Deviation(**dict(zip(_FIGURES, (max(pair) for pair in pairs), strict=True)))
+        yield floor
+
+
+def _halvings(recipe: Recipe) -> int:
+    """How often the rows can be halved."""
+    return (recipe.rows & -recipe.rows).bit_length() - 1
+
+
+@functools.lru_cache(maxsize=512)
+def _disturbed(recipe: Recipe, number: int) -> Deviation:
+    """One process against itself: first with its gradients shaken, then with its rows in 2, 4, ... micro-batches."""
+    touch, other = functools.partial(_shake_gradients, number), recipe
+    if number >= SHAKEN:
+        touch, other = _leave, replace(recipe, accumulation=2 ** (number - SHAKEN + 1))
+    run = run_trajectory(FakeStrategy(**other.settings(1)), other, touch)
+    return compare(run, reference_trajectory(recipe))
+
+
+def _leave(model: nn.Module) -> None:
+    """As it is."""
 
 
 def _shake_gradients(seed: int, model: nn.Module) -> None:
@@ -352,6 +364,7 @@ def _shake_gradients(seed: int, model: nn.Module) -> None:
             parameter.register_post_accumulate_grad_hook(shake)
 
 
+@functools.lru_cache(maxsize=64)
 def _norm_rounding(recipe: Recipe) -> float:
     """Relative error of one process's own norm of the first gradient, against double precision."""
     whole = replace(recipe, accumulation=1, steps=1, max_norm=0.0, poisoned=None)
