@@ -6,16 +6,19 @@ a package see that package, its dependencies and its test group, so that reachin
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import nox
 
 ROOT = Path(__file__).parent
 DIST = ROOT / ".nox" / "dist"
+BYTECODE = ROOT / ".nox" / "bytecode"
 UV = os.environ.get("UV", "uv")  # `uv run` says where it is, also when `python -m uv` was called
 
 WORKSPACE = nox.project.load_toml("pyproject.toml")["tool"]["uv"]["workspace"]
@@ -45,6 +48,10 @@ NO_ACCELERATOR = {
     "ZE_AFFINITY_MASK": "",
     "TRITON_INTERPRET": "1",
 }
+# Two processes share out a session's tests, each with ranks of its own. In a package, who has none left takes half of
+# the other's; what packages do together is set up file by file. What follows `--` may say otherwise, such as `-n 0`.
+IN_PARALLEL = ("-n", "2", "--dist", "worksteal")
+BY_FILE = ("-n", "2", "--dist", "loadfile")
 NOTHING_COLLECTED = 5
 # What needs vLLM itself; elsewhere these tests say so and are skipped.
 VLLM_TESTS = [
@@ -99,17 +106,54 @@ def _sync_package(session: nox.Session, package: str, *, python: str | None = No
 
 def _pytest(session: nox.Session, package: str, *, only: str | None = None, accelerator: bool = False) -> None:
     """Run a package's tests: the default ones, or `only` those with a mark, of which a package may have none."""
-    _pytest_in(session, f"packages/lightrft-{package}/tests", only=only, accelerator=accelerator)
+    tests = f"packages/lightrft-{package}/tests"
+    _pytest_in(session, tests, parallel=IN_PARALLEL, only=only, accelerator=accelerator)
 
 
-def _pytest_in(session: nox.Session, *paths: str, only: str | None = None, accelerator: bool = False) -> None:
-    session.run(
-        *("python", "-m", "pytest", "-c", "pyproject.toml", *paths),
-        *(("-m", only) if only else ()),
-        *session.posargs,
-        env=TEST_ENV | ({} if accelerator else NO_ACCELERATOR),
-        success_codes=[0, NOTHING_COLLECTED] if only else [0],
-    )
+def _pytest_in(
+    session: nox.Session,
+    *paths: str,
+    parallel: tuple[str, ...] = BY_FILE,
+    only: str | None = None,
+    accelerator: bool = False,
+) -> None:
+    with _shared_bytecode(session):
+        session.run(
+            *("python", "-m", "pytest", "-c", "pyproject.toml", *paths),
+            *(("-m", only) if only else parallel),
+            *session.posargs,
+            env=TEST_ENV | ({} if accelerator else NO_ACCELERATOR),
+            success_codes=[0, NOTHING_COLLECTED] if only else [0],
+        )
+
+
+@contextlib.contextmanager
+def _shared_bytecode(session: nox.Session) -> Iterator[None]:
+    """Begin with what other sessions have compiled, and leave them what this one compiles.
+
+    Every environment has torch and transformers, of which each would compile what is imported: 12 s. A file's name says
+    of which moment its source is, which tells versions apart; our own packages change too often to be kept.
+    """
+    packages = next(Path(session.virtualenv.location).rglob("site-packages"))
+    for kept in BYTECODE.rglob("*.pyc.*"):
+        mine = packages / kept.relative_to(BYTECODE).with_suffix("")
+        if _source_time(mine) == kept.suffix and not mine.exists():
+            mine.parent.mkdir(exist_ok=True)
+            mine.hardlink_to(kept)
+    yield
+    for mine in packages.rglob("*.pyc"):
+        place = mine.relative_to(packages)
+        if place.parts[0] != "lightrft" and (moment := _source_time(mine)):
+            kept = BYTECODE / f"{place}{moment}"
+            if not kept.exists():
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                kept.hardlink_to(mine)
+
+
+def _source_time(bytecode: Path) -> str | None:
+    """When the source of ``module.cpython-311.pyc`` was written, as a suffix; None where there is none."""
+    source = bytecode.parent.parent / f"{bytecode.name.partition('.')[0]}.py"
+    return f".{source.stat().st_mtime_ns}" if source.exists() else None
 
 
 @nox.session(tags=["default"])
@@ -205,7 +249,7 @@ def vllm_integration_full(session: nox.Session) -> None:
 def sglang(session: nox.Session) -> None:
     """Test the SGLang engine on a CPU, with a stand-in for its compiled kernels; every start takes half a minute."""
     _sync_sglang(session, "--package", "lightrft-engines", "--group", "test")
-    _pytest_in(session, *SGLANG_TESTS)
+    _pytest_in(session, *SGLANG_TESTS, parallel=())
 
 
 @nox.session(tags=["full", "engines", "sglang"])
@@ -219,7 +263,7 @@ def sglang_full(session: nox.Session) -> None:
 def sglang_integration(session: nox.Session) -> None:
     """Test FSDP2 and DeepSpeed feeding the SGLang engine, on a CPU."""
     _sync_sglang(session, "--all-packages", "--group", "integration")
-    _pytest_in(session, "integration/test_engines.py", "-k", "sglang")
+    _pytest_in(session, "integration/test_engines.py", "-k", "sglang", parallel=())
 
 
 def _sync_sglang(session: nox.Session, *args: str) -> None:
@@ -262,7 +306,8 @@ def wheels(session: nox.Session, package: str) -> None:
         _uv(session, "pip", "install", "--constraint", str(locked), "--constraint", str(siblings), target)
         with session.chdir(scratch):  # and python -P: what is tested is what was installed, not this checkout
             smoke = str(ROOT / "tools" / "smoke.py")
-            session.run("python", "-P", smoke, f"lightrft-{package}", *checks, env=TEST_ENV | NO_ACCELERATOR)
+            with _shared_bytecode(session):
+                session.run("python", "-P", smoke, f"lightrft-{package}", *checks, env=TEST_ENV | NO_ACCELERATOR)
 
 
 @nox.session(tags=["api"])

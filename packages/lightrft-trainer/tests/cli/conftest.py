@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from filelock import FileLock
 from safetensors.torch import load_file
 
 START_SECONDS = 240.0
@@ -139,13 +140,16 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def uninterrupted(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output folder of the tiny run when nobody disturbs it."""
-    folder = tmp_path_factory.mktemp("whole")
-    command = start_tiny(lambda *a: Command(*a), tiny_run, folder)
-    try:
-        assert command.finish() == 0, command.output()
-    finally:
-        command.end()
+    """The output folder of the tiny run when nobody disturbs it; one for all processes that share the tests out."""
+    session = tmp_path_factory.getbasetemp()
+    folder = (session.parent if "PYTEST_XDIST_WORKER" in os.environ else session) / "whole"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "run" / "model").exists():
+            command = start_tiny(lambda *a: Command(*a), tiny_run, folder)
+            try:
+                assert command.finish() == 0, command.output()
+            finally:
+                command.end()
     return folder / "run"
 
 
