@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import time
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -18,8 +19,6 @@ from lightrft.strategy.errors import CheckpointError, RankTimeoutError
 from lightrft.strategy.journal import RankJournal, note_departure
 from lightrft.strategy.native_strategy import NativeStrategy
 from lightrft.testing.ranks import RankPool, announce
-
-STALL = 4.0  # longer than the deadline below
 
 
 class Joined(NativeStrategy):
@@ -32,6 +31,21 @@ def strategy(timeout: float = 2.0) -> Joined:
     one = Joined(train_batch_size=2, dist_timeout=timeout)
     one.setup_distributed()
     return one
+
+
+def lives_on() -> None:
+    """What rank 1 does until rank 0 has given up waiting for it."""
+    _store().wait(["gave up"], timedelta(seconds=60))
+
+
+def given_up(error: RankTimeoutError) -> str:
+    """Its message; the other rank may go."""
+    _store().set("gave up", "")
+    return str(error)
+
+
+def _store() -> dist.Store:
+    return dist.distributed_c10d._get_default_store()
 
 
 def waits_for_rank_1() -> str:
@@ -71,11 +85,11 @@ def stalls_inside() -> str | None:
         with mine.waits_for_ranks("an operation of two parts"):
             dist.barrier()
             if mine.rank == 1:
-                time.sleep(STALL)
+                lives_on()
                 return None
             dist.barrier()
     except RankTimeoutError as error:
-        return str(error)
+        return given_up(error)
     return "nobody was late"
 
 
@@ -84,7 +98,7 @@ def test_a_rank_that_stalls_inside_an_operation_is_named_by_its_collectives(rank
     assert message.startswith("an operation of two parts (number 2)")
     cause = message.split("Cause: ")[1]
     assert re.match(r"rank 1, last seen in an operation of two parts \(number 2\) .*, is 1 collective behind", cause)
-    assert re.search(r"now at .*test_journal\.py:\d+ \(stalls_inside\)", cause), message
+    assert re.search(r"now at .*test_journal\.py:\d+ \(lives_on\)", cause), message
 
 
 def raises_inside(kind: type[Exception]) -> str:
@@ -96,9 +110,9 @@ def raises_inside(kind: type[Exception]) -> str:
                 raise kind("no data left")
             dist.barrier()
     except RankTimeoutError as error:
-        return str(error)
+        return given_up(error)
     except kind:
-        time.sleep(STALL)  # as a notebook would: the process lives on
+        lives_on()  # as a notebook would: the process lives on
     return "passed through"
 
 
@@ -120,11 +134,11 @@ def raises_between(how: str) -> str:
             raise ValueError("a wrong reward")
         except ValueError as error:
             note_departure(error if how == "raised" else None)  # as an uncaught exception, and the end, would
-            time.sleep(STALL)
+            lives_on()
             return ""
     with pytest.raises(RankTimeoutError) as caught:
         mine.barrier()
-    return str(caught.value)
+    return given_up(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -146,11 +160,11 @@ def raised_long_ago() -> str:
                 raise ValueError("handled")
         mine.all_reduce(1)
     if mine.rank == 1:
-        time.sleep(STALL)
+        lives_on()
         return ""
     with pytest.raises(RankTimeoutError) as caught:
         mine.barrier()
-    return str(caught.value)
+    return given_up(caught.value)
 
 
 def test_an_exception_that_was_handled_is_no_cause(ranks: RankPool) -> None:

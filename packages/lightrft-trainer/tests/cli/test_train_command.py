@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from lightrft.cli.main import main
 from lightrft.trainer.metrics import STEP_KEYS, read_metrics
 
 Tiny = Callable[..., Any]
@@ -46,9 +47,17 @@ def test_the_report_says_what_was_learned_and_where_it_is(uninterrupted: Path) -
     assert "Traceback" not in shown
 
 
-def test_the_number_of_ranks_does_not_change_the_run(tiny: Tiny, tmp_path: Path, uninterrupted: Path) -> None:
-    command = tiny(tmp_path, "--nproc_per_node", "1")
-    assert command.finish() == 0, command.output()
+def train_under_torchrun(config: Path, folder: Path, *flags: str) -> None:
+    """On a rank that a launcher has started: the tiny run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(config.parent)  # the reward is there
+        assert main(["train", "--config", str(config), "--output_dir", str(folder / "run"), *flags]) == 0
+
+
+def test_the_number_of_ranks_does_not_change_the_run(
+    rank_pools: Any, tiny_run: Path, tmp_path: Path, uninterrupted: Path
+) -> None:
+    rank_pools(1).run(train_under_torchrun, tiny_run, tmp_path)
     alone, together = (read_metrics(folder / "metrics.jsonl") for folder in (tmp_path / "run", uninterrupted))
     # The same prompts, the same samples, the same optimizer steps; sums over ranks differ in rounding only, which eight
     # optimizer steps at this rate multiply by some thousands.
@@ -121,9 +130,10 @@ def test_no_rank_outlives_a_killed_launcher(tiny: Tiny, tmp_path: Path) -> None:
 CUT = ("--sp_size", "2", "--packing_samples", "--fused_linear_logprob", "--chunk_size", "7")
 
 
-def test_packed_fused_and_cut_sequences_train_as_plain_ones(tiny: Tiny, tmp_path: Path, uninterrupted: Path) -> None:
-    command = tiny(tmp_path, *CUT, "--max_tokens_per_micro_batch", "40")
-    assert command.finish() == 0, command.output()
+def test_packed_fused_and_cut_sequences_train_as_plain_ones(
+    ranks: Any, tiny_run: Path, tmp_path: Path, uninterrupted: Path
+) -> None:
+    ranks.run(train_under_torchrun, tiny_run, tmp_path, *CUT, "--max_tokens_per_micro_batch", "40")
     cut, plain = (read_metrics(folder / "metrics.jsonl") for folder in (tmp_path / "run", uninterrupted))
     assert len(cut) == 8
     for one, two in zip(cut[:2], plain[:2], strict=True):

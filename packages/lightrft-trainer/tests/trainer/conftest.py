@@ -45,13 +45,15 @@ def even_digits(prompts: list[str], responses: list[str], labels: list[Any], **e
 def make(tmp_path: Path) -> Callable[..., Setup]:
     """Builds a :class:`Setup`; keywords are settings, ``trainer_class`` and ``reward_fn`` are what they say.
 
-    ``model_options`` are those of the models; without them the models get what the settings ask for.
+    ``model_options`` are those of the models; without them the models get what the settings ask for. Curves are drawn
+    for the tests that ask for ``plots``: a run ends with four of them, which take longer than its steps.
     """
 
     def build(
         trainer_class: type[SPMDPPOTrainer] = SPMDPPOTrainer,
         reward_fn: Any = even_digits,
         model_options: Any = None,
+        plots: bool = False,
         **settings: Any,
     ) -> Setup:
         config = StrategyConfig(
@@ -110,6 +112,8 @@ def make(tmp_path: Path) -> Callable[..., Setup]:
             tokenizer=tokenizer,
             reward_fn=reward_fn,
         )
+        if not plots:
+            trainer._plot = lambda: None
         loader = strategy.setup_dataloader(prompts, config.rollout_batch_size, collate_fn=prompts.collate_fn)
         return Setup(strategy, trainer, loader, prompts)
 

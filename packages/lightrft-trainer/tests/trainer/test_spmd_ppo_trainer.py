@@ -257,7 +257,7 @@ def test_an_engine_that_drops_its_weights_serves_every_draw_and_evaluation(make:
 
 
 def test_evaluation_is_greedy_and_comes_before_and_after(make: Make) -> None:
-    setup = make(eval_steps=2, max_steps=3)
+    setup = make(eval_steps=2, max_steps=3, plots=True)
     held_out = [setup.prompts[i] for i in range(10)]
     state = setup.fit(eval_prompts=held_out)
     assert list(state.evaluation) == ["0", "2", "3"]
