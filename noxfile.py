@@ -266,6 +266,13 @@ def sglang_integration(session: nox.Session) -> None:
     _pytest_in(session, "integration/test_engines.py", "-k", "sglang", parallel=())
 
 
+@nox.session(tags=["full", "sglang"])
+def sglang_integration_full(session: nox.Session) -> None:
+    """Run the long rows of SGLang in the whole: adapters under ZeRO 3, and into an engine that splits the model."""
+    _sync_sglang(session, "--all-packages", "--group", "integration")
+    _pytest_in(session, "integration/test_engines.py", "-k", "sglang", only="full and not gpu")
+
+
 def _sync_sglang(session: nox.Session, *args: str) -> None:
     """SGLang from the lock without what only GPUs can use, and what stands in for its compiled kernels."""
     left_out = [word for name in SGLANG_GPU_PACKAGES for word in ("--no-install-package", name)]

@@ -2,11 +2,14 @@
 
     python tools/bench/weight_sync.py --model smollm2 --bucket-mb 16 64 512
     .nox/vllm_integration/bin/python tools/bench/weight_sync.py --engine vllm
+    PYTHONPATH=packages/lightrft-engines/tests/sglang_on_cpu .nox/sglang/bin/python tools/bench/weight_sync.py \
+        --engine sglang
 
 One rank: buckets are views of a model in memory, so what is measured is the engine's part (checks, ledger, copies).
+Extra memory is what this process's resident size rises by in a sync.
 ``memcpy`` copies as many bytes between two buffers of each tensor's size. ``singly`` sends the same tensors through the
-engine's own interface one a call: vLLM's ``load_weights`` with one tensor, for the embedded engine a bucket of one
-tensor. Rounds alternate between the three.
+engine's own interface one a call: vLLM's ``load_weights`` with one tensor, for the others a bucket of one tensor.
+Rounds alternate between the three.
 A two-rank measurement belongs to a sharded strategy: it calls :func:`measure` with its own ``export``.
 """
 
@@ -24,6 +27,7 @@ from typing import Any
 
 import torch
 from hf_engine import MODELS, timed
+from resident import resident_rise
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
@@ -39,13 +43,14 @@ Export = Callable[[UpdatePlan], Iterator[WeightBucket]]
 
 @dataclass(frozen=True)
 class Result:
-    """Seconds (medians) of one sync, of one copy of the same bytes and of one call a tensor, and the bytes."""
+    """Seconds (medians) of one sync, of one copy of the same bytes and of one call a tensor; and bytes."""
 
     sync: float
     memcpy: float
     singly: float
     nbytes: int
     buckets: int
+    rise: int
 
     @property
     def share(self) -> float:
@@ -117,9 +122,10 @@ def measure(
     other = reference or memcpy
     other()
     singly()
+    rise = resident_rise(sync)
     times = [(timed(sync), timed(other), timed(singly)) for _ in range(rounds)]
     mine, copied, single = (statistics.median(column) for column in zip(*times, strict=True))
-    return Result(mine, copied, single, sent[0], sent[1])
+    return Result(mine, copied, single, sent[0], sent[1], rise)
 
 
 def main() -> None:
@@ -148,12 +154,13 @@ def main() -> None:
         r = measure(engine, specs, export, bucket_bytes=int(bucket_mb * 2**20), rounds=args.rounds)
         log.info(
             "%s %s, %d tensors, %.1f MiB in %d buckets of at most %g MiB, %d thread(s): sync %.1f ms (%.2f GB/s), "
-            "memcpy %.1f ms (%.2f GB/s), share %.2f; one tensor a call %.1f ms (%.2f ×)",
+            "memcpy %.1f ms (%.2f GB/s), share %.2f; one tensor a call %.1f ms (%.2f ×); extra memory %.1f MiB",
             *(f"{args.engine} {args.model}", args.dtype, len(specs)),
             *(r.nbytes / 2**20, r.buckets, bucket_mb, torch.get_num_threads()),
             *(r.sync * 1e3, r.nbytes / r.sync / 1e9, r.memcpy * 1e3, r.nbytes / r.memcpy / 1e9, r.share),
-            *(r.singly * 1e3, r.singly / r.sync),
+            *(r.singly * 1e3, r.singly / r.sync, r.rise / 2**20),
         )
+    engine.shutdown()
 
 
 if __name__ == "__main__":

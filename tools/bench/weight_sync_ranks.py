@@ -15,16 +15,15 @@ import argparse
 import logging
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
-import psutil
 import torch
 import torch.distributed as dist
 from hf_engine import MODELS
 from launch_ranks import become_ranks
+from resident import resident_rise
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
@@ -50,24 +49,6 @@ def bare_all_gather(nbytes: int, bucket_bytes: int) -> Callable[[], None]:
             left -= part
 
     return run
-
-
-def resident_rise(run: Callable[[], Any]) -> int:
-    """Bytes by which this process grows, at the most, while ``run`` runs."""
-    process, ended, peak = psutil.Process(), threading.Event(), 0
-    before = process.memory_info().rss
-
-    def watch() -> None:
-        nonlocal peak
-        while not ended.wait(0.002):
-            peak = max(peak, process.memory_info().rss)
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    run()
-    ended.set()
-    watcher.join()
-    return max(0, peak - before)
 
 
 def timed(run: Callable[[], Any]) -> float:
@@ -101,6 +82,7 @@ def measure(name: str, engine: str, bucket_mb: float, rounds: int) -> None:
     bare = bare_all_gather(nbytes, bucket_bytes)
     strategy.setup_inference_engine(None, engine, model)
     kinds = {"all-gather": bare, "export": export, "sync": lambda: strategy.update_engine_weights(model)}
+    rise_of_sync = max(strategy.all_gather_object(resident_rise(kinds["sync"])))
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
     for counted in range(-1, rounds):
         for kind, run in kinds.items():
@@ -111,10 +93,11 @@ def measure(name: str, engine: str, bucket_mb: float, rounds: int) -> None:
         bare_s, export_s, sync_s = (statistics.median(seconds[kind]) for kind in kinds)
         log.info(
             "%s into %s, %.1f MiB, buckets of %g MiB: all-gather %.1f ms (%.2f GB/s), export %.1f ms (%.2f ×), "
-            "sync %.1f ms (%.2f ×); extra memory of an export at most %.1f MiB (largest tensor %.1f MiB)",
+            "sync %.1f ms (%.2f ×); extra memory of an export at most %.1f MiB, of a sync %.1f MiB (largest tensor "
+            "%.1f MiB)",
             *(name, engine, nbytes / MIB, bucket_mb, bare_s * 1e3, nbytes / bare_s / 1e9),
             *(export_s * 1e3, bare_s / export_s, sync_s * 1e3, bare_s / sync_s),
-            *(rise / MIB, max(spec.nbytes for spec in specs) / MIB),
+            *(rise / MIB, rise_of_sync / MIB, max(spec.nbytes for spec in specs) / MIB),
         )
     strategy.engine_host.shutdown()
 

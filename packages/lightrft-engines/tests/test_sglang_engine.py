@@ -18,7 +18,6 @@ class TestSGLangEngine(EngineSuite):
     spec_options: ClassVar[Mapping[str, Any]] = {"max_batch_size": 16}
     samples = 1500
     starts_slowly = True  # half a minute
-    frees_kv_cache = False  # SGLang's sleep needs a GPU; on a CPU its cache is emptied, and stays
 
     @pytest.fixture
     def make_engine(self) -> Any:
@@ -35,5 +34,4 @@ class TestSGLangEngineOverTwoRanks(TestSGLangEngine):
     """The same of an engine that splits the model."""
 
     text_kinds = ("qwen2", "qwen3")
-    vision_kinds = ("qwen2_5_vl",)
     spec_options: ClassVar[Mapping[str, Any]] = {"max_batch_size": 16, "tensor_parallel_size": 2}

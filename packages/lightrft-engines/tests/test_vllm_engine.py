@@ -5,10 +5,12 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import pytest
+import torch
 
 from lightrft.strategy.engine import EngineSpec, RolloutEngine
+from lightrft.strategy.memory import memory_figures
 from lightrft.strategy.sampling import SamplingParams
-from lightrft.testing.engine_suite import EngineSuite, requests_for, tokens_of
+from lightrft.testing.engine_suite import GREEDY, PROMPTS, EngineSuite, push_weights, requests_for, tokens_of
 
 pytest.importorskip("vllm", reason="vLLM is not installed: uv run nox -t vllm brings it")
 
@@ -40,3 +42,23 @@ class TestVLLMEngine(EngineSuite):
         alone = [engine.generate([request])[0] for request in requests]
         engine.shutdown()
         assert tokens_of(together) == tokens_of(alone)
+
+    def test_sleep_gives_memory_back_to_the_system(self, make_engine: Any, model_folder: str, other_model: Any) -> None:
+        cache = 128 * 2**20
+        engine = make_engine(replace(self.spec(model_folder), extra={"kv_cache_memory_bytes": cache}))
+        try:
+            push_weights(engine, other_model, version=1)  # which clears the cache, so that it is really there
+            before, awake = tokens_of(engine.generate(requests_for(PROMPTS, GREEDY))), resident()
+            freed = engine.release("kv_cache") + engine.release("weights")
+            assert freed == pytest.approx(cache, rel=0.05)
+            assert awake - resident() == pytest.approx(freed, rel=0.1)
+            engine.restore("weights")
+            engine.restore("kv_cache")
+            assert tokens_of(engine.generate(requests_for(PROMPTS, GREEDY))) == before
+        finally:
+            engine.shutdown()
+
+
+def resident() -> float:
+    """Bytes of this process."""
+    return memory_figures(torch.device("cpu"))["rss"] * 2**30

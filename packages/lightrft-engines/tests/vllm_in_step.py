@@ -25,7 +25,7 @@ class TestVLLMInStep(EngineSuite):
         "extra": {"kv_cache_memory_bytes": 16 * 2**20},
     }
     text_kinds = ("qwen2", "qwen2_tied")
-    vision_kinds = ("qwen2_5_vl",)
+    vision_kinds = ("qwen2_vl", "qwen2_5_vl")
     samples = 600
 
     @pytest.fixture

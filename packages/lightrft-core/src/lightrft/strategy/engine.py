@@ -35,6 +35,7 @@ class EngineCapabilities:
     :param devices: device types that it runs on.
     :param tensor_parallel: sizes above 1 are possible.
     :param sleep_levels: which of level 1 (weights kept on the host) and level 2 (weights dropped) exist.
+    :param keeps_kv_cache_on: device types on which a sleeping engine cannot give its KV cache's memory back.
     :param multimodal: takes images.
     :param logprobs: returns the sampled tokens' logprobs under the distribution they were drawn from.
     :param seeds: honours a seed for each request.
@@ -47,6 +48,7 @@ class EngineCapabilities:
     devices: tuple[str, ...] = ("cpu", "cuda")
     tensor_parallel: bool = False
     sleep_levels: tuple[int, ...] = (1, 2)
+    keeps_kv_cache_on: tuple[str, ...] = ()
     multimodal: bool = False
     logprobs: bool = True
     seeds: bool = True

@@ -90,11 +90,13 @@ def train(
 
 
 def quiet_libraries() -> None:
-    """Keep bars of each model that is read, and a warning of torchdata's about itself, out of the run's output."""
+    """Keep out of the run's output: bars of each model that is read, a warning of torchdata's about itself, and torch's
+    about its own old names, which DeepSpeed and vLLM call."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message="'set_vital' is deprecated", category=UserWarning)
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
 
 
 def claim_output_dir(strategy: StrategyBase, config: StrategyConfig) -> Path:

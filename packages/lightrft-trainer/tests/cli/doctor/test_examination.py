@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -133,6 +135,38 @@ def test_a_level_that_an_engine_has_not_is_left_out() -> None:
     found = findings(Sleepless, enable_engine_sleep=False, engine_sleep_level=2)
     assert statuses(found) == {"sleep": "skipped"}
     assert "no sleep level 2" in found["sleep"].text
+
+
+class Beside(HFEngine):
+    """Holds memory in a process of its own, and keeps its cache."""
+
+    from lightrft.strategy.engine import EngineCapabilities
+
+    capabilities = EngineCapabilities(keeps_kv_cache_on=("cpu",))
+
+    def _start(self, spec: Any, group: Any) -> None:
+        super()._start(spec, group)
+        code = "held = b'1' * 2**27; print(flush=True); input()"
+        words = [sys.executable, "-c", code]
+        self._process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert self._process.stdout is not None
+        self._process.stdout.readline()
+
+    def _shutdown(self) -> None:
+        super()._shutdown()
+        self._process.communicate(b"\n")
+
+    def _release(self, what: Any, keep: bool) -> int:
+        return 0 if what == "kv_cache" else super()._release(what, keep)
+
+
+def test_memory_in_an_engines_own_process_is_counted_and_what_sleep_keeps_is_said() -> None:
+    found = findings(Beside)
+    assert statuses(found) == {}
+    assert found["engine"].figures["mib"] > 120
+    assert found["engine"].figures["mib_in_processes_of_its_own"] == pytest.approx(128, abs=32)
+    assert "of them in processes of its own" in found["engine"].text
+    assert found["sleep"].text.startswith("level 1 has nothing to give back: on a CPU examined keeps its KV cache")
 
 
 class Mute(HFEngine):

@@ -39,7 +39,10 @@ class SGLangEngine(BatchEngine):
 
     name: ClassVar[str] = "sglang"
     capabilities: ClassVar[EngineCapabilities] = EngineCapabilities(
-        tensor_parallel=True, multimodal=True, requires="sglang>=0.5.21,<0.6"
+        tensor_parallel=True,
+        multimodal=True,
+        keeps_kv_cache_on=("cpu",),  # SGLang's sleep needs a GPU
+        requires="sglang>=0.5.21,<0.6",
     )
     placement: ClassVar[Placement] = "leader"
 

@@ -15,7 +15,6 @@ import torch
 from lightrft.data.tasks import build_default_model, reverse_digits
 from lightrft.strategy import get_strategy
 from lightrft.strategy.config import StrategyConfig
-from lightrft.strategy.memory import memory_figures
 from lightrft.strategy.sampling import SamplingParams
 from lightrft.trainer.experience import Experience, ExperienceBatch, make_batch
 from lightrft.trainer.forward import token_statistics
@@ -23,6 +22,7 @@ from lightrft.trainer.run import build_models, load_tokenizer, quiet_libraries
 
 from .findings import ON_RANKS
 from .judge import drift_problem, growth_problem, repeated
+from .memory import MIB, Memory, memory_in_use, sleep_words
 from .notebook import Entry, Notebook
 
 if TYPE_CHECKING:
@@ -44,7 +44,6 @@ TEXTS = (
     "A triangle has",
     "My favourite colour is",
 )
-MIB = 2**20
 
 
 def examine(config: StrategyConfig, notebook: Notebook) -> None:
@@ -137,11 +136,11 @@ class Patient:
 
     def engine(self, entry: Entry) -> None:
         """Start the engine on the model's folder."""
-        before, begun = self._memory(), time.monotonic()
+        before, begun = memory_in_use(self.strategy.device), time.monotonic()
         self.strategy.setup_inference_engine(self.config, engine_type=self.config.engine_type)
-        seconds, grown = time.monotonic() - begun, before - self._memory()
-        entry.text = f"{self.config.engine_type} started in {seconds:.1f} s and took {grown / MIB:.0f} MiB a rank"
-        entry.figures |= {"mib": grown / MIB}
+        seconds, grown = time.monotonic() - begun, self._mean(memory_in_use(self.strategy.device) - before)
+        entry.text = f"{self.config.engine_type} started in {seconds:.1f} s and took {grown}"
+        entry.figures |= {"mib": grown.total / MIB, "mib_in_processes_of_its_own": grown.children / MIB}
 
     def weight_sync(self, entry: Entry) -> None:
         """Bring the moved weights over and compare every element."""
@@ -209,13 +208,15 @@ class Patient:
     def sleep(self, entry: Entry) -> None:
         """Let the engine sleep, see what memory comes back, and whether it wakes as it was."""
         level, host, engine = self.config.engine_sleep_level, self.strategy.engine_host, self.strategy.inference_engine
-        if level not in host.engine_class(self.config.engine_type).capabilities.sleep_levels:
-            entry.status, entry.text = "skipped", f"{self.config.engine_type} has no sleep level {level}"
+        name, device = self.config.engine_type, self.strategy.device
+        capabilities = host.engine_class(name).capabilities
+        if level not in capabilities.sleep_levels:
+            entry.status, entry.text = "skipped", f"{name} has no sleep level {level}"
             return
-        before = self._memory()
-        freed = host.sleep_engine(engine) if engine is not None else 0
+        before = memory_in_use(device)
+        freed = self.strategy.all_reduce(float(host.sleep_engine(engine) if engine is not None else 0))
         self.strategy.sync_and_clear_cache()
-        back = self._memory() - before
+        back = self._mean(before - memory_in_use(device))
         self.strategy.wakeup_inference_engine()
         if level == 2:
             self.strategy.update_engine_weights(self.actor)
@@ -225,12 +226,10 @@ class Patient:
             [output.output_token_ids for output in again],
             self.config.dtype_name,
         )
-        where = "of this process" if self.strategy.device.type == "cpu" else "of the device"
-        entry.text = (
-            f"level {level} gave {freed / MIB:.1f} MiB back ({back / MIB:+.1f} MiB free {where}); awake again, "
-            f"{equal} of {len(again)} greedy answers are what they were"
-        )
-        entry.figures |= {"level": level, "freed_mib": freed / MIB, "free_gain_mib": back / MIB, "equal": equal}
+        given = f"level {level} gave {freed / MIB:.1f} MiB a rank back (measured: {back.total / MIB:.1f})"
+        said = sleep_words(given, name, capabilities, level, device.type)
+        entry.text = f"{said}; awake again, {equal} of {len(again)} greedy answers are what they were"
+        entry.figures |= {"level": level, "freed_mib": freed / MIB, "free_gain_mib": back.total / MIB, "equal": equal}
         if status != "ok":
             entry.problem(
                 "the engine does not wake as it fell asleep",
@@ -240,10 +239,9 @@ class Patient:
             )
 
     # ---- parts -------------------------------------------------------------------------------------------------------
-    def _memory(self) -> int:
-        """Bytes that are free: on the device, or on a CPU by what this process holds (negative)."""
-        figures = memory_figures(self.strategy.device)
-        return int(figures.get("device_free", -figures["rss"]) * 2**30)
+    def _mean(self, memory: Memory) -> Memory:
+        """Over the ranks: where some share an engine, one of them alone may hold it."""
+        return Memory(**self.strategy.all_reduce(dataclasses.asdict(memory)))
 
     def _generate(self, *, temperature: float, n: int = 1) -> list[GenerationOutput]:
         longest = max(len(prompt) for prompt in self.prompts)
