@@ -6,9 +6,10 @@ An engine that is not installed in this environment skips its rows: `uv run nox 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -17,11 +18,23 @@ import pytest
 import torch
 
 from lightrft.models.lora import add_adapters
-from lightrft.strategy import get_strategy
+from lightrft.strategy import StrategyConfig, get_strategy
+from lightrft.strategy.engine import EngineSpec, RolloutEngine
 from lightrft.strategy.errors import RolloutError, StaleWeightsError, WeightSyncError
 from lightrft.strategy.lifecycle import EngineStatus
+from lightrft.strategy.prompts import make_prompts, make_requests
+from lightrft.strategy.registry import load_plugin
+from lightrft.strategy.sampling import SamplingParams
 from lightrft.testing import RankPool, faulty_sync, tiny_model
-from lightrft.testing.engine_suite import GREEDY, PROMPTS, greedy_reference, hub_state, processed_logprobs, tokens_of
+from lightrft.testing.engine_suite import (
+    GREEDY,
+    PROMPTS,
+    greedy_reference,
+    hub_state,
+    processed_logprobs,
+    push_weights,
+    tokens_of,
+)
 from lightrft.testing.tiny_models import save_tiny_model, set_adapters
 
 
@@ -51,6 +64,7 @@ SETTINGS: Mapping[str, Any] = {
 # What only a long campaign adds to the table: adapters are merged before an engine sees them.
 FULL = [(backend, engine, True) for backend in BACKENDS for engine in ENGINES if (backend, engine.size) != ("FSDP2", 1)]
 SHARES = (slice(0, 4), slice(4, None))  # uneven
+SAMPLED = SamplingParams(n=2, max_tokens=12)
 
 
 def installed(engine: Engine) -> Engine:
@@ -99,6 +113,27 @@ def generated(strategy: Any, *, sleep: bool = False) -> list[Any]:
     return strategy.gather_and_generate(GREEDY, all_prompt_token_ids=share, sleep_engine=sleep)
 
 
+def samples(strategy: Any, prompts: Sequence[Sequence[int]]) -> list[tuple[list[int], list[int]]]:
+    """(prompt, response) of two samples a prompt; all calls draw as if they were the run's first."""
+    outputs = strategy.gather_and_generate(SAMPLED, all_prompt_token_ids=prompts, sleep_engine=False, step=0)
+    return [(output.prompt_token_ids, output.output_token_ids) for output in outputs]
+
+
+@functools.cache
+def samples_of_one_process(engine: str, folder: str) -> list[tuple[list[int], list[int]]]:
+    """What an engine without ranks writes for all prompts."""
+    alone: RolloutEngine = load_plugin("engines", engine)()
+    extra = Engine(engine, 1).settings["engine_extra"]
+    alone.start(EngineSpec(pretrain=folder, max_model_len=SETTINGS["max_model_len"], extra=extra))
+    try:
+        push_weights(alone, tiny_model("qwen2", seed=1), version=1)
+        prompts = [replace(prompt, index=i) for i, prompt in enumerate(make_prompts(PROMPTS, None, None, None))]
+        outputs = alone.generate(make_requests(prompts, SAMPLED, StrategyConfig().seed, 0))
+        return [(output.prompt_token_ids, output.output_token_ids) for output in outputs]
+    finally:
+        alone.shutdown()
+
+
 # ---- the table -------------------------------------------------------------------------------------------------------
 def sleeps_beside_another(strategy: Any, folder: str) -> None:
     """The strategy's engine and an embedded one: one call puts both to sleep, one wakes both."""
@@ -114,8 +149,11 @@ def sleeps_beside_another(strategy: Any, folder: str) -> None:
     other.engine_host.shutdown()
 
 
-def fed(backend: str, engine: Engine, folder: str, lora: bool) -> tuple[list[list[int]], float]:
-    """Greedy tokens for this rank's prompts, and the largest distance of their logprobs from a plain forward's."""
+def fed(backend: str, engine: Engine, folder: str, lora: bool) -> tuple[list[list[int]], float, list[Any], list[Any]]:
+    """Greedy tokens for this rank's prompts, and the largest distance of their logprobs from a plain forward's.
+
+    Then the samples of two rollouts: of this rank's share, and where the first rank brings no prompt and the last all.
+    """
     strategy, _ = started(backend, engine, folder, lora)
     outputs = generated(strategy, sleep=True)
     assert strategy.inference_engine_status is EngineStatus.SLEEPED
@@ -128,8 +166,9 @@ def fed(backend: str, engine: Engine, folder: str, lora: bool) -> tuple[list[lis
             processed_logprobs(plain, output, GREEDY), output.output_token_ids, output.logprobs or (), strict=True
         ):
             error = max(error, abs(float(row[token]) - logprob))
+    drawn = [samples(strategy, PROMPTS[SHARES[strategy.rank]]), samples(strategy, PROMPTS if strategy.rank else ())]
     strategy.engine_host.shutdown()
-    return tokens_of(outputs), error
+    return tokens_of(outputs), error, *drawn
 
 
 CELLS = [
@@ -146,11 +185,20 @@ def test_table_of_backends_and_engines(ranks: RankPool, folder: str, backend: st
     results = ranks.run(fed, backend, tuple(installed(engine)), folder, lora)
     model = adapted() if lora else tiny_model("qwen2", seed=1)
     expected = [greedy_reference(model, prompt, 12) for prompt in PROMPTS]
-    equal = sum(mine == other for mine, other in zip((t for part, _ in results for t in part), expected, strict=True))
-    error = max(error for _, error in results)
+    written = [tokens for result in results for tokens in result[0]]
+    equal = sum(mine == other for mine, other in zip(written, expected, strict=True))
+    error = max(result[1] for result in results)
     sys.stdout.write(f"| {backend}{', LoRA' * lora} | {cell(engine)} | {equal} of {len(expected)} | {error:.1e} |\n")
     assert equal == len(expected)
     assert error < 1e-5
+    # Order and counts with uneven shares and with none; a sample depends neither on the ranks nor on the split.
+    shared, of_last = ([sample for result in results for sample in result[at]] for at in (2, 3))
+    assert results[0][3] == []
+    assert [prompt for prompt, _ in shared] == [list(prompt) for prompt in PROMPTS for _ in range(SAMPLED.n)]
+    assert shared == of_last
+    assert len({tuple(response) for _, response in shared}) > len(PROMPTS)
+    if not lora:
+        assert shared == samples_of_one_process(engine.name, folder)
 
 
 # ---- faults on the way -----------------------------------------------------------------------------------------------
