@@ -22,6 +22,7 @@ SMALL: Mapping[str, Any] = {"extra": {"kv_cache_memory_bytes": 16 * 2**20}}
 
 class TestVLLMEngine(EngineSuite):
     spec_options: ClassVar[Mapping[str, Any]] = SMALL
+    starts_slowly = True  # on the ranks of a launch (``full``) each test has an engine of its own
     text_kinds = ("qwen2", "qwen2_tied", "qwen3")
     samples = 1500
 

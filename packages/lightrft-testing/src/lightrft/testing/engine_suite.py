@@ -560,7 +560,7 @@ class EngineContractSuite:
         family = _descendants() - processes
         engine.shutdown()
         left = {kind: items - before[kind] for kind, items in _remains().items()}
-        left["shared memory"] -= _held_by_neighbours()
+        left["shared memory"] -= _held_by_others()
         left["processes"] = _survivors(family | (_descendants() - processes))
         assert left == {kind: set() for kind in left}
 
@@ -604,11 +604,14 @@ class EngineSuite(EngineContractSuite):
     logprob_tolerance: ClassVar[float] = 1e-5
 
     def pytest_generate_tests(self, metafunc: Any) -> None:
-        """Tests that take ``kind`` run once for each text model, those with ``vision_kind`` for each other one."""
+        """Tests that take ``kind`` run once for each text model, those with ``vision_kind`` for each other one.
+
+        The scope lets pytest run all tests of one model before those of the next, which share its engine.
+        """
         if "vision_kind" in metafunc.fixturenames:
-            metafunc.parametrize("vision_kind", self.vision_kinds)
+            metafunc.parametrize("vision_kind", self.vision_kinds, scope="class")
         elif "kind" in metafunc.fixturenames:
-            metafunc.parametrize("kind", self.text_kinds)
+            metafunc.parametrize("kind", self.text_kinds, scope="class")
 
     # ---- text --------------------------------------------------------------------------------------------------------
     def test_greedy_equals_hugging_face(self, engines: _Engines, folders: Any, kind: str) -> None:
@@ -842,13 +845,12 @@ def _remains() -> dict[str, set[str]]:
     }
 
 
-def _held_by_neighbours() -> set[str]:
-    """Shared memory that pytest-xdist's other workers, or what they started, have mapped."""
-    worker, held = os.environ.get("PYTEST_XDIST_WORKER"), set[str]()
-    for process in Path("/proc").glob("[0-9]*") if worker else ():
+def _held_by_others() -> set[str]:
+    """Shared memory that processes have mapped which this test did not start: tests beside it, programs of anybody."""
+    ours, held = f"PYTEST_CURRENT_TEST={os.environ['PYTEST_CURRENT_TEST']}", set[str]()
+    for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it has ended, or is another user's
-            names = dict(item.split("=", 1) for item in (process / "environ").read_text().split("\0") if "=" in item)
-            if names.get("PYTEST_XDIST_WORKER", worker) != worker:
+            if process.name != str(os.getpid()) and ours not in (process / "environ").read_text(errors="replace"):
                 held |= set(re.findall(r"/dev/shm/(\S+)", (process / "maps").read_text()))
     return held
 
