@@ -13,7 +13,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from lightrft.cli.main import main
 from lightrft.strategy import StrategyConfig
+from lightrft.testing import RankPool
 from lightrft.trainer.metrics import read_metrics
 
 STEPS = 3
@@ -23,18 +25,23 @@ FLAGS: Mapping[str, tuple[str, ...]] = {
     "zero2": ("--zero_stage", "2"),
     "zero3": ("--zero_stage", "3"),
 }
+UNDER_TORCHRUN = ("zero1", "zero2")
 INITIAL_MODEL = "initial_model"
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
-    """The output folders of a few steps of the default run, by backend."""
+def runs(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+    """The output folders of a few steps of the default run, by backend; two of them as torchrun would start them."""
     folder = tmp_path_factory.mktemp("runs")
     for name, flags in FLAGS.items():
         if name != "fsdp":  # what the first run has built, the others would build alike
             shutil.copytree(folder / "fsdp" / INITIAL_MODEL, folder / name / INITIAL_MODEL)
-        command = [sys.executable, "-m", "lightrft.cli.main", "train", *flags]
-        command += ["--max_steps", str(STEPS), "--max_eval_samples", "32", "--output_dir", str(folder / name)]
+        words = ["train", *flags, "--max_steps", str(STEPS), "--max_eval_samples", "32"]
+        words += ["--output_dir", str(folder / name)]
+        if name in UNDER_TORCHRUN:
+            assert ranks.run(main, words) == [0, 0], ranks.output(0)
+            continue
+        command = [sys.executable, "-m", "lightrft.cli.main", *words]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
         assert done.returncode == 0, f"{name}:\n{done.stdout}\n{done.stderr}"
