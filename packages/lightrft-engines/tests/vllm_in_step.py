@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,8 +14,10 @@ import torch.distributed as dist
 from lightrft.engines.vllm import VLLMEngine
 from lightrft.strategy.engine import EngineSpec, RolloutEngine
 from lightrft.testing.engine_suite import EngineSuite
+from lightrft.testing.tiny_models import save_tiny_model
 
 TP_SIZE = "LIGHTRFT_TEST_TP_SIZE"
+FOLDER = "LIGHTRFT_TEST_FOLDER"
 
 
 class TestVLLMInStep(EngineSuite):
@@ -29,6 +31,10 @@ class TestVLLMInStep(EngineSuite):
     samples = 600
 
     @pytest.fixture
+    def folders(self) -> Callable[[str], str]:
+        return lambda kind: str(models() / kind)
+
+    @pytest.fixture
     def make_engine(self) -> Any:
         def make(spec: EngineSpec) -> RolloutEngine:
             engine = VLLMEngine()
@@ -38,10 +44,18 @@ class TestVLLMInStep(EngineSuite):
         return make
 
 
+def models() -> Path:
+    """Where this rank's models lie."""
+    return Path(os.environ[FOLDER], f"models_{os.environ['RANK']}")
+
+
 def main(size: str, *options: str) -> int:
     os.environ[TP_SIZE] = size
+    # Once the ranks have joined, transformers lets only the first of them write.
+    for kind in (*TestVLLMInStep.text_kinds, *TestVLLMInStep.vision_kinds):
+        save_tiny_model(kind, models() / kind)
     dist.init_process_group("gloo")
-    folder = Path(os.environ["LIGHTRFT_TEST_FOLDER"], os.environ["RANK"])
+    folder = Path(os.environ[FOLDER], os.environ["RANK"])
     root = Path(__file__).parents[3]
     code = pytest.main(
         ["-c", str(root / "pyproject.toml"), "-p", "no:cacheprovider", f"--basetemp={folder}", __file__, *options]
