@@ -57,6 +57,7 @@ def runs_triton(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+@functools.cache
 def attends_in_segments(device: torch.device, dtype: torch.dtype) -> bool:
     """Has torch a kernel of its own there for the attention of rows of several lengths, forward and backward?"""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or torch.version.hip is not None:

@@ -4,8 +4,8 @@ In 16 bit a kernel computes in fp32 without an fp32 copy. The sums run block by 
 taken out, as in online softmax (Milakov and Gimelshein, arXiv:1805.02867, algorithm 3).
 """
 
-# What is decorated with triton.jit is Triton's language, not Python's.
-# pyright: reportMissingParameterType=false, reportCallIssue=false
+# A Triton kernel takes num_warps and whatever else its launcher takes.
+# pyright: reportCallIssue=false
 
 from __future__ import annotations
 
@@ -16,59 +16,6 @@ import torch
 from torch import Tensor
 
 from lightrft.strategy.device import runs_triton
-
-if importlib.util.find_spec("triton") is not None:
-    import triton
-    import triton.language as tl
-
-    @triton.jit
-    def _statistics_kernel(
-        logits, labels, logprobs, normalizers, entropies, stride, vocabulary, scale,
-        with_entropy: tl.constexpr, block: tl.constexpr,
-    ):  # fmt: skip
-        row = tl.program_id(0).to(tl.int64)
-        logits += row * stride
-        peak, total, mean = -float("inf"), 0.0, 0.0  # mean: of the logits above the peak, weighted and not yet divided
-        for start in range(0, vocabulary, block):
-            columns = start + tl.arange(0, block)
-            x = tl.load(logits + columns, mask=columns < vocabulary, other=-float("inf")).to(tl.float32) * scale
-            higher = tl.maximum(peak, tl.max(x, 0))
-            base = tl.where(higher == -float("inf"), 0.0, higher)  # nothing but masked entries so far
-            shrink = tl.exp(peak - base)
-            weights = tl.exp(x - base)
-            if with_entropy:
-                # A masked entry has the logit -inf: its term is 0, not 0 × inf.
-                lowered = tl.where(total > 0.0, mean + (peak - base) * total, 0.0)
-                mean = lowered * shrink + tl.sum(tl.where(weights > 0.0, weights * (x - base), 0.0), 0)
-            total = total * shrink + tl.sum(weights, 0)
-            peak = higher
-        chosen = tl.load(logits + tl.load(labels + row)).to(tl.float32) * scale
-        log_total = tl.log(total)
-        # The likeliest token's term of the sum is exactly 1: no logprob is above 0.
-        tl.store(logprobs + row, chosen - peak - log_total)
-        tl.store(normalizers + row, peak + log_total)
-        if with_entropy:
-            tl.store(entropies + row, log_total - mean / total)
-
-    @triton.jit
-    def _gradients_kernel(
-        logits, result, labels, normalizers, entropies, by_logprob, by_entropy, stride, width, first, scale,
-        with_entropy: tl.constexpr, block: tl.constexpr,
-    ):  # fmt: skip
-        row = tl.program_id(0).to(tl.int64)
-        columns = tl.program_id(1) * block + tl.arange(0, block)
-        x = tl.load(logits + row * stride + columns, mask=columns < width, other=-float("inf")).to(tl.float32)
-        logs = x * scale - tl.load(normalizers + row)
-        probabilities = tl.exp(logs)
-        # d log p_y / dx_i = [i = y] - p_i
-        chosen = tl.where(columns + first == tl.load(labels + row), 1.0, 0.0)
-        gradient = tl.load(by_logprob + row) * (chosen - probabilities)
-        if with_entropy:
-            # dH/dx_i = -p_i (log p_i + H)
-            spread = tl.where(probabilities > 0.0, probabilities * (logs + tl.load(entropies + row)), 0.0)
-            gradient -= tl.load(by_entropy + row) * spread
-        tl.store(result + row * stride + columns, gradient * scale, mask=columns < width)
-
 
 LARGEST_BLOCK = 8192
 
@@ -104,7 +51,9 @@ def statistics(
     count, vocabulary = logits.shape
     if not count:
         return
-    _statistics_kernel[(count,)](
+    from .triton_kernels import statistics_kernel
+
+    statistics_kernel[(count,)](
         *(logits, labels, logprobs, normalizers, logprobs if entropies is None else entropies),
         *(logits.stride(0), vocabulary, 1.0 / temperature),
         with_entropy=entropies is not None,
@@ -139,8 +88,10 @@ def gradients(
         with_entropy, entropies, by_entropy = False, normalizers, by_logprob
     else:
         with_entropy, by_entropy = True, by_entropy.contiguous()
+    from .triton_kernels import gradients_kernel
+
     block = min(1024, _block(width))
-    _gradients_kernel[(count, triton.cdiv(width, block))](
+    gradients_kernel[(count, -(-width // block))](
         *(logits, result, labels, normalizers, entropies, by_logprob, by_entropy),
         *(logits.stride(0), width, first, 1.0 / temperature),
         with_entropy=with_entropy,

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
-from importlib.util import find_spec
+from functools import cache, lru_cache
 from inspect import signature
 from itertools import accumulate, groupby
 from typing import Any
@@ -137,7 +136,7 @@ def _torch_varies(query: Tensor, segments: tuple[int, ...], dropout: float) -> b
     """Does torch's own kernel of variable lengths compute this? It has no dropout, and no heads wider than 256."""
     if len(segments) == 1 or dropout or query.shape[-1] > 256 or query.shape[-1] % 8:
         return False
-    return attends_in_segments(query.device, query.dtype) and find_spec("torch.nn.attention.varlen") is not None
+    return attends_in_segments(query.device, query.dtype)
 
 
 def _torch_flash(
@@ -153,8 +152,13 @@ def _torch_flash(
     """Torch's own, which needs no further package."""
     from torch.nn.attention.varlen import varlen_attn
 
-    # Later versions of torch want to be told of heads of keys that several heads of queries share.
-    grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+    grouped = _grouped(varlen_attn)
     out = varlen_attn(query, key, value, ends, ends, longest, longest, scale=scaling, window_size=seen, **grouped)
     assert isinstance(out, Tensor)
     return out
+
+
+@cache
+def _grouped(varlen_attn: Callable[..., Any]) -> dict[str, Any]:
+    """Later versions of torch want to be told of heads of keys that several heads of queries share."""
+    return {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}

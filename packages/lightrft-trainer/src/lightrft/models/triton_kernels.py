@@ -1,0 +1,61 @@
+"""The kernels of :mod:`.logit_kernels`, which imports this when it first needs them: Triton takes 0.4 s to import."""
+
+# What is decorated with triton.jit is Triton's language, not Python's.
+# pyright: reportMissingParameterType=false
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def statistics_kernel(
+    logits, labels, logprobs, normalizers, entropies, stride, vocabulary, scale,
+    with_entropy: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    """A program reads one row of logits; see :func:`.logit_kernels.statistics`."""
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * stride
+    peak, total, mean = -float("inf"), 0.0, 0.0  # mean: of the logits above the peak, weighted and not yet divided
+    for start in range(0, vocabulary, block):
+        columns = start + tl.arange(0, block)
+        x = tl.load(logits + columns, mask=columns < vocabulary, other=-float("inf")).to(tl.float32) * scale
+        higher = tl.maximum(peak, tl.max(x, 0))
+        base = tl.where(higher == -float("inf"), 0.0, higher)  # nothing but masked entries so far
+        shrink = tl.exp(peak - base)
+        weights = tl.exp(x - base)
+        if with_entropy:
+            # A masked entry has the logit -inf: its term is 0, not 0 × inf.
+            lowered = tl.where(total > 0.0, mean + (peak - base) * total, 0.0)
+            mean = lowered * shrink + tl.sum(tl.where(weights > 0.0, weights * (x - base), 0.0), 0)
+        total = total * shrink + tl.sum(weights, 0)
+        peak = higher
+    chosen = tl.load(logits + tl.load(labels + row)).to(tl.float32) * scale
+    log_total = tl.log(total)
+    # The likeliest token's term of the sum is exactly 1: no logprob is above 0.
+    tl.store(logprobs + row, chosen - peak - log_total)
+    tl.store(normalizers + row, peak + log_total)
+    if with_entropy:
+        tl.store(entropies + row, log_total - mean / total)
+
+
+@triton.jit
+def gradients_kernel(
+    logits, result, labels, normalizers, entropies, by_logprob, by_entropy, stride, width, first, scale,
+    with_entropy: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    """A program writes one block of a row; see :func:`.logit_kernels.gradients`."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * block + tl.arange(0, block)
+    x = tl.load(logits + row * stride + columns, mask=columns < width, other=-float("inf")).to(tl.float32)
+    logs = x * scale - tl.load(normalizers + row)
+    probabilities = tl.exp(logs)
+    # d log p_y / dx_i = [i = y] - p_i
+    chosen = tl.where(columns + first == tl.load(labels + row), 1.0, 0.0)
+    gradient = tl.load(by_logprob + row) * (chosen - probabilities)
+    if with_entropy:
+        # dH/dx_i = -p_i (log p_i + H)
+        spread = tl.where(probabilities > 0.0, probabilities * (logs + tl.load(entropies + row)), 0.0)
+        gradient -= tl.load(by_entropy + row) * spread
+    tl.store(result + row * stride + columns, gradient * scale, mask=columns < width)
