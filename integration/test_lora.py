@@ -37,7 +37,7 @@ from lightrft.testing import (
     tiny_model,
 )
 from lightrft.testing.tiny_models import set_adapters
-from lightrft.testing.trajectory import rising_floors
+from lightrft.testing.trajectory import verdict
 from lightrft.trainer import SPMDPPOTrainer
 from lightrft.trainer.metrics import METRICS_FILE, read_metrics
 from lightrft.trainer.run import train
@@ -78,9 +78,7 @@ def follow(settings: Mapping[str, Any]) -> Any:
 def test_the_trajectory_is_that_of_one_process(ranks: RankPool, backend: str) -> None:
     trajectory, reference = ranks.run(follow, BACKENDS[backend])[0], reference_trajectory(RECIPE)
     deviation = compare(trajectory, reference)
-    for floor in rising_floors(RECIPE):  # each costs a run: no more of them than it takes
-        if not (faults := deviation.within(floor)):
-            break
+    faults, floor = verdict(deviation, RECIPE)
     sys.stdout.write(deviation_table({backend: deviation, "the floor": floor}))
     assert not faults
     assert all("lora_" in name for name in trajectory.first_moments), "nothing else has moments"

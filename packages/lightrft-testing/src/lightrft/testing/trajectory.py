@@ -11,7 +11,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -180,7 +180,6 @@ class Deviation:
 
 
 FIELDS = ("gradient at identical weights", "loss", "gradient norm", "weights")
-_FIGURES = ("first_gradient", "loss", "grad_norm", "weights")
 
 
 class _Role:
@@ -324,9 +323,17 @@ def rising_floors(recipe: Recipe) -> Iterator[Deviation]:
     recipe = replace(recipe, accumulation=1)
     floor = Deviation(first_gradient=2 * EPS, loss=0.0, grad_norm=_norm_rounding(recipe), weights=0.0)
     for number in range(SHAKEN + _halvings(recipe)):
-        pairs = zip(floor.figures(), _disturbed(recipe, number).figures(), strict=True)
-        floor = Deviation(**dict(zip(_FIGURES, (max(pair) for pair in pairs), strict=True)))
+        found = _disturbed(recipe, number)
+        floor = Deviation(**{f.name: max(getattr(floor, f.name), getattr(found, f.name)) for f in fields(Deviation)})
         yield floor
+
+
+def verdict(deviation: Deviation, recipe: Recipe, times: float = FLOORS) -> tuple[list[str], Deviation]:
+    """What exceeds ``times`` the noise floor, in words, and the floor, of which no more is computed than it takes."""
+    for floor in rising_floors(recipe):
+        if not (faults := deviation.within(floor, times)):
+            break
+    return faults, floor
 
 
 def _halvings(recipe: Recipe) -> int:

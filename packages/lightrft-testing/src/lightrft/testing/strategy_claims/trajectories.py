@@ -17,8 +17,8 @@ from lightrft.testing.trajectory import (
     deviation_table,
     every_recipe,
     reference_trajectory,
-    rising_floors,
     run_trajectory,
+    verdict,
 )
 
 from .claims import StrategyClaims, on_ranks
@@ -68,8 +68,7 @@ class TrajectoryClaims(StrategyClaims):
         reference = reference_trajectory(recipe)
         assert not (faults := clipping_faults(recipe, reference)), faults
         mine, title = compare(trajectory, reference), f"{strategy.name}, {self.world_size} ranks"
-        for floor in rising_floors(recipe):  # each costs a run: no more of them than it takes
-            table = deviation_table({f"{name}: one process, disturbed": floor, f"{name}: {title}": mine})
-            if not (faults := mine.within(floor, self.noise_floors)):
-                return table
-        raise AssertionError(f"{faults}\n{table}")
+        faults, floor = verdict(mine, recipe, self.noise_floors)
+        table = deviation_table({f"{name}: one process, disturbed": floor, f"{name}: {title}": mine})
+        assert not faults, f"{faults}\n{table}"
+        return table
