@@ -21,11 +21,13 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
+from hf_engine import MODELS
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lightrft.data import PromptDataset
@@ -36,26 +38,17 @@ from lightrft.strategy.config import StrategyConfig
 from lightrft.trainer import SPMDPPOTrainer
 
 log = logging.getLogger("bench.grpo_step")
-SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "vocab_size": 512,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "max_position_embeddings": 1024,
-    },
-    "smollm2": {
-        "vocab_size": 49152,
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "max_position_embeddings": 2048,
-        "tie_word_embeddings": True,
-    },
+SHAPES: dict[str, Callable[[], LlamaConfig]] = {
+    "tiny": lambda: LlamaConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=1024,
+    ),
+    "smollm2": MODELS["smollm2"],
 }
 LEARNING_RATE = 1e-5
 
@@ -67,7 +60,8 @@ def random_model(shape: str, folder: Path) -> Path:
     """
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    config = LlamaConfig(**SHAPES[shape], bos_token_id=None, eos_token_id=1, pad_token_id=0)
+    config = SHAPES[shape]()
+    config.bos_token_id, config.eos_token_id, config.pad_token_id = None, 1, 0
     backend = Tokenizer(models.WordLevel({f"w{i}": i for i in range(config.vocab_size)}, unk_token="w3"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="w0", eos_token="w1").save_pretrained(folder)
