@@ -8,10 +8,10 @@ names and shapes are the hub's (see :mod:`lightrft.strategy.hub_layout`), so nei
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 
@@ -20,6 +20,7 @@ from .errors import WeightSyncError
 DEFAULT_BUCKET_BYTES = 512 * 2**20
 SAMPLES_PER_TENSOR = 8
 UpdateKind = Literal["full", "adapter"]
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,18 +178,21 @@ def take_samples(tensor: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
 
 
 def take_all_samples(
-    tensors: Mapping[str, torch.Tensor], positions: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """:func:`take_samples` of many tensors, by name: what lies on a device comes over in one piece of each dtype."""
-    together: dict[tuple[torch.device, torch.dtype], list[str]] = {}
-    for name, tensor in tensors.items():
-        together.setdefault((tensor.device, tensor.dtype), []).append(name)
-    found: dict[str, torch.Tensor] = {}
-    for (device, _), names in together.items():
-        sizes = [positions[name].numel() for name in names]
-        there = torch.cat([positions[name] for name in names]).to(device).split(sizes)
-        pieces = [_elements(tensors[name].detach(), where) for name, where in zip(names, there, strict=True)]
-        found |= zip(names, torch.cat(pieces).cpu().split(sizes), strict=True)
+    tensors: Mapping[Key, torch.Tensor], positions: Mapping[Key, torch.Tensor]
+) -> dict[Key, torch.Tensor]:
+    """:func:`take_samples` of many tensors: what lies on a device comes over in one piece of each dtype."""
+    together: dict[tuple[torch.device, torch.dtype], list[Key]] = {}
+    found: dict[Key, torch.Tensor] = {}
+    for key, tensor in tensors.items():
+        if tensor.device.type == "cpu":
+            found[key] = _elements(tensor.detach(), positions[key])
+        else:
+            together.setdefault((tensor.device, tensor.dtype), []).append(key)
+    for (device, _), keys in together.items():
+        sizes = [positions[key].numel() for key in keys]
+        there = torch.cat([positions[key] for key in keys]).to(device).split(sizes)
+        pieces = [_elements(tensors[key].detach(), where) for key, where in zip(keys, there, strict=True)]
+        found |= zip(keys, torch.cat(pieces).cpu().split(sizes), strict=True)
     return found
 
 

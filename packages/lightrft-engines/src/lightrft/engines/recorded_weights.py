@@ -18,9 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightrft.strategy.errors import NotBuiltError, WeightSyncError
 from lightrft.strategy.hub_layout import HubLayout, hub_sources
-from lightrft.strategy.weights import TensorSpec
+from lightrft.strategy.weights import TensorSpec, take_all_samples
 
 from .manifest import Manifest, read_manifest
+
+_ALL = slice(None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,24 +104,33 @@ class WeightMap:
     def sample(self, positions: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Elements at flat positions, on the CPU. :raises WeightSyncError: unknown, or on another rank."""
         self.manifest.check_known(list(positions))
-        return {name: self._read(name, at) for name, at in positions.items()}
+        targets: dict[tuple[str, int], torch.Tensor] = {}
+        indices: dict[tuple[str, int], torch.Tensor] = {}
+        places: dict[str, list[Any]] = {name: [] for name in positions}
+        for name, at in positions.items():
+            for piece, index in self._lookups(name, at):
+                inside = _ALL if index is at else index >= 0
+                key = name, len(places[name])
+                targets[key], indices[key] = piece.target, index[inside]
+                places[name].append(inside)
+        found = take_all_samples(targets, indices)
+        return {
+            name: self._join(name, at, [(inside, found[name, i]) for i, inside in enumerate(places[name])])
+            for name, at in positions.items()
+        }
 
-    def _read(self, name: str, at: torch.Tensor) -> torch.Tensor:
-        values: torch.Tensor | None = None
-        here = torch.zeros(at.shape, dtype=torch.bool)
-        for piece, index in self._lookups(name, at):
-            inside = index >= 0
-            if not inside.any():
-                continue
-            place = torch.unravel_index(index[inside].to(piece.target.device), piece.target.shape)
-            found = piece.target.detach()[place].cpu() if piece.target.ndim else piece.target.detach().cpu().view(1)
-            values = torch.empty(at.shape, dtype=found.dtype) if values is None else values
-            values[inside] = found
-            here |= inside
-        if values is None and not at.numel():
-            return torch.empty(0, dtype=self._dtype)
-        if values is None or not here.all():
-            raise WeightSyncError(f"{name}: {int((~here).sum())} of the elements asked for lie on another rank")
+    def _join(self, name: str, at: torch.Tensor, parts: Sequence[tuple[Any, torch.Tensor]]) -> torch.Tensor:
+        """One tensor's elements from (which of the positions ``at``, their values) of each piece."""
+        if len(parts) == 1 and parts[0][0] is _ALL:  # at once, for it is the usual case
+            values = parts[0][1]
+        else:
+            values = torch.empty(at.shape, dtype=parts[0][1].dtype if parts else self._dtype)
+            here = torch.zeros(at.shape, dtype=torch.bool)
+            for inside, part in parts:
+                values[inside] = part
+                here[inside] = True
+            if not here.all():
+                raise WeightSyncError(f"{name}: {int((~here).sum())} of the elements asked for lie on another rank")
         # An engine keeps a few weights in float32 whatever was asked; what came for them was in the engine's dtype.
         return values.to(self._dtype) if values.is_floating_point() else values
 
