@@ -25,20 +25,20 @@ FLAGS: Mapping[str, tuple[str, ...]] = {
     "zero2": ("--zero_stage", "2"),
     "zero3": ("--zero_stage", "3"),
 }
-UNDER_TORCHRUN = ("zero1", "zero2")
+LAUNCHED = "fsdp"  # by the command itself; the others as torchrun would start them
 INITIAL_MODEL = "initial_model"
 
 
 @pytest.fixture(scope="module")
 def runs(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
-    """The output folders of a few steps of the default run, by backend; two of them as torchrun would start them."""
+    """The output folders of a few steps of the default run, by backend."""
     folder = tmp_path_factory.mktemp("runs")
     for name, flags in FLAGS.items():
-        if name != "fsdp":  # what the first run has built, the others would build alike
-            shutil.copytree(folder / "fsdp" / INITIAL_MODEL, folder / name / INITIAL_MODEL)
         words = ["train", *flags, "--max_steps", str(STEPS), "--max_eval_samples", "32"]
         words += ["--output_dir", str(folder / name)]
-        if name in UNDER_TORCHRUN:
+        if name != LAUNCHED:
+            # What the first run has built, the others would build alike.
+            shutil.copytree(folder / LAUNCHED / INITIAL_MODEL, folder / name / INITIAL_MODEL)
             assert ranks.run(main, words) == [0, 0], ranks.output(0)
             continue
         command = [sys.executable, "-m", "lightrft.cli.main", *words]

@@ -13,6 +13,8 @@ import yaml
 from filelock import FileLock
 from safetensors.torch import load_file
 
+from lightrft.testing import RankJob, RankPool
+
 START_SECONDS = 240.0
 
 
@@ -162,6 +164,32 @@ def start_tiny(start: Callable[..., Command], config: Path, folder: Path, *argum
 def tiny(train: Callable[..., Command], tiny_run: Path) -> Callable[..., Command]:
     """Starts the tiny run in a folder, with further arguments."""
     return lambda folder, *arguments: start_tiny(train, tiny_run, folder, *arguments)
+
+
+def run_command(modules: Path, *words: str) -> None:
+    """On a rank that a launcher has started: the command, with modules that lie in a folder."""
+    from lightrft.cli.main import main
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(modules)
+        assert main(words) == 0
+
+
+@pytest.fixture
+def under_torchrun(ranks: RankPool) -> Callable[..., RankJob]:
+    """Starts a command on ranks that are there already, as torchrun would start them."""
+    return lambda modules, *words, pool=ranks: pool.submit(run_command, modules, *words)
+
+
+@pytest.fixture
+def tiny_under_torchrun(under_torchrun: Callable[..., RankJob], tiny_run: Path) -> Callable[..., RankJob]:
+    """Starts the tiny run in a folder, with further arguments."""
+
+    def start(folder: Path, *arguments: str, **pool: RankPool) -> RankJob:
+        words = ("--config", str(tiny_run), "--output_dir", str(folder / "run"), *arguments)
+        return under_torchrun(tiny_run.parent, "train", *words, **pool)
+
+    return start
 
 
 @pytest.fixture

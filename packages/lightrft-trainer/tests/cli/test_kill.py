@@ -35,7 +35,12 @@ def check_the_aftermath(command: Any) -> None:
     "seed", [pytest.param(seed, marks=() if seed == 0 else pytest.mark.full) for seed in range(10)]
 )
 def test_a_rank_killed_in_the_middle_of_training(
-    tiny: Tiny, tmp_path: Path, uninterrupted: Path, same_weights: Callable[[Path, Path], None], seed: int
+    tiny: Tiny,
+    tiny_under_torchrun: Tiny,
+    tmp_path: Path,
+    uninterrupted: Path,
+    same_weights: Callable[[Path, Path], None],
+    seed: int,
 ) -> None:
     """Each step passes twice over its buffer, so most moments lie in the middle of a reused one."""
     rng = random.Random(seed)
@@ -46,23 +51,29 @@ def test_a_rank_killed_in_the_middle_of_training(
     time.sleep(delay)
     kill_one(command, victim)
     check_the_aftermath(command)
-    again = tiny(tmp_path, "--resume")
-    assert again.finish() == 0, again.output()
+    tiny_under_torchrun(tmp_path, "--resume").results()
     same_weights(tmp_path / "run", uninterrupted)
     assert [line["step"] for line in read_metrics(metrics)] == list(range(1, 9))
 
 
 @pytest.mark.parametrize("step", [pytest.param(n, marks=() if n == 3 else pytest.mark.full) for n in (1, 3, 5)])
 def test_a_rank_killed_in_the_middle_of_a_save(
-    tiny: Tiny, tmp_path: Path, uninterrupted: Path, same_weights: Callable[[Path, Path], None], step: int
+    tiny_under_torchrun: Tiny,
+    tmp_path: Path,
+    uninterrupted: Path,
+    same_weights: Callable[[Path, Path], None],
+    step: int,
 ) -> None:
-    command = tiny(tmp_path)
+    victim = step % 2
+    job = tiny_under_torchrun(tmp_path)
     staging = tmp_path / "run" / "checkpoints" / f".step_{step:06d}.partial"
-    assert command.wait_until(staging.exists, poll=0.0005)
-    kill_one(command, step)
-    check_the_aftermath(command)
-    again = tiny(tmp_path, "--resume")
-    assert again.finish() == 0, again.output()
+    give_up = time.monotonic() + 120
+    while not staging.exists() and time.monotonic() < give_up:
+        time.sleep(0.0005)
+    job.signal(victim, signal.SIGKILL)
+    assert job.outcomes(grace=1.0)[victim].died == -signal.SIGKILL
+    assert staging.exists(), "it died before the save was whole"
+    tiny_under_torchrun(tmp_path, "--resume").results()
     same_weights(tmp_path / "run", uninterrupted)
 
 

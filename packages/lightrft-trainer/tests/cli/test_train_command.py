@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import yaml
 
-from lightrft.cli.main import main
 from lightrft.trainer.metrics import STEP_KEYS, read_metrics
 
 Tiny = Callable[..., Any]
@@ -47,17 +46,10 @@ def test_the_report_says_what_was_learned_and_where_it_is(uninterrupted: Path) -
     assert "Traceback" not in shown
 
 
-def train_under_torchrun(config: Path, folder: Path, *flags: str) -> None:
-    """On a rank that a launcher has started: the tiny run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(config.parent)  # the reward is there
-        assert main(["train", "--config", str(config), "--output_dir", str(folder / "run"), *flags]) == 0
-
-
 def test_the_number_of_ranks_does_not_change_the_run(
-    rank_pools: Any, tiny_run: Path, tmp_path: Path, uninterrupted: Path
+    rank_pools: Any, tiny_under_torchrun: Tiny, tmp_path: Path, uninterrupted: Path
 ) -> None:
-    rank_pools(1).run(train_under_torchrun, tiny_run, tmp_path)
+    tiny_under_torchrun(tmp_path, pool=rank_pools(1)).results()
     alone, together = (read_metrics(folder / "metrics.jsonl") for folder in (tmp_path / "run", uninterrupted))
     # The same prompts, the same samples, the same optimizer steps; sums over ranks differ in rounding only, which eight
     # optimizer steps at this rate multiply by some thousands.
@@ -68,13 +60,14 @@ def test_the_number_of_ranks_does_not_change_the_run(
             assert one[name] == pytest.approx(two[name], rel=1e-3, abs=1e-5)
 
 
-def test_a_run_goes_on_with_another_number_of_ranks(tiny: Tiny, tmp_path: Path, uninterrupted: Path) -> None:
+def test_a_run_goes_on_with_another_number_of_ranks(
+    rank_pools: Any, tiny_under_torchrun: Tiny, tmp_path: Path, uninterrupted: Path
+) -> None:
     shutil.copytree(uninterrupted, tmp_path / "run")
     for step in (7, 8):  # as if it had ended after the sixth
         shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step_{step:06d}")
-    command = tiny(tmp_path, "--resume", "--nproc_per_node", "1")
-    assert command.finish() == 0, command.output()
-    assert "step_000006 at step 6" in command.output().replace("\n", "")
+    tiny_under_torchrun(tmp_path, "--resume", pool=rank_pools(1)).results()
+    assert "step_000006 at step 6" in rank_pools(1).output(0).replace("\n", "")
     alone, together = (read_metrics(folder / "metrics.jsonl") for folder in (tmp_path / "run", uninterrupted))
     assert [line["step"] for line in alone] == list(range(1, 9))
     for one, two in zip(alone[6:], together[6:], strict=True):
@@ -83,7 +76,11 @@ def test_a_run_goes_on_with_another_number_of_ranks(tiny: Tiny, tmp_path: Path, 
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(
-    tiny: Tiny, tmp_path: Path, uninterrupted: Path, same_weights: Callable[[Path, Path], None]
+    tiny: Tiny,
+    tiny_under_torchrun: Tiny,
+    tmp_path: Path,
+    uninterrupted: Path,
+    same_weights: Callable[[Path, Path], None],
 ) -> None:
     command = tiny(tmp_path)
     metrics = tmp_path / "run" / "metrics.jsonl"
@@ -97,8 +94,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     assert f"lightrft train --resume --output_dir {tmp_path / 'run'}" in shown
     assert "Traceback" not in shown
     assert command.rank_pids() == []
-    again = tiny(tmp_path, "--resume")
-    assert again.finish() == 0, again.output()
+    tiny_under_torchrun(tmp_path, "--resume").results()
     same_weights(tmp_path / "run", uninterrupted)
 
 
@@ -131,9 +127,9 @@ CUT = ("--sp_size", "2", "--packing_samples", "--fused_linear_logprob", "--chunk
 
 
 def test_packed_fused_and_cut_sequences_train_as_plain_ones(
-    ranks: Any, tiny_run: Path, tmp_path: Path, uninterrupted: Path
+    tiny_under_torchrun: Tiny, tmp_path: Path, uninterrupted: Path
 ) -> None:
-    ranks.run(train_under_torchrun, tiny_run, tmp_path, *CUT, "--max_tokens_per_micro_batch", "40")
+    tiny_under_torchrun(tmp_path, *CUT, "--max_tokens_per_micro_batch", "40").results()
     cut, plain = (read_metrics(folder / "metrics.jsonl") for folder in (tmp_path / "run", uninterrupted))
     assert len(cut) == 8
     for one, two in zip(cut[:2], plain[:2], strict=True):

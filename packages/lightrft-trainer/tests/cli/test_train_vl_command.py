@@ -35,7 +35,7 @@ def write_data(folder: Path) -> Path:
 
 
 def test_two_ranks_train_a_vision_language_model_on_prompts_with_and_without_images(
-    train: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    under_torchrun: Callable[..., Any], tmp_path: Path
 ) -> None:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -43,18 +43,16 @@ def test_two_ranks_train_a_vision_language_model_on_prompts_with_and_without_ima
     (tmp_path / "longer.py").write_text(
         "def longer(prompts, responses, labels, **extras):\n    return [float(len(r)) for r in responses]\n"
     )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    command = train(
+    under_torchrun(
         tmp_path,
+        "train-vl",
         *("--fsdp", "--engine_type", "hf", "--pretrain", model, "--output_dir", str(run)),
         *("--prompt_data", str(write_data(tmp_path)), "--input_key", "question", "--label_key", "answer"),
         *("--images_key", "picture", "--apply_chat_template", "--reward", "longer:longer"),
         *("--rollout_batch_size", str(PROMPTS), "--n_samples_per_prompt", "2", "--generate_max_len", "4"),
         *("--train_batch_size", "8", "--micro_train_batch_size", "2", "--actor_learning_rate", "0.01"),
         *("--init_kl_coef", "0", "--max_steps", str(STEPS), "--mixed_mm_data"),
-        name="train-vl",
-    )
-    assert command.finish() == 0, command.output()
+    ).results()
     lines = read_metrics(run / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     # Both saw the same images: engine and trainer agree on the probability of every token of every rank.
