@@ -14,6 +14,7 @@ import atexit
 import contextlib
 import faulthandler
 import functools
+import gc
 import importlib
 import importlib.util
 import inspect
@@ -425,6 +426,7 @@ def _serve(rank: int, world_size: int, pipe: Any, lifeline: Any, log: str, env: 
     faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)
     threading.Thread(target=_end_with_parent, args=(lifeline,), daemon=True).start()
     torch.set_num_threads(1)
+    gc.freeze()  # else every collection walks a million objects of the modules that the rank was born with
     os.environ.update(RANK_ENV, **env)
     os.environ.update(
         RANK=str(rank),
