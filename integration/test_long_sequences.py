@@ -107,7 +107,7 @@ def distances(found: list[Any], model: str) -> list[tuple[float, float]]:
 
 def cells() -> list[Any]:
     """Backends and models: what every change runs, and the others."""
-    full = {("ZeRO 1", "dense"), ("ZeRO 1", "MoE"), ("ZeRO 1", "dense, LoRA"), ("ZeRO 2", "dense, LoRA")}
+    full = {("ZeRO 1", "dense"), ("ZeRO 1", "MoE"), *((f"ZeRO {stage}", "dense, LoRA") for stage in (1, 2, 3))}
     return [
         pytest.param(*cell, id=", ".join(cell), marks=[pytest.mark.full] if cell in full else [])
         for cell in itertools.product(BACKENDS, MODELS)

@@ -43,6 +43,8 @@ BACKENDS: Mapping[str, Mapping[str, Any]] = {
 }
 # That the two follow these recipes on two ranks, their packages' own tests show.
 EACH = [pytest.param(name, marks=[pytest.mark.full] if name in ("FSDP2", "ZeRO 3") else []) for name in BACKENDS]
+# The stages differ in where gradients and states lie, which no expert changes.
+SOME = [pytest.param(name, marks=[pytest.mark.full] if name in ("ZeRO 1", "ZeRO 2") else []) for name in BACKENDS]
 RANKS = 2
 STEPS = 10
 GRPO: Mapping[str, Any] = {
@@ -131,7 +133,7 @@ class Draws:
 def sample_tokens(settings: Mapping[str, Any], folder: Path, output_dir: Path) -> dict[str, torch.Tensor]:
     """On a rank: train by GRPO through the real trainer, and return :class:`Draws`, by field."""
     config = StrategyConfig(
-        **{**GRPO, "micro_train_batch_size": 4, "micro_rollout_batch_size": 8, **settings},
+        **{**GRPO, "micro_train_batch_size": 4, "micro_rollout_batch_size": 16, **settings},
         pretrain=str(folder / "model"),
         prompt_data=str(folder / "prompts.jsonl"),
         output_dir=str(output_dir),
@@ -231,11 +233,11 @@ def agreement(actual: Draws, expected: Draws) -> Agreement:
 
 @dataclass(frozen=True)
 class Sampling:
-    """The GRPO runs of one kind of model: the reference regrouped, and every backend, each against the reference."""
+    """The GRPO runs of one kind of model against the reference: that regrouped, and by name those of the backends."""
 
     reference: Draws
     floor: Agreement
-    backends: Mapping[str, Agreement]
+    on: Callable[[str], Agreement]
 
     @property
     def logits_error(self) -> float:
@@ -249,14 +251,18 @@ def run_grpo(kind: str, folder: Path, pools: Any) -> Sampling:
     questions = [{"input": f"count the stones : {'one two ' * (i % 3)}{i}", "label": str(i)} for i in range(24)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
 
-    def on(world_size: int, name: str, **settings: Any) -> Draws:
-        drawn = pools(world_size).run(sample_tokens, settings, folder, folder / name)
-        return joined([Draws(**of_rank) for of_rank in drawn])
+    def drawn(world_size: int, name: str, **settings: Any) -> Draws:
+        ranks = pools(world_size).run(sample_tokens, settings, folder, folder / name)
+        return joined([Draws(**of_rank) for of_rank in ranks])
 
-    reference = on(1, "whole", strategy="fake", micro_train_batch_size=16)
-    regrouped = agreement(on(1, "regrouped", strategy="fake", micro_train_batch_size=2), reference)
-    backends = {name: agreement(on(RANKS, name, **settings), reference) for name, settings in BACKENDS.items()}
-    return Sampling(reference, regrouped, backends)
+    reference = drawn(1, "whole", strategy="fake", micro_train_batch_size=16)
+    regrouped = agreement(drawn(1, "regrouped", strategy="fake", micro_train_batch_size=2), reference)
+
+    @functools.cache
+    def on(backend: str) -> Agreement:
+        return agreement(drawn(RANKS, backend, **BACKENDS[backend]), reference)
+
+    return Sampling(reference, regrouped, on)
 
 
 @pytest.fixture(scope="module")
@@ -270,7 +276,7 @@ def mixture(rank_pools: Any, tmp_path_factory: pytest.TempPathFactory) -> Sampli
 
 
 def assert_same_tokens(sampling: Sampling, backend: str) -> None:
-    found = sampling.backends[backend]
+    found = sampling.on(backend)
     common = min(len(found.errors), len(sampling.floor.errors))
     assert max(found.errors[:common]) <= sampling.logits_error
     assert all(margin <= 2 * sampling.logits_error for margin in found.margins), found
@@ -283,7 +289,7 @@ def test_ten_steps_of_grpo_sample_the_same_tokens(dense: Sampling, backend: str)
     assert_same_tokens(dense, backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", SOME)
 def test_a_mixture_of_experts_samples_the_same_tokens(mixture: Sampling, backend: str) -> None:
     assert_same_tokens(mixture, backend)
 
@@ -306,7 +312,7 @@ def test_the_table_of_trajectories(
     rows |= {backend: largest(deviations(backend).values()) for backend in BACKENDS}
     columns = {}
     for title, found in {"tokens, Qwen2": dense, "tokens, Qwen3-MoE": mixture}.items():
-        said = map(str, (found.floor, *found.backends.values()))
+        said = map(str, (found.floor, *map(found.on, BACKENDS)))
         columns[f"{title} (smallest margin {found.reference.margins.min():.0e})"] = dict(zip(rows, said, strict=True))
     table = deviation_table(rows, **columns)
     sys.stdout.write(f"\n{table}")

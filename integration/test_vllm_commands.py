@@ -58,6 +58,7 @@ def lightrft(*words: Any, **environment: str) -> subprocess.CompletedProcess[str
 
 
 # ---- doctor ----------------------------------------------------------------------------------------------------------
+@pytest.mark.full
 def test_doctor_examines_vllm_split_over_two_ranks() -> None:
     done = lightrft("doctor", "--fsdp", "--engine_type", "vllm", "--engine_tp_size", 2, "--json")
     assert done.returncode == 0, done.stdout + done.stderr

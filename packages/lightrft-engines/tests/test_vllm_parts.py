@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 from types import SimpleNamespace
@@ -152,6 +153,7 @@ def test_what_vllm_does_to_the_process_holds_inside_only(monkeypatch: pytest.Mon
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
     guard, ours, numbers = ProcessGuard(torch.device("cpu")), torch.set_num_threads, torch.get_rng_state()
+    frozen = gc.get_freeze_count()
 
     def theirs(count: int) -> None:
         """As vLLM's CPU worker has it."""
@@ -161,10 +163,12 @@ def test_what_vllm_does_to_the_process_holds_inside_only(monkeypatch: pytest.Mon
         os.environ["LOCAL_WORLD_SIZE"] = "1"
         torch.set_num_threads = theirs
         torch.manual_seed(5)
+        gc.freeze()
     assert os.environ["LOCAL_WORLD_SIZE"] == "8"
     assert "VLLM_ENABLE_V1_MULTIPROCESSING" not in os.environ
     assert torch.set_num_threads is ours
     assert torch.equal(torch.get_rng_state(), numbers)
+    assert gc.get_freeze_count() == frozen
     with guard:
         assert os.environ["LOCAL_WORLD_SIZE"] == "1"
         assert torch.set_num_threads is theirs

@@ -1,7 +1,7 @@
 """The trainer's process as it was before vLLM came, between any two calls into vLLM.
 
 vLLM expects a process of its own: it overwrites environment variables, replaces functions of torch on a CPU, draws from
-the global random state, freezes the garbage collector. All of that is in place while vLLM runs, and only then.
+the global random state, freezes the garbage collector. What of that it needs is in place while it runs, and only then.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ class ProcessGuard:
     def _swapped(self) -> Iterator[None]:
         environment, functions = dict(os.environ), [getattr(owner, name) for owner, name in _REPLACED]
         threads, affinity = torch.get_num_threads(), _affinity()
+        freeze, gc.freeze = gc.freeze, lambda: None  # what vLLM froze would stay for good, after its end too
         _set_environment(self._environment)
         for owner, name in _REPLACED:
             setattr(owner, name, self._functions.get(name, getattr(owner, name)))
@@ -76,7 +77,7 @@ class ProcessGuard:
                 torch.set_num_threads(threads)
             if affinity != _affinity():
                 os.sched_setaffinity(0, affinity)
-            gc.unfreeze()
+            gc.freeze = freeze
 
 
 def _affinity() -> set[int]:
