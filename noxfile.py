@@ -308,13 +308,15 @@ def wheels(session: nox.Session, package: str) -> None:
         session.error(f"{readme} does not say how to install the package: add a line `pip install lightrft-{package}`")
     scratch = session.create_tmp()
     # First as it is, then with the extras that its README installs.
-    for extras, checks in (("", ["--imports"]), (advertised.group(1) or "", ["--readme", str(readme)])):
+    checks = {"": ["--imports"]}
+    checks.setdefault(advertised.group(1) or "", []).extend(["--readme", str(readme)])
+    for extras, words in checks.items():
         target = f"lightrft-{package}{extras} @ {wheel_of[f'lightrft-{package}']}"
         _uv(session, "pip", "install", "--constraint", str(locked), "--constraint", str(siblings), target)
         with session.chdir(scratch):  # and python -P: what is tested is what was installed, not this checkout
             smoke = str(ROOT / "tools" / "smoke.py")
             with _shared_bytecode(session):
-                session.run("python", "-P", smoke, f"lightrft-{package}", *checks, env=TEST_ENV | NO_ACCELERATOR)
+                session.run("python", "-P", smoke, f"lightrft-{package}", *words, env=TEST_ENV | NO_ACCELERATOR)
 
 
 @nox.session(tags=["api"])

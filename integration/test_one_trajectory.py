@@ -44,7 +44,9 @@ BACKENDS: Mapping[str, Mapping[str, Any]] = {
 # That the two follow these recipes on two ranks, their packages' own tests show.
 EACH = [pytest.param(name, marks=[pytest.mark.full] if name in ("FSDP2", "ZeRO 3") else []) for name in BACKENDS]
 # The stages differ in where gradients and states lie, which no expert changes.
-SOME = [pytest.param(name, marks=[pytest.mark.full] if name in ("ZeRO 1", "ZeRO 2") else []) for name in BACKENDS]
+STAGE_OF_EXPERTS = [
+    pytest.param(name, marks=[pytest.mark.full] if name in ("ZeRO 1", "ZeRO 2") else []) for name in BACKENDS
+]
 RANKS = 2
 STEPS = 10
 GRPO: Mapping[str, Any] = {
@@ -289,7 +291,7 @@ def test_ten_steps_of_grpo_sample_the_same_tokens(dense: Sampling, backend: str)
     assert_same_tokens(dense, backend)
 
 
-@pytest.mark.parametrize("backend", SOME)
+@pytest.mark.parametrize("backend", STAGE_OF_EXPERTS)
 def test_a_mixture_of_experts_samples_the_same_tokens(mixture: Sampling, backend: str) -> None:
     assert_same_tokens(mixture, backend)
 
