@@ -10,7 +10,7 @@ import pytest
 if TYPE_CHECKING:
     from .ranks import RankPool
 
-pytest.register_assert_rewrite("lightrft.testing.engine_suite", "lightrft.testing.strategy_suite")
+pytest.register_assert_rewrite("lightrft.testing.engine_claims", "lightrft.testing.strategy_claims")
 
 
 def pytest_configure(config: pytest.Config) -> None:

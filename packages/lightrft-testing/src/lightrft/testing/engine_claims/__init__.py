@@ -1,0 +1,1 @@
+"""The claims of the engine suites, one subject a file."""
