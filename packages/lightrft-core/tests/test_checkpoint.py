@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightrft.strategy import checkpoint
-from lightrft.strategy.checkpoint import MANIFEST, whole_checkpoints
+from lightrft.strategy import checkpoint_folders
+from lightrft.strategy.checkpoint_folders import MANIFEST, whole_checkpoints
 from lightrft.strategy.errors import CheckpointError
 from lightrft.strategy.fake_strategy import FakeStrategy
 from lightrft.testing.faults import calling_first, cut, flip_bit
@@ -55,7 +55,7 @@ def test_a_checkpoint_is_read_without_pickle(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_what_a_rank_wrote_is_not_read_again_for_its_digest(tmp_path: Path, asynchronous: bool) -> None:
-    with mock.patch.object(checkpoint, "seal_of", wraps=checkpoint.seal_of) as seal_of:
+    with mock.patch.object(checkpoint_folders, "seal_of", wraps=checkpoint_folders.seal_of) as seal_of:
         strategy, model = saved(tmp_path, asynchronous=asynchronous)
         strategy.finish_checkpoint()
     read = {call.args[0].name for call in seal_of.call_args_list}

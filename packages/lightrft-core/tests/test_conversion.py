@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import nn
 
 from lightrft.strategy import FakeStrategy
-from lightrft.strategy.checkpoint import MANIFEST
+from lightrft.strategy.checkpoint_folders import MANIFEST
 from lightrft.strategy.conversion import Conversion, convert, parse_size
 from lightrft.strategy.errors import CheckpointError
 from lightrft.testing import tiny_model

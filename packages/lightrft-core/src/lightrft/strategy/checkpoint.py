@@ -17,10 +17,9 @@ import contextlib
 import json
 import logging
 import math
-import os
 import shutil
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,12 +28,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from . import checkpoint_folders as folders
 from . import hub_files, hub_record
-from .disk import explain_write, folder_size
+from .checkpoint_folders import CLIENT, FORMAT, MANIFEST, RANKS
+from .disk import explain_write
 from .errors import CheckpointError
 from .hub_layout import hub_sources
 from .rng import restore_rng, rng_state
-from .sealed_file import Seal, Seals, seal_of
+from .sealed_file import Seal, Seals
 from .state_formats import format_of, open_state
 from .state_source import match_names
 from .weights import TensorSpec
@@ -44,13 +45,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("lightrft")
 
-FORMAT = "lightrft-checkpoint-1"
-MANIFEST, CLIENT, LATEST, RANKS = "manifest.json", "client_state.json", "latest", "ranks"
 DEFAULT_NAME, SCALARS = "model", "scalars.json"
 # Seconds that a failed save waits for the other ranks to stop writing before it clears up.
 PATIENCE = 5.0
-# Small files that one rank flushes at the same time.
-THREADS = 8
 
 
 @dataclass(kw_only=True)
@@ -136,7 +133,7 @@ def save(
                 key,
                 record.micro_steps,
             )
-    name = str(strategy.all_gather_object(tag or _default_tag(save_dir, client_state))[0])
+    name = str(strategy.all_gather_object(tag or folders.default_tag(save_dir, client_state))[0])
     final, staging = save_dir / name, save_dir / f".{name}.partial"
     needed = sum(_bytes_needed(record) for record in records.values())
     written: list[Future[Seals]] = []
@@ -192,14 +189,22 @@ def finish(strategy: StrategyBase, *, block: bool = True) -> bool:
         mine: dict[str, Seal] = {}
         with _writing(strategy, staging, final, pending.needed):
             for future in pending.written:
-                mine |= _named(future.result() or {}, staging)
+                mine |= folders.named(future.result() or {}, staging)
         sealed = _merged(strategy.all_gather_object(mine))
         with _writing(strategy, staging, final, pending.needed):  # all files of all ranks are there
-            rest = _seals(staging, strategy.rank, strategy.world_size, flush=True, known=sealed)
+            rest = folders.seal_files(staging, strategy.rank, strategy.world_size, flush=True, known=sealed)
         files = sealed | _merged(strategy.all_gather_object(rest))
         with _writing(strategy, staging, final, pending.needed):
             if strategy.is_rank_0():
-                _publish(pending, files)
+                folders.publish_save(
+                    staging,
+                    final,
+                    pending.manifest,
+                    files,
+                    latest=pending.save_latest,
+                    max_num=pending.max_num,
+                    max_mem=pending.max_mem,
+                )
     return True
 
 
@@ -212,25 +217,8 @@ def _future(written: Future[Seals] | Seals | None) -> Future[Seals]:
     return done
 
 
-def _named(seals: Seals, folder: Path) -> dict[str, Seal]:
-    return {str(path.relative_to(folder)): seal for path, seal in seals.items()}
-
-
 def _merged(parts: Iterable[Mapping[str, Seal]]) -> dict[str, Seal]:
     return {name: item for part in parts for name, item in part.items()}
-
-
-def _publish(pending: PendingSave, files: Mapping[str, Seal]) -> None:
-    """Make the staged folder the checkpoint, then point ``latest`` to it, then prune."""
-    staging, final = pending.staging, pending.final
-    _write_flushed(staging / MANIFEST, json.dumps({**pending.manifest, "files": files}, indent=1))
-    _flush_folders(staging)
-    _swap(staging, final)
-    if pending.save_latest:
-        _write_flushed(final.parent / f".{LATEST}", final.name)
-        (final.parent / f".{LATEST}").rename(final.parent / LATEST)
-    _flush(final.parent)
-    _prune(final, pending.max_num, pending.max_mem)
 
 
 @contextlib.contextmanager
@@ -289,10 +277,10 @@ def load(
     finish(strategy)
     records = _records(strategy, model, optimizer, scheduler)
     skipped: list[str] = []
-    if tag is None and _is_ours(load_dir):
+    if tag is None and folders.is_ours(load_dir):
         load_dir, tag = load_dir.parent, load_dir.name
     with strategy.together("load_ckpt", CheckpointError):
-        found = _candidates(load_dir, tag) if strategy.is_rank_0() else []
+        found = folders.candidates(load_dir, tag) if strategy.is_rank_0() else []
         # DeepSpeed keeps a file `latest` too: what it names need not be ours.
         ours = any((load_dir / name / MANIFEST).exists() for name in found)
         foreign = _foreign(load_dir, tag) if strategy.is_rank_0() and not ours else None
@@ -302,10 +290,12 @@ def load(
             return _read_foreign(strategy, records, foreign, load_optimizer_states and not load_module_only)
     if not candidates:
         wanted = f"no checkpoint {tag!r}" if tag else "no checkpoint"
-        raise CheckpointError(f"{load_dir}: {wanted} here; present: {', '.join(names(load_dir)) or 'nothing'}")
+        raise CheckpointError(f"{load_dir}: {wanted} here; present: {', '.join(folders.names(load_dir)) or 'nothing'}")
     for name in candidates:
         folder = load_dir / name
-        problems = [p for p in strategy.all_gather_object(_damage(folder, strategy.rank, strategy.world_size)) if p]
+        problems = [
+            p for p in strategy.all_gather_object(folders.damage(folder, strategy.rank, strategy.world_size)) if p
+        ]
         if not problems:
             with strategy.together("load_ckpt", CheckpointError):
                 return _read(
@@ -321,47 +311,6 @@ def load(
         if tag is None:
             strategy.print(f"checkpoint {folder} is damaged ({problems[0]}): trying the one before")
     raise CheckpointError(f"{load_dir}: no whole checkpoint; " + "; ".join(skipped))
-
-
-def whole_checkpoints(folder: Path) -> list[str]:
-    """Tags of the checkpoints in a folder, newest first; a manifest marks one as whole, its digests are not read."""
-    found = [(path.parent.stat().st_mtime_ns, path.parent.name) for path in folder.glob(f"*/{MANIFEST}")]
-    return [name for _, name in sorted(found, reverse=True) if not name.startswith(".") and _is_ours(folder / name)]
-
-
-def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None: every digest is checked, in this process."""
-    return _damage(folder, 0, 1)
-
-
-def write_manifest(
-    folder: Path,
-    seals: Seals,
-    *,
-    tag: str,
-    strategy: str,
-    world_size: int,
-    models: Mapping[str, Mapping[str, list[int]]],
-) -> None:
-    """Mark a folder that one process has filled as a whole checkpoint.
-
-    :param seals: of some of its files; the others are read for their digests.
-    :param world_size: ranks whose random states it holds. :param models: shapes by name of each model.
-    """
-    about = {"format": FORMAT, "tag": tag, "strategy": strategy, "world_size": world_size, "models": models}
-    known = _named(seals, folder)
-    files = known | _seals(folder, 0, 1, flush=False, known=known)
-    (folder / MANIFEST).write_text(json.dumps({**about, "files": files}, indent=1))
-
-
-def publish(staging: Path, final: Path) -> None:
-    """Flush a folder and put it in its place at once; what was there goes last."""
-    for path in staging.rglob("*"):
-        if path.is_file():
-            _flush(path)
-    _flush_folders(staging)
-    _swap(staging, final)
-    _flush(final.parent)
 
 
 def _read(
@@ -527,123 +476,6 @@ def _read_foreign(
         if optimizer and record.scheduler is not None and scheduler is not None:
             record.scheduler.load_state_dict(scheduler)
     return LoadedCheckpoint(path=folder, client_state={}, rank_states=[], world_size=0)
-
-
-def _seals(folder: Path, index: int, shares: int, *, flush: bool, known: Container[str] = ()) -> dict[str, Seal]:
-    """Of this share of a folder's files; the manifest is not among them.
-
-    :param known: names that have their seals already.
-    """
-    files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    rest = [name for name, path in files.items() if path.name != MANIFEST and name not in known][index::shares]
-    with ThreadPoolExecutor(THREADS, thread_name_prefix="checkpoint") as pool:  # small files: each waits for the disk
-        return dict(zip(rest, pool.map(lambda name: seal_of(files[name], flush=flush), rest), strict=True))
-
-
-def _damage(folder: Path, index: int, shares: int) -> str | None:
-    """What is wrong with a checkpoint, of this share of its files."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        files = sorted(manifest["files"].items())
-    except (OSError, ValueError, KeyError) as error:
-        return f"{MANIFEST}: {error}"
-    for name, item in files[index::shares]:
-        path = folder / name
-        try:
-            if path.stat().st_size != item["bytes"]:
-                return f"{name} has {path.stat().st_size} bytes of {item['bytes']}"
-            if seal_of(path, flush=False)["xxh3"] != item["xxh3"]:
-                return f"{name} is altered: its digest differs"
-        except FileNotFoundError:
-            return f"{name} is missing"
-        except OSError as error:
-            return f"{name} cannot be read by rank {index}: {error.strerror}"
-    return None
-
-
-def _candidates(folder: Path, tag: str | None) -> list[str]:
-    if tag is not None:
-        return [tag] if (folder / tag).is_dir() else []
-    found = whole_checkpoints(folder)
-    try:
-        newest = (folder / LATEST).read_text().strip()
-    except OSError:
-        return found
-    return [newest, *(name for name in found if name != newest)] if (folder / newest).is_dir() else found
-
-
-def names(folder: Path) -> list[str]:
-    """Folders there, with what keeps their manifest from being read."""
-
-    def named(path: Path) -> str:
-        try:
-            (path / MANIFEST).read_bytes()
-        except FileNotFoundError:
-            return path.name
-        except OSError as error:
-            return f"{path.name} ({MANIFEST} cannot be read: {error.strerror})"
-        return path.name
-
-    return sorted(named(path) for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-
-
-def _default_tag(folder: Path, client_state: Mapping[str, Any] | None) -> str:
-    if client_state and "step" in client_state:
-        return f"step_{client_state['step']}"
-    number = 0
-    while (folder / f"save_{number}").exists():
-        number += 1
-    return f"save_{number}"
-
-
-def _prune(newest: Path, max_num: int | None, max_mem: float | None) -> None:
-    """Remove our oldest checkpoints beyond the limits; the one just written always stays."""
-    kept = [newest.name]
-    total = folder_size(newest)
-    for name in whole_checkpoints(newest.parent):
-        if name == newest.name:
-            continue
-        total += folder_size(newest.parent / name)
-        if (max_num is not None and len(kept) >= max_num) or (max_mem is not None and total > max_mem * 1e9):
-            doomed = newest.parent / f".{name}.old"
-            (newest.parent / name).rename(doomed)  # never a half-deleted folder under a checkpoint's name
-            shutil.rmtree(doomed, ignore_errors=True)
-        else:
-            kept.append(name)
-
-
-def _is_ours(folder: Path) -> bool:
-    try:
-        return json.loads((folder / MANIFEST).read_text()).get("format") == FORMAT
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
-def _swap(staging: Path, final: Path) -> None:
-    old = final.with_name(f".{final.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        final.rename(old)
-    staging.rename(final)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _write_flushed(path: Path, text: str) -> None:
-    path.write_text(text)
-    _flush(path)
-
-
-def _flush_folders(folder: Path) -> None:
-    for path in (folder, *(p for p in folder.rglob("*") if p.is_dir())):
-        _flush(path)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _is_plain(value: Any) -> bool:

@@ -27,6 +27,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from . import checkpoint, fragments, hub_files
+from . import checkpoint_folders as folders
 from .errors import CheckpointError
 from .hub_layout import HubLayout, hub_sources
 from .hub_record import HUB, HubRecord, copy_companions
@@ -210,19 +211,19 @@ def _find(source: Path, tag: str | None) -> _Input:
     if not source.is_dir():
         raise CheckpointError(f"{source}: no such folder")
     folder = source / tag if tag is not None else source
-    if tag is None and not (source / checkpoint.MANIFEST).is_file() and (tags := checkpoint.whole_checkpoints(source)):
-        newest = (source / checkpoint.LATEST).read_text().strip() if (source / checkpoint.LATEST).is_file() else ""
+    if tag is None and not (source / folders.MANIFEST).is_file() and (tags := folders.whole_checkpoints(source)):
+        newest = (source / folders.LATEST).read_text().strip() if (source / folders.LATEST).is_file() else ""
         folder = source / (newest if newest in tags else tags[0])
-    if (folder / checkpoint.MANIFEST).is_file():
-        if problem := checkpoint.damage(folder):
+    if (folder / folders.MANIFEST).is_file():
+        if problem := folders.damage(folder):
             raise CheckpointError(f"{folder}: {problem}")
-        manifest = read_json(folder / checkpoint.MANIFEST)
+        manifest = read_json(folder / folders.MANIFEST)
         return _Input(folder=folder, models={name: folder / name for name in manifest["models"]}, manifest=manifest)
     if not folder.is_dir() or not (format_of(folder) or hub_files.is_hub_folder(folder)):
         titles = "; ".join(known.title for known in known_formats())
-        there = f" (present: {', '.join(checkpoint.names(source))})" if tag is not None else ""
+        there = f" (present: {', '.join(folders.names(source))})" if tag is not None else ""
         raise CheckpointError(
-            f"{folder}: no checkpoint{there}. Known: a LightRFT checkpoint ({checkpoint.MANIFEST}); a Hugging Face "
+            f"{folder}: no checkpoint{there}. Known: a LightRFT checkpoint ({folders.MANIFEST}); a Hugging Face "
             f"folder ({hub_files.CONFIG} and safetensors); {titles}"
         )
     return _Input(folder=folder, models={checkpoint.DEFAULT_NAME: folder})
@@ -310,13 +311,13 @@ def _to_checkpoint(
         seals |= write(source, folder, progress=progress.advance)
         _copy_rest(given, name, folder)
     ranks = 0
-    (staging / checkpoint.RANKS).mkdir()
+    (staging / folders.RANKS).mkdir()
     if given.manifest is not None:
         ranks = int(given.manifest["world_size"])
-        shutil.copytree(given.folder / checkpoint.RANKS, staging / checkpoint.RANKS, dirs_exist_ok=True)
-        shutil.copyfile(given.folder / checkpoint.CLIENT, staging / checkpoint.CLIENT)
+        shutil.copytree(given.folder / folders.RANKS, staging / folders.RANKS, dirs_exist_ok=True)
+        shutil.copyfile(given.folder / folders.CLIENT, staging / folders.CLIENT)
     else:
-        (staging / checkpoint.CLIENT).write_text("{}")
+        (staging / folders.CLIENT).write_text("{}")
     if verify:
         progress.start("comparing", sum(sizes))
         for name, source in given.sources.items():
@@ -325,7 +326,7 @@ def _to_checkpoint(
         name: {key: list(entry.shape) for key, entry in source.entries.items()}
         for name, source in given.sources.items()
     }
-    checkpoint.write_manifest(staging, seals, tag=tag, strategy=STRATEGIES[to], world_size=ranks, models=shapes)
+    folders.write_manifest(staging, seals, tag=tag, strategy=STRATEGIES[to], world_size=ranks, models=shapes)
     return len(sizes), sum(sizes)
 
 
@@ -406,6 +407,6 @@ def _staged(target: Path) -> Iterator[Path]:
     staging.mkdir(parents=True)
     try:
         yield staging
-        checkpoint.publish(staging, target)
+        folders.publish(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from lightrft.models.lora import WithoutAdapters, has_adapters
 from lightrft.rewards import CheckedReward, CombinedReward, build_reward
-from lightrft.strategy.checkpoint import whole_checkpoints
+from lightrft.strategy.checkpoint_folders import whole_checkpoints
 from lightrft.strategy.errors import LightRFTError
 from lightrft.strategy.hub_layout import unwrap
 from lightrft.strategy.sampling import SamplingParams

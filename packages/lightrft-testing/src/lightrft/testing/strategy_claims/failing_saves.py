@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lightrft.strategy.checkpoint import whole_checkpoints
+from lightrft.strategy.checkpoint_folders import whole_checkpoints
 from lightrft.strategy.disk import folder_size
 from lightrft.strategy.errors import CheckpointError, RankTimeoutError
 from lightrft.strategy.strategy_base import StrategyBase
