@@ -8,12 +8,15 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from unittest import mock
 
 import torch
 
+from lightrft.strategy.sealed_file import SealedFile
 from lightrft.strategy.weights import WeightBucket
 
 if TYPE_CHECKING:
@@ -127,6 +130,23 @@ def small_disk(folder: Path, nbytes: int) -> Iterator[None]:
 
 
 _FILE_EVENTS = frozenset({"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "shutil.rmtree"})
+
+
+@contextlib.contextmanager
+def background_writes_held_back() -> Iterator[None]:
+    """No thread but the main one writes into a checkpoint's files until the block is left."""
+    write, ready = SealedFile.write, threading.Event()
+
+    def later(file: SealedFile, data: Any) -> int:
+        if threading.current_thread() is not threading.main_thread():
+            ready.wait()
+        return write(file, data)
+
+    with mock.patch.object(SealedFile, "write", later):
+        try:
+            yield
+        finally:
+            ready.set()
 
 
 def cut(path: Path, share: float = 0.5) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from lightrft.strategy.errors import CheckpointError
 from lightrft.strategy.strategy_base import StrategyBase
-from lightrft.testing.faults import cut, die, flip_bit, watch_file_events
+from lightrft.testing.faults import background_writes_held_back, cut, die, flip_bit, watch_file_events
 from lightrft.testing.ranks import FunctionReference, RankPool
 
 from .claims import StrategyClaims, constant_schedule, moments_of, on_ranks, refused, run_claim, weights_of
@@ -270,8 +270,9 @@ class CheckpointClaims(StrategyClaims):
         strategy, model, optimizer, scheduler = self.fresh()
         self.train(strategy, model, optimizer, scheduler=scheduler)
         expected = weights_of(strategy, model), moments_of(strategy, model, optimizer)
-        strategy.save_ckpt(model, self.folder, client_state={"step": 1}, asynchronous=True)
-        self.train(strategy, model, optimizer, steps=2, first=1, scheduler=scheduler)  # while it is written
+        with background_writes_held_back():
+            strategy.save_ckpt(model, self.folder, client_state={"step": 1}, asynchronous=True)
+            self.train(strategy, model, optimizer, steps=2, first=1, scheduler=scheduler)
         assert strategy.finish_checkpoint()
         assert strategy.finish_checkpoint()
         other, resumed, its_optimizer, its_scheduler = self.fresh(seed=9)
