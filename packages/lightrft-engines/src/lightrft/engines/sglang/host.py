@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+import time
 import traceback
 from collections.abc import Coroutine, Mapping, Sequence
 from multiprocessing.connection import Connection
@@ -19,6 +20,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+_SECONDS_TO_IDLE = 60.0
 
 
 class Host:
@@ -137,9 +140,16 @@ class Host:
 
     def flush(self) -> None:
         """Forget the KV cache."""
-        answer = self._run(self._engine.tokenizer_manager.flush_cache())
+        answer = self._run(self._flush())
         if not answer.success:
             raise RuntimeError("SGLang did not empty its cache: requests are still running")
+
+    async def _flush(self) -> Any:
+        """It is refused until the scheduler has put away the batch whose answers it gave just now."""
+        late = time.monotonic() + _SECONDS_TO_IDLE
+        while not (answer := await self._engine.tokenizer_manager.flush_cache()).success and time.monotonic() < late:
+            await asyncio.sleep(0.005)
+        return answer
 
     # ---- memory, where SGLang has a sleep of its own -----------------------------------------------------------------
     def release(self, tag: str) -> None:

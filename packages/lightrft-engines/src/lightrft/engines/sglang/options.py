@@ -69,6 +69,7 @@ def engine_arguments(spec: EngineSpec, folder: str, config: Any) -> dict[str, An
         "model_path": folder,
         "skip_tokenizer_init": True,
         "skip_server_warmup": True,
+        "sleep_on_idle": True,  # while the trainer computes: a scheduler that polls takes a core from it
         "grammar_backend": "none",
         "log_level": "error",
         "device": spec.device.type,

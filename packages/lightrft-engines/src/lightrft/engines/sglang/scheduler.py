@@ -110,11 +110,12 @@ class _Worker:
         :return: for each tensor its place there, the values' dtype, and how many they are.
         """
         places = []
-        for name, offset, count in tensors:
-            positions = self.mailbox.view(offset, (count,), torch.int64).clone()
-            mine = self.weights.local({name: positions})[name]
-            values = self.weights.sample({name: mine})[name]
-            self.mailbox.view(answer, (count,), torch.uint8).copy_(torch.isin(positions, mine))
+        asked = {name: self.mailbox.view(offset, (count,), torch.int64).clone() for name, offset, count in tensors}
+        local = self.weights.local(asked)
+        held = self.weights.sample(local)
+        for name, _, count in tensors:
+            values = held[name]
+            self.mailbox.view(answer, (count,), torch.uint8).copy_(torch.isin(asked[name], local[name]))
             self.mailbox.view(answer + aligned(count), tuple(values.shape), values.dtype).copy_(values)
             places.append((answer, str(values.dtype).removeprefix("torch."), values.numel()))
             answer += aligned(count) + aligned(8 * count)

@@ -93,13 +93,17 @@ def _leaked(names: set[str], seconds: float = 5.0) -> set[str]:
 
 
 def _held_by_others() -> set[str]:
-    """Shared memory that processes have mapped which this test did not start: tests beside it, programs of anybody."""
-    ours, held = f"PYTEST_CURRENT_TEST={os.environ['PYTEST_CURRENT_TEST']}", set[str]()
+    """Shared memory that processes have mapped which this test did not start: tests beside it, programs of anybody.
+
+    It goes by the files' numbers: a semaphore's maker has mapped it under a name that it had before its own.
+    """
+    ours, held = f"PYTEST_CURRENT_TEST={os.environ['PYTEST_CURRENT_TEST']}", set[int]()
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it has ended, or is another user's
             if process.name != str(os.getpid()) and ours not in (process / "environ").read_text(errors="replace"):
-                held |= set(re.findall(r"/dev/shm/(\S+)", (process / "maps").read_text()))
-    return held
+                held |= {int(number) for number in re.findall(r" (\d+) +/dev/shm/", (process / "maps").read_text())}
+    shared = Path("/dev/shm")
+    return {file.name for file in os.scandir(shared) if file.inode() in held} if shared.is_dir() else set()
 
 
 def _descendants() -> set[psutil.Process]:

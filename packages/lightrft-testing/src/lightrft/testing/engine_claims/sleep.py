@@ -9,6 +9,7 @@ import pytest
 from lightrft.strategy.engine import RolloutEngine
 from lightrft.strategy.errors import EngineStateError, StaleWeightsError
 from lightrft.strategy.lifecycle import EngineStatus
+from lightrft.strategy.sampling import SamplingParams
 
 from .claims import EngineClaims, put_to_sleep, wake
 from .parts import GREEDY, PROMPTS, push_weights, requests_for, specs_of, tokens_of
@@ -26,6 +27,12 @@ class SleepClaims(EngineClaims):
         wake(engine)
         assert engine.status().status is EngineStatus.WAKEUP
         assert tokens_of(engine.generate(requests_for(PROMPTS, GREEDY))) == before
+
+    def test_sleep_may_come_right_after_an_answer(self, engine: RolloutEngine) -> None:
+        for _ in range(20):  # the engine may not yet have put away what it answered
+            engine.generate(requests_for(PROMPTS[:1], SamplingParams(max_tokens=1)))
+            put_to_sleep(engine, keep=True)
+            wake(engine)
 
     def test_sleeping_and_waking_twice_does_nothing_more(self, engine: RolloutEngine) -> None:
         put_to_sleep(engine, keep=True)
