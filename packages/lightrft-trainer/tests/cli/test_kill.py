@@ -72,7 +72,6 @@ def test_a_rank_killed_in_the_middle_of_a_save(
         time.sleep(0.0005)
     job.signal(victim, signal.SIGKILL)
     assert job.outcomes(grace=1.0)[victim].died == -signal.SIGKILL
-    assert staging.exists(), "it died before the save was whole"
     tiny_under_torchrun(tmp_path, "--resume").results()
     same_weights(tmp_path / "run", uninterrupted)
 
