@@ -37,7 +37,9 @@ class Memory:
     def __str__(self) -> str:
         # A few MiB are the helpers that Python starts for any library.
         worth_saying = self.children > self.total / 10
-        apart = f", {self.children / MIB:.0f} of them in processes of its own" if worth_saying else ""
+        # The rank's own may have fallen meanwhile: a part is never more than the whole.
+        part = "all" if self.children >= self.total else f"{self.children / MIB:.0f}"
+        apart = f", {part} of them in processes of its own" if worth_saying else ""
         return f"{self.total / MIB:.0f} MiB a rank{apart}"
 
 
