@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from .disk import folder_size
+from .disk import folder_size, replace_folder
 from .sealed_file import Seal, Seals, seal_of
 
 FORMAT = "lightrft-checkpoint-1"
@@ -139,7 +139,7 @@ def publish(staging: Path, final: Path) -> None:
         if path.is_file():
             _flush(path)
     _flush_folders(staging)
-    _swap(staging, final)
+    replace_folder(staging, final)
     _flush(final.parent)
 
 
@@ -156,7 +156,7 @@ def publish_save(
     """Make a staged folder whose files are flushed the checkpoint, then point ``latest`` to it, then prune."""
     _write_flushed(staging / MANIFEST, json.dumps({**manifest, "files": files}, indent=1))
     _flush_folders(staging)
-    _swap(staging, final)
+    replace_folder(staging, final)
     if latest:
         _write_flushed(final.parent / f".{LATEST}", final.name)
         (final.parent / f".{LATEST}").rename(final.parent / LATEST)
@@ -178,15 +178,6 @@ def _prune(newest: Path, max_num: int | None, max_mem: float | None) -> None:
             shutil.rmtree(doomed, ignore_errors=True)
         else:
             kept.append(name)
-
-
-def _swap(staging: Path, final: Path) -> None:
-    old = final.with_name(f".{final.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        final.rename(old)
-    staging.rename(final)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _write_flushed(path: Path, text: str) -> None:

@@ -1,4 +1,4 @@
-"""What to say when a disk is full while a folder is being written."""
+"""Folders on a disk: how one takes the place of another, and what to say when the disk is full meanwhile."""
 
 from __future__ import annotations
 
@@ -59,6 +59,16 @@ def describe_shortage(staging: Path, needed: int) -> str:
         f"It takes about {human_bytes(needed)}, there was room for {human_bytes(room)}: "
         f"{human_bytes(needed - room)} are missing; free them, or keep fewer checkpoints (--max_ckpt_num)"
     )
+
+
+def replace_folder(staging: Path, target: Path) -> None:
+    """Put the new folder where the old one is; the old one goes last."""
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    staging.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def folder_size(folder: Path) -> int:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from .disk import explain_write
+from .disk import explain_write, replace_folder
 from .errors import CheckpointError
 from .hub_layout import hub_models, unwrap
 from .weights import DEFAULT_BUCKET_BYTES, TensorSpec, UpdatePlan, WeightBucket, plan_buckets
@@ -66,7 +66,7 @@ def save_hub_model(
             for bucket in strategy.export_weights(model, plan):
                 write(_write_bucket, bucket, staging / names[bucket.index])
             write(_write_rest, model, tokenizer, staging, names, buckets)
-            write(_replace, staging, output_dir)
+            write(replace_folder, staging, output_dir)
             if problems:
                 raise problems[0]
     except Exception:
@@ -110,13 +110,3 @@ def save_configuration(model: nn.Module, folder: Path) -> None:
         config.save_pretrained(folder)
         if getattr(inner, "generation_config", None) is not None and getattr(inner, "can_generate", lambda: False)():
             inner.generation_config.save_pretrained(folder)  # type: ignore[union-attr, operator]
-
-
-def _replace(staging: Path, target: Path) -> None:
-    """Put the new folder where the old one is; the old one goes last."""
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    staging.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
