@@ -22,8 +22,10 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
 }
-# Functions that vLLM's CPU worker replaces with ones that do nothing.
+# Functions that are others inside: those that vLLM's CPU worker replaces with ones that do nothing, and one that does
+# nothing from the beginning, for what vLLM froze would stay for good, after its end too.
 _REPLACED: tuple[tuple[Any, str], ...] = (
+    (gc, "freeze"),
     (torch, "set_num_threads"),
     (torch.accelerator, "synchronize"),
     (torch.accelerator, "empty_cache"),
@@ -39,7 +41,7 @@ class ProcessGuard:
             name: value if name == "VLLM_ENABLE_V1_MULTIPROCESSING" else os.environ.get(name, value)
             for name, value in ENVIRONMENT.items()
         }
-        self._functions: dict[str, Any] = {}
+        self._functions: dict[str, Any] = {"freeze": lambda: None}
         self._stack: contextlib.ExitStack | None = None
 
     def __enter__(self) -> ProcessGuard:
@@ -61,7 +63,6 @@ class ProcessGuard:
     def _swapped(self) -> Iterator[None]:
         environment, functions = dict(os.environ), [getattr(owner, name) for owner, name in _REPLACED]
         threads, affinity = torch.get_num_threads(), _affinity()
-        freeze, gc.freeze = gc.freeze, lambda: None  # what vLLM froze would stay for good, after its end too
         _set_environment(self._environment)
         for owner, name in _REPLACED:
             setattr(owner, name, self._functions.get(name, getattr(owner, name)))
@@ -77,7 +78,6 @@ class ProcessGuard:
                 torch.set_num_threads(threads)
             if affinity != _affinity():
                 os.sched_setaffinity(0, affinity)
-            gc.freeze = freeze
 
 
 def _affinity() -> set[int]:
