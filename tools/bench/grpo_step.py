@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hf_engine import MODELS
+from hf_engine import MODELS, TINY
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lightrft.data import PromptDataset
@@ -39,15 +39,7 @@ from lightrft.trainer import SPMDPPOTrainer
 
 log = logging.getLogger("bench.grpo_step")
 SHAPES: dict[str, Callable[[], LlamaConfig]] = {
-    "tiny": lambda: LlamaConfig(
-        vocab_size=512,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=1024,
-    ),
+    "tiny": lambda: LlamaConfig(**TINY),
     "smollm2": MODELS["smollm2"],
 }
 LEARNING_RATE = 1e-5

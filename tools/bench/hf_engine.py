@@ -15,7 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -28,16 +28,17 @@ from lightrft.strategy.engine import EngineSpec, GenerationRequest
 from lightrft.strategy.sampling import SamplingParams
 
 log = logging.getLogger("bench.hf_engine")
+TINY: Mapping[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 1024,
+}
 MODELS: dict[str, Callable[[], Any]] = {
-    "tiny": lambda: Qwen2Config(
-        vocab_size=512,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=1024,
-    ),
+    "tiny": lambda: Qwen2Config(**TINY),
     "smollm2": lambda: LlamaConfig(  # SmolLM2-135M's shape
         vocab_size=49152,
         hidden_size=576,

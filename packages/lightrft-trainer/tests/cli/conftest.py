@@ -155,9 +155,13 @@ def uninterrupted(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return folder / "run"
 
 
+def tiny_words(config: Path, folder: Path, *arguments: str) -> tuple[str, ...]:
+    return ("--config", str(config), "--output_dir", str(folder / "run"), *arguments)
+
+
 def start_tiny(start: Callable[..., Command], config: Path, folder: Path, *arguments: str) -> Command:
     os.environ["PYTHONPATH"] = str(config.parent)
-    return start(folder, "--config", str(config), "--output_dir", str(folder / "run"), *arguments)
+    return start(folder, *tiny_words(config, folder, *arguments))
 
 
 @pytest.fixture
@@ -186,8 +190,7 @@ def tiny_under_torchrun(under_torchrun: Callable[..., RankJob], tiny_run: Path) 
     """Starts the tiny run in a folder, with further arguments."""
 
     def start(folder: Path, *arguments: str, **pool: RankPool) -> RankJob:
-        words = ("--config", str(tiny_run), "--output_dir", str(folder / "run"), *arguments)
-        return under_torchrun(tiny_run.parent, "train", *words, **pool)
+        return under_torchrun(tiny_run.parent, "train", *tiny_words(tiny_run, folder, *arguments), **pool)
 
     return start
 
