@@ -14,6 +14,7 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path, PurePosixPath
 
@@ -117,9 +118,10 @@ def main() -> int:
     parser.add_argument("--imports", action="store_true", help="check its files, imports, plug-ins and command")
     parser.add_argument("--readme", type=Path, help="run this page's Python examples")
     options = parser.parse_args()
-    faults = check_imports(options.distribution) if options.imports else []
-    if options.readme is not None:
-        faults += check_readme(options.distribution, options.readme)
+    with ThreadPoolExecutor() as beside:  # examples are processes of their own, and both mostly import
+        examples = beside.submit(check_readme, options.distribution, options.readme) if options.readme else None
+        faults = check_imports(options.distribution) if options.imports else []
+        faults += examples.result() if examples else []
     for fault in faults:
         sys.stderr.write(f"{options.distribution}: {fault}\n")
     if not faults:

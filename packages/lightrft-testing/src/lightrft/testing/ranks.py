@@ -166,7 +166,7 @@ class RankPool:
         self._stop()
         self._logs = tempfile.TemporaryDirectory(prefix="lightrft-ranks-")
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(self._preload)
+        context.set_forkserver_preload(["lightrft.testing.unwatched_imports", *self._preload])
         with _environment({**RANK_ENV, **self._env}):  # the server keeps the environment that it is born with
             self._ranks = [
                 _Rank(context, rank, self.world_size, Path(self._logs.name, f"{rank}.log"), self._env)
@@ -427,6 +427,7 @@ def _serve(rank: int, world_size: int, pipe: Any, lifeline: Any, log: str, env: 
     threading.Thread(target=_end_with_parent, args=(lifeline,), daemon=True).start()
     torch.set_num_threads(1)
     gc.freeze()  # else every collection walks a million objects of the modules that the rank was born with
+    gc.enable()
     os.environ.update(RANK_ENV, **env)
     os.environ.update(
         RANK=str(rank),
