@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -76,12 +76,6 @@ def installed(engine: Engine) -> Engine:
 
 def cell(engine: Engine) -> str:
     return f"{engine.name}, TP {engine.size}"
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[RankPool]:
-    with RankPool(2, timeout=300.0, env={"DS_ACCELERATOR": "cpu"}) as pool:
-        yield pool
 
 
 @pytest.fixture(scope="module")

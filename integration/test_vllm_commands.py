@@ -16,7 +16,9 @@ from typing import Any
 
 import pytest
 
+from lightrft.cli.main import main
 from lightrft.data.tasks import build_model, build_tokenizer
+from lightrft.testing import RankPool
 from lightrft.trainer.metrics import read_metrics
 
 pytest.importorskip("vllm", reason="vLLM is not installed: uv run nox -s vllm_integration brings it")
@@ -62,6 +64,7 @@ def lightrft(*words: Any, **environment: str) -> subprocess.CompletedProcess[str
 def test_doctor_examines_vllm_split_over_two_ranks() -> None:
     done = lightrft("doctor", "--fsdp", "--engine_type", "vllm", "--engine_tp_size", 2, "--json")
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr, "it ends quietly"
     told = json.loads(done.stdout)
     assert told["verdict"] == "fit"
     checks = {check["check"]: check for check in told["checks"]}
@@ -87,15 +90,21 @@ def train(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """.split()
 
     def run(*further: Any) -> subprocess.CompletedProcess[str]:
-        settings = () if "--resume" in further else flags
-        return lightrft("train", "--output_dir", tmp_path / "run", *further, *settings, PYTHONPATH=str(tmp_path))
+        return lightrft("train", "--output_dir", tmp_path / "run", *further, *flags, PYTHONPATH=str(tmp_path))
 
     return run
 
 
+def resumed(folder: Path) -> int:
+    """On a rank: the command again, with the modules that lie in the folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        return main(["train", "--resume", "--output_dir", str(folder / "run")])
+
+
 @pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.full)])
 def test_an_engine_that_breaks_ends_the_run_and_resume_goes_on(
-    train: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path, size: int
+    train: Callable[..., subprocess.CompletedProcess[str]], ranks: RankPool, tmp_path: Path, size: int
 ) -> None:
     (tmp_path / "armed").touch()
     done = train("--engine_tp_size", size)
@@ -107,10 +116,9 @@ def test_an_engine_that_breaks_ends_the_run_and_resume_goes_on(
     assert reached == [1, 2]
 
     (tmp_path / "armed").unlink()
-    done = train("--resume")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "resumed from" in done.stdout
-    assert "Traceback" not in done.stderr, "it ends quietly"
+    assert ranks.run(resumed, tmp_path) == [0, 0]
+    assert "resumed from" in ranks.output(0)
+    assert "Traceback" not in ranks.output(0) + ranks.output(1)
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     # Every sample of a step was written by the weights that the step before left, also across the resume.

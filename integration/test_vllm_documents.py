@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +42,6 @@ SETTINGS: Mapping[str, Any] = {
     "plot_every": -1,
     "max_model_len": 32,
 }
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[RankPool]:
-    with RankPool(2, timeout=300.0) as pool:
-        yield pool
 
 
 def parsed(*flags: str) -> argparse.Namespace:

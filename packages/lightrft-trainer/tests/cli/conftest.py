@@ -141,17 +141,13 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def uninterrupted(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def uninterrupted(ranks: RankPool, tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output folder of the tiny run when nobody disturbs it; one for all processes that share the tests out."""
     session = tmp_path_factory.getbasetemp()
     folder = (session.parent if "PYTEST_XDIST_WORKER" in os.environ else session) / "whole"
     with FileLock(f"{folder}.lock"):
         if not (folder / "run" / "model").exists():
-            command = start_tiny(lambda *a: Command(*a), tiny_run, folder)
-            try:
-                assert command.finish() == 0, command.output()
-            finally:
-                command.end()
+            ranks.run(run_command, tiny_run.parent, "train", *tiny_words(tiny_run, folder))
     return folder / "run"
 
 

@@ -111,6 +111,7 @@ def test_a_line_without_its_key_names_file_and_line(tiny: Tiny, tmp_path: Path) 
     assert "Traceback" not in shown
 
 
+@pytest.mark.full  # test_worker.py kills the launcher of a rank that does not even heed the signal
 @pytest.mark.skipif(sys.platform != "linux", reason="a rank asks Linux to end with its launcher")
 def test_no_rank_outlives_a_killed_launcher(tiny: Tiny, tmp_path: Path) -> None:
     command = tiny(tmp_path)

@@ -49,11 +49,17 @@ PRELOAD = (
     "lightrft.deepspeed",
     "lightrft.fsdp",
     "lightrft.testing.strategy_suite",
+    "lightrft.trainer.run",
     "torchdata.stateful_dataloader",
 )
 # DeepSpeed, and torch's compiler, which it imports as it first shards a model. It looks at the devices as it is
 # imported, and CUDA survives no fork: where there are devices, each rank imports it.
-PRELOAD_WITHOUT_DEVICES = ("deepspeed.runtime.zero.muon.muon_optimizer", "pydantic.dataclasses")
+PRELOAD_WITHOUT_DEVICES = (
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.ops.op_builder.all_ops",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "pydantic.dataclasses",
+)
 # One thread a rank: ranks share the cores, and sums do not depend on how a loop was split.
 RANK_ENV = {
     "OMP_NUM_THREADS": "1",

@@ -119,7 +119,7 @@ RECIPES: Mapping[str, Recipe] = {
     "dense": Recipe(),
     "tied": Recipe(kind="qwen2_tied", accumulation=4, max_norm=0.0, frozen="layers.0."),
     "moe": Recipe(kind="qwen3_moe", accumulation=4, poisoned=7),
-    "pair": Recipe(accumulation=4, critic=True, uneven=True),
+    "pair": Recipe(accumulation=2, critic=True, uneven=True),
 }
 """Every variation, in as few runs as hold it: each takes a second or two."""
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
 _SECONDS_TO_IDLE = 60.0
@@ -61,8 +62,10 @@ class Host:
                 return [], []
 
         self._engine = Engine(**arguments)
-        # Load figures, for routers that we have not: mapped by now, and nothing would remove them at the end.
-        Path(shm_path_for(self._engine.port_args.instance_id)).unlink(missing_ok=True)
+        # Mapped by now by all who use it, and nothing would remove it at the end, when the processes are killed: load
+        # figures, for routers that we have not, and the queues of schedulers that share a model.
+        for file in (Path(shm_path_for(self._engine.port_args.instance_id)), *_queues()):
+            file.unlink(missing_ok=True)
 
     def stop(self) -> None:
         """End SGLang's processes."""
@@ -190,6 +193,12 @@ class Host:
     def _gone(self) -> None:
         self.stop()
         os._exit(1)
+
+
+def _queues() -> list[Path]:
+    """Shared memory through which the processes that this one has started send each other requests."""
+    family = psutil.Process().children(recursive=True)
+    return [file for process in family for file in Path("/dev/shm").glob(f"sgl_shm_mq_{process.pid}_*")]
 
 
 def _stay(*args: Any, **kwargs: Any) -> None:
