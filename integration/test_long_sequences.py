@@ -107,9 +107,9 @@ def distances(found: list[Any], model: str) -> list[tuple[float, float]]:
 
 def cells() -> list[Any]:
     """Backends and models: what every change runs, and the others."""
-    full = {("ZeRO 1", "dense"), ("ZeRO 1", "MoE"), *((f"ZeRO {stage}", "dense, LoRA") for stage in (1, 2, 3))}
+    default = set(itertools.product(("FSDP2", "ZeRO 3"), ("dense", "MoE")))
     return [
-        pytest.param(*cell, id=", ".join(cell), marks=[pytest.mark.full] if cell in full else [])
+        pytest.param(*cell, id=", ".join(cell), marks=[] if cell in default else [pytest.mark.full])
         for cell in itertools.product(BACKENDS, MODELS)
     ]
 

@@ -48,7 +48,8 @@ BACKENDS: Mapping[str, Mapping[str, Any]] = {
     "ZeRO 2": {"zero_stage": 2},
     "ZeRO 3": {"zero_stage": 3},
 }
-EACH = [pytest.param(name, marks=[pytest.mark.full] if name == "ZeRO 1" else []) for name in BACKENDS]
+# Stages 1 and 2 keep parameters whole: what adapters meet there is FSDP2's export or stage 3's, and less.
+EACH = [pytest.param(name, marks=[pytest.mark.full] if name in ("ZeRO 1", "ZeRO 2") else []) for name in BACKENDS]
 BF16 = {"bf16": True}
 Tensors = dict[str, torch.Tensor]
 
@@ -278,7 +279,7 @@ RUNS: Mapping[str, Mapping[str, Any]] = {
     "bf16": BF16,
     "all at once": {**LONG, **CRITIC, **BF16},
 }
-DEFAULT_RUNS = {("FSDP2", "critic and average"), ("ZeRO 2", "alone"), ("ZeRO 3", "long sequences")}
+DEFAULT_RUNS = {("FSDP2", "critic and average"), ("ZeRO 3", "alone")}
 
 
 def cells(default: Collection[tuple[str, str]]) -> list[Any]:

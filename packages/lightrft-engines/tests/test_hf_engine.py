@@ -8,12 +8,13 @@ import pytest
 from lightrft.engines.hf import HFEngine
 from lightrft.strategy.device import local_device
 from lightrft.strategy.engine import EngineSpec, RolloutEngine
+from lightrft.testing.engine_claims.generation import GenerationClaims
+from lightrft.testing.engine_claims.images import ImageClaims
+from lightrft.testing.engine_claims.text import TextClaims
 from lightrft.testing.engine_suite import EngineSuite
 
 
-class TestHFEngine(EngineSuite):
-    text_kinds = ("qwen2", "qwen2_tied", "qwen2_sliding", "mistral", "qwen3", "qwen3_moe", "llama")
-
+class _OfHF:
     @pytest.fixture
     def make_engine(self) -> Any:
         def make(spec: EngineSpec) -> RolloutEngine:
@@ -24,6 +25,10 @@ class TestHFEngine(EngineSuite):
         return make
 
 
+class TestHFEngine(_OfHF, EngineSuite):
+    text_kinds = ("qwen2", "qwen2_tied", "qwen2_sliding", "mistral", "qwen3", "qwen3_moe", "llama")
+
+
 @pytest.mark.gpu
 class TestHFEngineOnAnAccelerator(TestHFEngine):
     """Models, caches and draws on a device, against Hugging Face on the CPU."""
@@ -31,7 +36,7 @@ class TestHFEngineOnAnAccelerator(TestHFEngine):
     spec_options: ClassVar[Mapping[str, Any]] = {"device": local_device()}
 
 
-class TestHFEngineInSmallBatches(TestHFEngine):
+class TestHFEngineInSmallBatches(_OfHF, GenerationClaims, TextClaims, ImageClaims):
     """Three rows at once: samples wait, and take the places of those that finished."""
 
     spec_options: ClassVar[Mapping[str, Any]] = {"max_batch_size": 3}
