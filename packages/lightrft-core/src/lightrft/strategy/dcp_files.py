@@ -138,6 +138,9 @@ class _Chunk:
             raise CheckpointError(f"{self.path}: {self.key}: {self.numel} elements expected")
         return tensor.reshape(-1)[start:stop]
 
+    def fill(self, values: torch.Tensor, start: int = 0) -> None:
+        values.copy_(self.read(start, start + values.numel()).view(values.shape))
+
 
 def _pieces(folder: Path, metadata: Metadata, key: str, item: TensorStorageMetadata) -> list[Placed]:
     placed: list[Placed] = []

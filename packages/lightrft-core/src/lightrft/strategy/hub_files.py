@@ -97,6 +97,9 @@ class _Assembled:
             hub.view(whole).copy_(stored.read().view(stored.shape))
         return whole.view(-1)[start:stop]
 
+    def fill(self, values: torch.Tensor, start: int = 0) -> None:
+        values.copy_(self.read(start, start + values.numel()).view(values.shape))
+
 
 def open_hub(folder: Path, tensors: Sequence[HubTensor], shapes: Mapping[str, Sequence[int]]) -> StateSource:
     """A hub folder as training state under module names; weights alone.

@@ -73,6 +73,10 @@ class Piece(Protocol):
         """Its flat elements ``[start, stop)``."""
         ...
 
+    def fill(self, values: torch.Tensor, start: int = 0) -> None:
+        """Put its flat elements from ``start`` on into all of ``values``, of whatever shape, dtype and device."""
+        ...
+
 
 Placed = tuple[int, Piece]  # where in the whole tensor, and what
 
@@ -122,6 +126,19 @@ class StateSource:
             values[done - start : done - start + part.numel()] = part
             done += part.numel()
         return torch.empty(0, dtype=entry.dtypes[kind]) if values is None else values
+
+    def fill(self, values: torch.Tensor, name: str, kind: str, start: int = 0) -> None:
+        """Put the flat elements from ``start`` on into all of ``values``, of whatever shape, dtype and device."""
+        done, stop = start, start + values.numel()
+        if not values.is_contiguous():
+            values.copy_(self.read(name, kind, start, stop).view(values.shape))
+            return
+        flat = values.view(-1)
+        for begin, piece in self._pieces[name, kind]:
+            end = min(begin + piece.numel, stop)
+            if end > done:
+                piece.fill(flat[done - start : end - start], done - begin)
+                done = end
 
     def whole(self, name: str, kind: str = WEIGHT) -> torch.Tensor:
         """A whole tensor in its shape."""
@@ -186,6 +203,9 @@ class PieceOf:
     def read(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
         stop = self.numel if stop is None else stop
         return self.piece.read(self.start + start, self.start + stop)
+
+    def fill(self, values: torch.Tensor, start: int = 0) -> None:
+        self.piece.fill(values, self.start + start)
 
 
 def match_names(

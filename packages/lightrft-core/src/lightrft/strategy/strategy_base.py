@@ -650,10 +650,8 @@ class StrategyBase(ABC):
             if optimizer is not None:
                 self.make_states(model, optimizer, source.entries)
             for fragment in self.local_state(model, optimizer):
-                stop = fragment.start + fragment.values.numel()
                 if fragment.kind in source.entries[fragment.name].dtypes:
-                    values = source.read(fragment.name, fragment.kind, fragment.start, stop)
-                    fragment.values.copy_(values.view(fragment.values.shape))
+                    source.fill(fragment.values, fragment.name, fragment.kind, fragment.start)
                 else:  # a parameter that has had no gradient yet
                     fragment.values.zero_()
 

@@ -115,7 +115,18 @@ class StoredTensor:
         """
         stop = self.numel if stop is None else stop
         values = torch.empty(stop - start, dtype=self.dtype)
-        wanted = byte_view(values)
+        self.fill(values, start)
+        return values
+
+    def fill(self, values: torch.Tensor, start: int = 0) -> None:
+        """Put the flat elements from ``start`` on into all of ``values``, straight from the file where it can.
+
+        :raises CheckpointError: as :meth:`read`.
+        """
+        if values.dtype != self.dtype or values.device.type != "cpu" or not values.is_contiguous():
+            values.copy_(self.read(start, start + values.numel()).view(values.shape))
+            return
+        wanted = byte_view(values.detach())
         try:
             with self.path.open("rb", buffering=0) as file:
                 file.seek(self.offset + start * self.dtype.itemsize)
@@ -128,7 +139,6 @@ class StoredTensor:
             raise CheckpointError(
                 f"{self.path}: is cut short: it ends {len(wanted) - done} bytes before {self.name} does"
             )
-        return values
 
 
 def stored_tensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
