@@ -51,6 +51,7 @@ main()
 """
 
 
+@pytest.mark.full
 def test_a_model_may_outlive_the_process_group() -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr

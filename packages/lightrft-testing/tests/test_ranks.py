@@ -189,7 +189,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("ending", ["kill", "exit"])
+@pytest.mark.parametrize("ending", ["kill", pytest.param("exit", marks=pytest.mark.full)])
 def test_no_rank_outlives_the_test_process(tmp_path: Path, ending: str) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
@@ -213,6 +213,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.full
 def test_torchrun_launches_two_nodes_on_this_machine(tmp_path: Path) -> None:
     script = tmp_path / "launched.py"
     script.write_text(LAUNCHED)

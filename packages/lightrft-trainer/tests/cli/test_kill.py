@@ -86,6 +86,7 @@ def test_ranks_that_all_die_at_once_leave_word_how_to_go_on(tiny: Tiny, tmp_path
     check_the_aftermath(command)
 
 
+@pytest.mark.full  # test_launch.py holds which of several failures is told
 def test_a_reward_that_raises_on_one_rank_ends_the_run_with_that_ranks_error(
     tiny: Tiny, tiny_run: Path, tmp_path: Path
 ) -> None:
