@@ -135,25 +135,37 @@ def _shared_bytecode(session: nox.Session) -> Iterator[None]:
     of which moment its source is, which tells versions apart; our own packages change too often to be kept.
     """
     packages = next(Path(session.virtualenv.location).rglob("site-packages"))
-    for kept in BYTECODE.rglob("*.pyc.*"):
-        mine = packages / kept.relative_to(BYTECODE).with_suffix("")
-        if _source_time(mine) == kept.suffix and not mine.exists():
-            mine.parent.mkdir(exist_ok=True)
-            mine.hardlink_to(kept)
+    for kept in _files(BYTECODE):
+        mine, _, moment = f"{packages}{kept.removeprefix(str(BYTECODE))}".rpartition(".")
+        if _source_time(mine) == moment and not os.path.exists(mine):
+            _link(kept, mine)
     yield
-    for mine in packages.rglob("*.pyc"):
-        place = mine.relative_to(packages)
-        if place.parts[0] != "lightrft" and (moment := _source_time(mine)):
-            kept = BYTECODE / f"{place}{moment}"
-            if not kept.exists():
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                kept.hardlink_to(mine)
+    for mine in _files(packages):
+        moment = _source_time(mine)
+        kept = f"{BYTECODE}{mine.removeprefix(str(packages))}.{moment}"
+        if moment is not None and not os.path.exists(kept):
+            _link(mine, kept)
 
 
-def _source_time(bytecode: Path) -> str | None:
-    """When the source of ``module.cpython-311.pyc`` was written, as a suffix; None where there is none."""
-    source = bytecode.parent.parent / f"{bytecode.name.partition('.')[0]}.py"
-    return f".{source.stat().st_mtime_ns}" if source.exists() else None
+def _files(folder: Path) -> Iterator[str]:
+    """Compiled modules in a folder, except our own. Strings: there are ten thousand, and paths take seconds."""
+    for place, _, names in os.walk(folder):
+        if "/site-packages/lightrft" not in place:
+            yield from (os.path.join(place, name) for name in names if ".pyc" in name)
+
+
+def _source_time(bytecode: str) -> str | None:
+    """When the source of ``module.cpython-311.pyc`` was written; None where there is none."""
+    folder, name = os.path.split(bytecode)
+    try:
+        return str(os.stat(os.path.join(os.path.dirname(folder), f"{name.partition('.')[0]}.py")).st_mtime_ns)
+    except OSError:
+        return None
+
+
+def _link(file: str, place: str) -> None:
+    os.makedirs(os.path.dirname(place), exist_ok=True)
+    os.link(file, place)
 
 
 @nox.session(tags=["default"])
