@@ -148,6 +148,7 @@ def uninterrupted(ranks: RankPool, tiny_run: Path, tmp_path_factory: pytest.Temp
     with FileLock(f"{folder}.lock"):
         if not (folder / "run" / "model").exists():
             ranks.run(run_command, tiny_run.parent, "train", *tiny_words(tiny_run, folder))
+            (folder / "log.txt").write_text(ranks.output(0))
     return folder / "run"
 
 
