@@ -77,7 +77,7 @@ class RankJournal:
 
     def __init__(self, rank: int, world_size: int, timeout: float, *, ends_process: bool = False) -> None:
         self.rank, self.world_size, self.timeout = rank, world_size, timeout
-        self.interval = min(5.0, max(0.1, timeout / 20))
+        self.interval = min(2.0, max(0.1, timeout / 20))
         # Long enough for a living rank to beat, on a busy machine too.
         self.patience = min(2 * self.interval + 1.0, timeout / 4)
         self._self: _Self | None = None
@@ -210,7 +210,7 @@ class RankJournal:
                 if notes.beat is not None and notes.beat.number != number:
                     number, changed = notes.beat.number, now
                 ended = notes.departure is not None and notes.departure.how == "ended"
-                if ended or now - changed > 3 * self.interval + 2.0:
+                if ended or now - changed > 8 * self.interval + 1.0:
                     store.compare_set(key, "", _SILENT)
             time.sleep(min(0.2, max(0.0002, 0.05 * (now - began))))
 

@@ -30,6 +30,7 @@ EXIT_FAILED = 1
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 CPU_RANKS = 2
 LAUNCH_DIR = "LIGHTRFT_LAUNCH_DIR"
+ASKED_FILE = "signal"  # in that folder: the user has asked the run to stop
 # Ranks end a save within this long after Ctrl-C; the launcher kills what is left when a rank has failed.
 FORWARDED = (signal.SIGINT, signal.SIGTERM)
 
@@ -151,7 +152,7 @@ def _run(config: Any, folder: Path, words: Sequence[str], stopping: str) -> dict
         except ChildFailedError as error:
             return dict(error.failures)
         except SignalException:
-            (folder / "signal").touch()
+            (folder / ASKED_FILE).touch()
             return {}
     return None
 
@@ -164,7 +165,7 @@ def _forwarded_signals(folder: Path, stopping: str) -> Iterator[None]:
     def forward(number: int, _frame: FrameType | None) -> None:
         first = not seen
         seen.append(number)
-        (folder / "signal").touch()
+        (folder / ASKED_FILE).touch()
         for pid in rank_pids(folder):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM if first else signal.SIGKILL)
@@ -208,7 +209,7 @@ def _report(folder: Path, failures: dict[int, Any] | None) -> int:
             f"lightrft: stopped at step {outcome['step']}; a checkpoint was written. Go on with:\n  {resume}\n"
         )
         return EXIT_INTERRUPTED
-    if (folder / "signal").exists():
+    if (folder / ASKED_FILE).exists():
         saved = output_dir is not None and (Path(output_dir) / "checkpoints" / "latest").exists()
         sys.stderr.write(
             "lightrft: stopped before there was anything to save\n"

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -21,13 +22,15 @@ from typing import TYPE_CHECKING, Any
 from lightrft.strategy.config import StrategyConfig
 from lightrft.strategy.errors import ConfigError, LightRFTError, PluginError, RankTimeoutError
 
-from .launch import EXIT_FAILED, EXIT_INTERRUPTED, LAUNCH_DIR
+from .launch import ASKED_FILE, EXIT_FAILED, EXIT_INTERRUPTED, LAUNCH_DIR
 
 if TYPE_CHECKING:
     from lightrft.trainer.run import RunResult
 
 PR_SET_PDEATHSIG = 1
 ORPHAN_SECONDS = 30.0  # as long as the launcher gives ranks that it ends
+# When another rank has failed, so long may this one take to find out what it waited for, and to tell.
+FAREWELL_SECONDS = 10.0
 
 
 def main() -> int:
@@ -110,6 +113,14 @@ def join_launcher(patience: float = ORPHAN_SECONDS) -> None:
     threading.Thread(target=_end_as_orphan, args=(launcher, patience), daemon=True, name="lightrft-orphan").start()
     if folder := os.environ.get(LAUNCH_DIR):
         (Path(folder) / f"pid.{os.getpid()}").touch()
+        told, tells = socket.socketpair()
+        tells.setblocking(False)
+        signal.set_wakeup_fd(
+            tells.detach(), warn_on_full_buffer=False
+        )  # heard also while this thread waits in a library
+        threading.Thread(
+            target=_end_with_peers, args=(told, Path(folder)), daemon=True, name="lightrft-farewell"
+        ).start()
 
 
 def die_with_parent() -> None:
@@ -124,6 +135,15 @@ def _end_as_orphan(launcher: int, patience: float) -> None:
         time.sleep(min(1.0, patience))
     time.sleep(patience)
     os._exit(EXIT_FAILED)
+
+
+def _end_with_peers(told: socket.socket, folder: Path) -> None:
+    """The thread that ends this rank when the launcher ends it because another one has failed: it may wait for that."""
+    while signal.SIGTERM not in told.recv(64):
+        pass
+    time.sleep(FAREWELL_SECONDS)
+    if not (folder / ASKED_FILE).exists():  # nobody asked for a checkpoint, and without the other none can be written
+        os._exit(EXIT_FAILED)
 
 
 def _report_error(error: Exception, rank: int, output_dir: str | None, *, multimodal: bool) -> None:
