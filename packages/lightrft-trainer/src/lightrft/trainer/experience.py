@@ -104,10 +104,9 @@ def make_batch(
     lengths = torch.tensor([sample.length for sample in samples]).unsqueeze(1)
     responses = torch.tensor([sample.response_length for sample in samples]).unsqueeze(1)
     positions = torch.arange(longest).unsqueeze(0)
-    attention_mask = (positions < lengths).long()
-    mask = (positions < lengths) & (positions >= lengths - responses)
-    for row, sample in enumerate(samples):
-        tokens[row, : sample.length] = sample.tokens
+    attended = positions < lengths
+    mask = attended & (positions >= lengths - responses)
+    tokens[attended] = torch.cat([sample.tokens for sample in samples])
     per_token = {}
     for name in TOKEN_FIELDS:
         values = [getattr(sample, name) for sample in samples]
@@ -116,7 +115,7 @@ def make_batch(
             padded[mask] = torch.cat(values).float()
             per_token[name] = padded.to(device)
     return ExperienceBatch(
-        tokens.to(device), attention_mask.to(device), mask.to(device), per_token, join_images(samples, device)
+        tokens.to(device), attended.long().to(device), mask.to(device), per_token, join_images(samples, device)
     )
 
 

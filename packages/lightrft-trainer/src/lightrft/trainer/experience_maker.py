@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -249,10 +248,7 @@ class ExperienceMaker:
     def _number(self, groups: Sequence[_Group], rollout: Rollout) -> None:
         """Give every sample its global index, and let every rank know of every sample."""
         rank = self.strategy.data_parallel_rank
-        mine = [
-            (group.place, [dataclasses.astuple(SampleRecord.of(sample, rank)) for sample in group.samples])
-            for group in groups
-        ]
+        mine = [(group.place, [SampleRecord.of(sample, rank) for sample in group.samples]) for group in groups]
         told = all(s.engine_logprobs is not None for group in groups for s in group.samples)
         parts = self.strategy.gather_over_data((mine, told))
         self.has_engine_logprobs = all(told for _, told in parts)
@@ -264,8 +260,8 @@ class ExperienceMaker:
         position = {place: number for number, (place, _) in enumerate(everyone)}
         n = self.sampling.n
         for place, records in everyone:
-            for k, fields in enumerate(records):
-                rollout.records[position[place] * n + k] = SampleRecord(*fields)
+            for k, record in enumerate(records):
+                rollout.records[position[place] * n + k] = record
         for group in groups:
             for k, sample in enumerate(group.samples):
                 sample.index = position[group.place] * n + k

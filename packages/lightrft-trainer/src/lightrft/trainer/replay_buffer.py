@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -16,8 +16,7 @@ from .experience import Experience, pack, unpack
 from .minibatches import MicroBatch, cut_microbatches, plan_minibatches
 
 
-@dataclass(frozen=True)
-class SampleRecord:
+class SampleRecord(NamedTuple):
     """What every rank knows of a sample: its owner (a data rank), its tokens and the response's, its reward, and the
     version of the weights that wrote it.
     """
