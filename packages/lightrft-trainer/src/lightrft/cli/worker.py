@@ -115,12 +115,9 @@ def join_launcher(patience: float = ORPHAN_SECONDS) -> None:
         (Path(folder) / f"pid.{os.getpid()}").touch()
         told, tells = socket.socketpair()
         tells.setblocking(False)
-        signal.set_wakeup_fd(
-            tells.detach(), warn_on_full_buffer=False
-        )  # heard also while this thread waits in a library
-        threading.Thread(
-            target=_end_with_peers, args=(told, Path(folder)), daemon=True, name="lightrft-farewell"
-        ).start()
+        signal.set_wakeup_fd(tells.detach(), warn_on_full_buffer=False)  # it hears also while a library waits
+        arguments = (told, launcher, Path(folder))
+        threading.Thread(target=_end_with_peers, args=arguments, daemon=True, name="lightrft-farewell").start()
 
 
 def die_with_parent() -> None:
@@ -137,12 +134,15 @@ def _end_as_orphan(launcher: int, patience: float) -> None:
     os._exit(EXIT_FAILED)
 
 
-def _end_with_peers(told: socket.socket, folder: Path) -> None:
-    """The thread that ends this rank when the launcher ends it because another one has failed: it may wait for that."""
+def _end_with_peers(told: socket.socket, launcher: int, folder: Path) -> None:
+    """The thread that ends this rank when the launcher ends it since another one has failed, for which it may wait.
+
+    Not where the user has asked for a checkpoint, nor where the launcher itself has died: ranks can still write one.
+    """
     while signal.SIGTERM not in told.recv(64):
         pass
     time.sleep(FAREWELL_SECONDS)
-    if not (folder / ASKED_FILE).exists():  # nobody asked for a checkpoint, and without the other none can be written
+    if os.getppid() == launcher and not (folder / ASKED_FILE).exists():
         os._exit(EXIT_FAILED)
 
 

@@ -7,7 +7,7 @@ epoch) each rank derives the same plan without talking to the others, also after
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -91,7 +91,7 @@ class ReplayBuffer:
             if owners[sample.index] == rank:
                 self.samples[sample.index] = sample
         self.samples = {index: self.samples[index] for index in sorted(self.samples) if owners[index] == rank}
-        self.records = {index: replace(record, owner=owners[index]) for index, record in self.records.items()}
+        self.records = {index: record._replace(owner=owners[index]) for index, record in self.records.items()}
 
     def plan(
         self,
