@@ -75,19 +75,22 @@ def test_a_run_goes_on_with_another_number_of_ranks(
         assert one["weight_version"] == two["weight_version"]
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGHUP, marks=pytest.mark.full)])
 def test_ctrl_c_saves_and_says_how_to_go_on(
     tiny: Tiny,
     tiny_under_torchrun: Tiny,
     tmp_path: Path,
     uninterrupted: Path,
     same_weights: Callable[[Path, Path], None],
+    number: signal.Signals,
 ) -> None:
+    """And so does the end of the terminal."""
     command = tiny(tmp_path)
     metrics = tmp_path / "run" / "metrics.jsonl"
     assert command.wait_until(lambda: len(read_metrics(metrics)) >= 2)
     ranks = command.rank_pids()
     assert len(ranks) == 2
-    command.process.send_signal(signal.SIGINT)
+    command.process.send_signal(number)
     assert command.finish() == 130
     shown = command.output()
     assert "a checkpoint was written. Go on with:" in shown

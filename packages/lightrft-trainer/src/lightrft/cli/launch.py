@@ -32,7 +32,7 @@ CPU_RANKS = 2
 LAUNCH_DIR = "LIGHTRFT_LAUNCH_DIR"
 ASKED_FILE = "signal"  # in that folder: the user has asked the run to stop
 # Ranks end a save within this long after Ctrl-C; the launcher kills what is left when a rank has failed.
-FORWARDED = (signal.SIGINT, signal.SIGTERM)
+FORWARDED = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
 
 
 def launch(config: StrategyConfig, options: argparse.Namespace, *, multimodal: bool) -> int:
@@ -134,7 +134,7 @@ def _launch_config(options: argparse.Namespace, ranks: int) -> Any:
         }
     # Ctrl-C is ours: the launcher's own way gives the ranks 30 seconds, which a large checkpoint exceeds.
     if "signals_to_handle" in {field.name for field in dataclasses.fields(LaunchConfig)}:
-        settings["signals_to_handle"] = "SIGHUP,SIGQUIT"
+        settings["signals_to_handle"] = "SIGQUIT"
     return LaunchConfig(**settings)
 
 
@@ -159,7 +159,10 @@ def _run(config: Any, folder: Path, words: Sequence[str], stopping: str) -> dict
 
 @contextlib.contextmanager
 def _forwarded_signals(folder: Path, stopping: str) -> Iterator[None]:
-    """Pass SIGINT and SIGTERM on to the ranks, which end in their own way. A second Ctrl-C kills them."""
+    """Pass Ctrl-C, SIGTERM and a terminal's end on to the ranks, which end in their own way. A second one kills them.
+
+    What ``nohup`` has the process ignore stays ignored.
+    """
     seen: list[int] = []
 
     def forward(number: int, _frame: FrameType | None) -> None:
@@ -172,7 +175,8 @@ def _forwarded_signals(folder: Path, stopping: str) -> Iterator[None]:
         if first:
             sys.stderr.write(f"\nlightrft: stopping: {stopping} (again: stop at once)\n")
 
-    before = {number: signal.signal(number, forward) for number in FORWARDED}
+    heeded = [number for number in FORWARDED if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, forward) for number in heeded}
     try:
         yield
     finally:
