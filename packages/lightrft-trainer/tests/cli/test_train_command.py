@@ -84,13 +84,16 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     same_weights: Callable[[Path, Path], None],
     number: signal.Signals,
 ) -> None:
-    """And so does the end of the terminal."""
+    """And so does a hang-up, which a terminal and its shell both send."""
     command = tiny(tmp_path)
     metrics = tmp_path / "run" / "metrics.jsonl"
     assert command.wait_until(lambda: len(read_metrics(metrics)) >= 2)
     ranks = command.rank_pids()
     assert len(ranks) == 2
     command.process.send_signal(number)
+    if number == signal.SIGHUP:
+        assert command.wait_until(lambda: "lightrft: stopping" in command.output())
+        command.process.send_signal(number)
     assert command.finish() == 130
     shown = command.output()
     assert "a checkpoint was written. Go on with:" in shown

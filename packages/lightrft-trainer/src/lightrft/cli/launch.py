@@ -31,8 +31,7 @@ EXIT_INTERRUPTED = 128 + signal.SIGINT
 CPU_RANKS = 2
 LAUNCH_DIR = "LIGHTRFT_LAUNCH_DIR"
 ASKED_FILE = "signal"  # in that folder: the user has asked the run to stop
-# Ranks end a save within this long after Ctrl-C; the launcher kills what is left when a rank has failed.
-FORWARDED = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def launch(config: StrategyConfig, options: argparse.Namespace, *, multimodal: bool) -> int:
@@ -159,23 +158,26 @@ def _run(config: Any, folder: Path, words: Sequence[str], stopping: str) -> dict
 
 @contextlib.contextmanager
 def _forwarded_signals(folder: Path, stopping: str) -> Iterator[None]:
-    """Pass Ctrl-C, SIGTERM and a terminal's end on to the ranks, which end in their own way. A second one kills them.
+    """Pass SIGINT, SIGTERM and SIGHUP on to the ranks, which end in their own way. A second Ctrl-C kills them.
 
-    What ``nohup`` has the process ignore stays ignored.
+    A hang-up comes twice, from the shell and from the terminal. Where ``nohup`` has it ignored, it stays ignored.
     """
     seen: list[int] = []
 
     def forward(number: int, _frame: FrameType | None) -> None:
         first = not seen
+        if not first and number == signal.SIGHUP:
+            return
         seen.append(number)
         (folder / ASKED_FILE).touch()
         for pid in rank_pids(folder):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM if first else signal.SIGKILL)
         if first:
-            sys.stderr.write(f"\nlightrft: stopping: {stopping} (again: stop at once)\n")
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                sys.stderr.write(f"\nlightrft: stopping: {stopping} (again: stop at once)\n")
 
-    heeded = [number for number in FORWARDED if signal.getsignal(number) is not signal.SIG_IGN]
+    heeded = [n for n in FORWARDED if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
     before = {number: signal.signal(number, forward) for number in heeded}
     try:
         yield
