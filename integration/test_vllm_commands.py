@@ -95,6 +95,13 @@ def train(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     return run
 
 
+@pytest.mark.full
+def test_a_run_ends_quietly(train: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    done = train()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def resumed(folder: Path) -> int:
     """On a rank: the command again, with the modules that lie in the folder."""
     with pytest.MonkeyPatch.context() as patch:
