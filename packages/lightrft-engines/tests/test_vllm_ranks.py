@@ -23,7 +23,7 @@ from lightrft.testing.engine_suite import (
     requests_for,
     tokens_of,
 )
-from lightrft.testing.ranks import PRELOAD
+from lightrft.testing.ranks import PRELOAD, PRELOAD_VLLM
 from lightrft.testing.tiny_models import save_tiny_model, tiny_model
 
 pytest.importorskip("vllm", reason="vLLM is not installed: uv run nox -t vllm brings it")
@@ -35,9 +35,7 @@ IN_STEP = Path(__file__).parent / "vllm_in_step.py"
 
 @pytest.fixture(scope="module")
 def ranks() -> Any:
-    """Two ranks, which are born with what an engine imports."""
-    imports = ("vllm.entrypoints.llm", "vllm.v1.engine.llm_engine", "vllm.v1.worker.cpu_worker")
-    with RankPool(2, timeout=300.0, preload=(*PRELOAD, *imports)) as pool:
+    with RankPool(2, timeout=300.0, preload=(*PRELOAD, *PRELOAD_VLLM)) as pool:
         yield pool
 
 

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 
 from .errors import CheckpointError
 from .sealed_file import SealedFile, Seals
-from .state_source import WEIGHT, Placed, StateSource, TensorEntry
+from .state_source import WEIGHT, FilledByReading, Placed, StateSource, TensorEntry
 
 METADATA, STEP = ".metadata", "step"
 _RECORDS = {
@@ -116,7 +116,7 @@ class SafeReader(dcp.FileSystemReader):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Chunk:
+class _Chunk(FilledByReading):
     """Rows of one tensor, which DCP has written with ``torch.save`` somewhere in a file."""
 
     path: Path
@@ -137,9 +137,6 @@ class _Chunk:
         if not isinstance(tensor, torch.Tensor) or tensor.numel() != self.numel:
             raise CheckpointError(f"{self.path}: {self.key}: {self.numel} elements expected")
         return tensor.reshape(-1)[start:stop]
-
-    def fill(self, values: torch.Tensor, start: int = 0) -> None:
-        values.copy_(self.read(start, start + values.numel()).view(values.shape))
 
 
 def _pieces(folder: Path, metadata: Metadata, key: str, item: TensorStorageMetadata) -> list[Placed]:

@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from .errors import CheckpointError
 from .hub_layout import HubTensor
-from .state_source import WEIGHT, StateSource, TensorEntry, read_json
+from .state_source import WEIGHT, FilledByReading, StateSource, TensorEntry, read_json
 from .tensor_files import StoredTensor, TensorFileWriter, stored_tensors
 
 WEIGHTS_INDEX, CONFIG = "model.safetensors.index.json", "config.json"
@@ -80,7 +80,7 @@ def hub_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 # ---- as training state -----------------------------------------------------------------------------------------------
 @dataclass(frozen=True, kw_only=True)
-class _Assembled:
+class _Assembled(FilledByReading):
     """A module tensor that several hub tensors make up."""
 
     shape: tuple[int, ...]
@@ -96,9 +96,6 @@ class _Assembled:
         for hub, stored in self.parts:
             hub.view(whole).copy_(stored.read().view(stored.shape))
         return whole.view(-1)[start:stop]
-
-    def fill(self, values: torch.Tensor, start: int = 0) -> None:
-        values.copy_(self.read(start, start + values.numel()).view(values.shape))
 
 
 def open_hub(folder: Path, tensors: Sequence[HubTensor], shapes: Mapping[str, Sequence[int]]) -> StateSource:

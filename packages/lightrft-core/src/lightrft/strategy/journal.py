@@ -210,6 +210,7 @@ class RankJournal:
                 if notes.beat is not None and notes.beat.number != number:
                     number, changed = notes.beat.number, now
                 ended = notes.departure is not None and notes.departure.how == "ended"
+                # Longer than `patience`: here the silence itself is the verdict, and a rank that loads is silent too.
                 if ended or now - changed > 8 * self.interval + 1.0:
                     store.compare_set(key, "", _SILENT)
             time.sleep(min(0.2, max(0.0002, 0.05 * (now - began))))

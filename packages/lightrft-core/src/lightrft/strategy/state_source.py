@@ -78,6 +78,14 @@ class Piece(Protocol):
         ...
 
 
+class FilledByReading:
+    """For a piece whose file knows no shorter way than to read and to copy."""
+
+    def fill(self: Piece, values: torch.Tensor, start: int = 0) -> None:
+        """See :meth:`Piece.fill`."""
+        values.copy_(self.read(start, start + values.numel()).view(values.shape))
+
+
 Placed = tuple[int, Piece]  # where in the whole tensor, and what
 
 

@@ -60,6 +60,8 @@ PRELOAD_WITHOUT_DEVICES = (
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "pydantic.dataclasses",
 )
+# What a vLLM engine imports, for pools whose runs start one.
+PRELOAD_VLLM = ("vllm.entrypoints.llm", "vllm.v1.engine.llm_engine", "vllm.v1.worker.cpu_worker")
 # One thread a rank: ranks share the cores, and sums do not depend on how a loop was split.
 RANK_ENV = {
     "OMP_NUM_THREADS": "1",
