@@ -109,7 +109,7 @@ def test_noise_made_for_several_tokens_is_that_of_each() -> None:
 
 
 def test_noise_is_made_ahead_where_vocabularies_are_small_and_for_no_token_too_many() -> None:
-    assert tokens_ahead(64, 512, 100) == 16
+    assert tokens_ahead(64, 512, 100) == 4
     assert tokens_ahead(64, 512, 3) == 3
     assert tokens_ahead(16, 49152, 100) == 1
 
