@@ -348,7 +348,10 @@ def test_length_distribution_is_plotted_every_so_many_steps(args: argparse.Names
     strategy.setup_inference_engine(args, engine_type="vllm")
     for _ in range(5):
         strategy.gather_and_generate({"max_tokens": 4}, [[1, 2], [3]])
-    assert len(list(Path("logs").glob("*.png"))) == 2
+    assert sorted(path.name for path in Path("logs", "plots").iterdir()) == [
+        "response_lengths_000002.png",
+        "response_lengths_000004.png",
+    ]
 
 
 def test_the_api_reference_names_exist() -> None:

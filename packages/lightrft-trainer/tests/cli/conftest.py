@@ -132,7 +132,7 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "init_kl_coef": 0.0,
         "max_steps": 8,
         "save_steps": 1,
-        "plot_every": -1,
+        "plot_every": 8,
         "use_tensorboard": False,
     }
     path = folder / "run.yaml"

@@ -27,6 +27,9 @@ def test_a_run_leaves_what_it_promises(uninterrupted: Path) -> None:
     assert [line["step"] for line in lines] == list(range(1, 9))
     assert all(key in line for line in lines for key in STEP_KEYS)
     assert (uninterrupted / "plots" / "reward.png").stat().st_size > 1000
+    assert [path.name for path in (uninterrupted / "plots").glob("response_lengths_*")] == [
+        "response_lengths_000008.png"
+    ]
 
 
 def test_transformers_loads_the_model(uninterrupted: Path) -> None:
@@ -144,6 +147,15 @@ def test_packed_fused_and_cut_sequences_train_as_plain_ones(
         assert one["response_length_mean"] == two["response_length_mean"]
         for name in ("loss", "grad_norm", "policy_kl"):
             assert one[name] == pytest.approx(two[name], rel=2e-3, abs=2e-5)
+
+
+@pytest.mark.full
+def test_the_default_run_learns_its_task(train: Tiny, tmp_path: Path) -> None:
+    """The README's first command, but for its folder."""
+    command = train(tmp_path, "--output_dir", str(tmp_path / "run"))
+    assert command.process.wait(timeout=900) == 0, command.output()
+    accuracy = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert accuracy["0"] < 0.3 and accuracy["200"] > 0.8
 
 
 @pytest.mark.full

@@ -68,6 +68,7 @@ def test_the_documents_override_of_ppo_train_works_and_syncs_once(make: Make) ->
     setup.fit()
     versions = [line["weight_version"] for line in lines(setup)]
     assert versions == [versions[0], versions[0] + 1, versions[0] + 2]
+    assert all(line["seconds_sync"] > 0 for line in lines(setup))  # though the trainer itself has not synced
     plain.fit()
     assert same(setup.weights(), plain.weights())
 

@@ -42,7 +42,8 @@ class EngineHost:
         self.weight_version = 0
         self.rollout_step = 0
         self.last_samples: dict[str, torch.Tensor] = {}
-        self.lengths = LengthPlot(strategy.config.log_dir, strategy.config.plot_every)
+        self.last_receipt: SyncReceipt | None = None
+        self.lengths = LengthPlot(None, -1)
         self._there = False
 
     def state_dict(self) -> dict[str, int]:
@@ -62,6 +63,7 @@ class EngineHost:
         )
         cls = self.engine_class(engine_type)
         check_engine(cls.name, cls.capabilities, self.config, self.strategy.device.type)
+        self.lengths = LengthPlot(self.config.log_dir, self.config.plot_every)
         self.placement = cls.placement
         spec, group = self._spec(actor, cls), self.strategy.engine_mp_group  # made by all ranks together
         problem = None
@@ -138,9 +140,9 @@ class EngineHost:
         self.weight_version = version
         if self.engine is not None:
             self.engine.restore("kv_cache")
-        receipt = self._complete(receipt, plan, sent, time.monotonic() - begun)
+        self.last_receipt = self._complete(receipt, plan, sent, time.monotonic() - begun)
         self.last_samples = sent
-        return receipt
+        return self.last_receipt
 
     def _begin(self, engine: RolloutEngine, version: int, specs: Sequence[TensorSpec]) -> UpdatePlan:
         engine.restore("weights")
@@ -229,7 +231,7 @@ class EngineHost:
         outputs = self._generate_in_group(prompts[place::size], sampling, step)
         if sleep_engine:
             self.sleep()
-        self._record_lengths(outputs)
+        self._record_lengths(outputs, step)
         return outputs if size == 1 else self._share_in_sequence(outputs, len(prompts), sampling.n)
 
     def _share_in_sequence(self, outputs: list[GenerationOutput], prompts: int, n: int) -> list[GenerationOutput]:
@@ -324,10 +326,10 @@ class EngineHost:
         requests = make_requests(prompts, sampling, self.config.seed, step)
         return engine.generate(requests, timeout=self.config.engine_timeout) if requests else []
 
-    def _record_lengths(self, outputs: Iterable[GenerationOutput]) -> None:
+    def _record_lengths(self, outputs: Iterable[GenerationOutput], step: int) -> None:
         if self.lengths.active:
             everyone = self.strategy.all_gather_object([len(output.output_token_ids) for output in outputs])
-            self.lengths.record([n for part in everyone for n in part], write=self.strategy.is_rank_0())
+            self.lengths.record([n for part in everyone for n in part], step, write=self.strategy.is_rank_0())
 
     # ---- agreement ---------------------------------------------------------------------------------------------------
     def _agree(self, what: str, act: Callable[[RolloutEngine], Any]) -> Any:

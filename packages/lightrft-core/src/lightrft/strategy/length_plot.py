@@ -1,40 +1,59 @@
-"""The distribution of response lengths, as a picture every so many rollouts (``--plot_every``, ``--log_dir``)."""
+"""The distribution of response lengths, as a picture every so many steps (``--plot_every``, ``--log_dir``)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 
 class LengthPlot:
-    """Collects lengths and draws ``response_lengths_STEP.png`` into ``log_dir``.
+    """Collects lengths and draws ``plots/response_lengths_STEP.png`` in ``log_dir``.
 
-    :param log_dir: None: nothing is drawn. :param every: draw every so many rollouts; -1: never.
+    :param log_dir: None: nothing is drawn. :param every: draw every so many steps; -1: never.
     """
 
     def __init__(self, log_dir: str | None, every: int) -> None:
         self.log_dir, self.every = log_dir, every
-        self.rollouts = 0
         self._lengths: list[int] = []
+        self._drawn: int | None = None  # the step whose picture holds these lengths
+        self._paused = False
 
     @property
     def active(self) -> bool:
-        return self.log_dir is not None and self.every > 0
+        return self.log_dir is not None and self.every > 0 and not self._paused
 
-    def record(self, lengths: Sequence[int], *, write: bool) -> Path | None:
-        """Add one rollout's lengths in tokens; returns the picture's path if one was drawn (``write``: here)."""
-        self.rollouts += 1
-        self._lengths.extend(lengths)
-        if not self.active or self.rollouts % self.every:
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Take no notice of what is generated meanwhile, such as an evaluation's answers."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
+
+    def record(self, lengths: Sequence[int], step: int, *, write: bool) -> Path | None:
+        """Add one rollout's lengths in tokens; returns the picture's path if one was drawn (``write``: here).
+
+        :param step: counted from 0; a step with several rollouts draws its picture again.
+        """
+        if not self.active:
             return None
-        collected, self._lengths = self._lengths, []
-        if not write or not collected:
+        if self._drawn not in (None, step):
+            self._lengths, self._drawn = [], None
+        self._lengths.extend(lengths)
+        if (step + 1) % self.every:
+            return None
+        self._drawn = step
+        if not write or not self._lengths:
             return None
         assert self.log_dir is not None
-        return draw_lengths(collected, Path(self.log_dir) / f"response_lengths_{self.rollouts:06d}.png", self.rollouts)
+        return draw_lengths(
+            self._lengths, Path(self.log_dir, "plots", f"response_lengths_{step + 1:06d}.png"), step + 1
+        )
 
 
-def draw_lengths(lengths: Sequence[int], path: Path, rollout: int) -> Path:
+def draw_lengths(lengths: Sequence[int], path: Path, step: int) -> Path:
     """A histogram with median and 95th percentile.
 
     :raises ImportError: matplotlib is missing (install ``lightrft-core[plots]``).
@@ -58,7 +77,7 @@ def draw_lengths(lengths: Sequence[int], path: Path, rollout: int) -> Path:
     axes.set(
         xlabel="response length (tokens)",
         ylabel="responses",
-        title=f"Response lengths up to rollout {rollout}, n = {len(values)}",
+        title=f"Response lengths up to step {step}, n = {len(values)}",
     )
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)

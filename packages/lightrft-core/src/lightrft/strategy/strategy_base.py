@@ -293,7 +293,10 @@ class StrategyBase(ABC):
         return self.groups.sequence
 
     def get_rank(self) -> int:
-        return dist.get_rank() if self.distributed and dist.is_initialized() else 0
+        """This process's rank; before set-up, what the launcher says it will be."""
+        if not self.distributed:
+            return 0
+        return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
 
     def is_rank_0(self) -> bool:
         """True on the rank that prints and writes; works before set-up."""

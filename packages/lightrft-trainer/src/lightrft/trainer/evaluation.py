@@ -37,7 +37,8 @@ def evaluate(
     rank, ranks = strategy.data_parallel_rank, strategy.data_parallel_size
     mine = list(prompts[rank::ranks])
     sampling = replace(maker.sampling, n=1, temperature=0.0, top_p=1.0, top_k=-1, min_p=0.0, logprobs=False)
-    outputs = maker.generate(mine, sampling, step)
+    with strategy.engine_host.lengths.paused():
+        outputs = maker.generate(mine, sampling, step)
     samples = [maker.to_sample(output, prompt) for output, prompt in zip(outputs, mine, strict=True)]
     graded = grader(mine, samples, 1, step, trajectories=shown)
     totals = strategy.reduce_over_data(

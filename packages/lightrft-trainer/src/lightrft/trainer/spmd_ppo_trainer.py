@@ -343,11 +343,7 @@ class SPMDPPOTrainer:
             status = self.ppo_train(self.state.step)
             if self._stopping:  # in the middle of the buffer; the checkpoint says where
                 break
-            self.state.figures["seconds_train"] = (
-                self.state.figures.get("seconds_train", 0.0) + time.monotonic() - trained
-            )
-            if self.strategy.engine_host.weight_version == version:
-                self.state.figures["seconds_sync"] = self._sync()
+            self._sync_and_time(time.monotonic() - trained, version)
             self._finish_step(status, begun)
             values = self._step_values(status)
             if self._due(config.eval_steps, total):
@@ -486,8 +482,23 @@ class SPMDPPOTrainer:
 
     # ---- after training ---------------------------------------------------------------------------------------------
     def _sync(self) -> float:
-        """Bring the actor's weights to the engine; seconds of the slowest rank."""
+        """Bring the actor's weights to the engine; seconds."""
         return self.strategy.update_engine_weights(self.actor).seconds
+
+    def _sync_and_time(self, training: float, version: int) -> None:
+        """Sync, unless an own ``ppo_train`` did so itself, and note the seconds of both on the slowest rank.
+
+        :param training: seconds in ``ppo_train``. :param version: the engine's weights before it.
+        """
+        host, figures = self.strategy.engine_host, self.state.figures
+        if host.weight_version == version:
+            sync = self._sync()
+        else:
+            assert host.last_receipt is not None
+            sync = host.last_receipt.seconds
+            training -= sync
+        seconds = {"seconds_train": figures.get("seconds_train", 0.0) + training, "seconds_sync": sync}
+        figures.update(self.strategy.all_reduce(seconds, "max"))
 
     def _finish_step(self, status: dict[str, float], begun: float) -> None:
         state = self.state
