@@ -15,7 +15,7 @@ import pytest
 import torch.distributed as dist
 
 from lightrft.strategy.blame import Beat, Departure, Entry, RankNotes, blame
-from lightrft.strategy.errors import CheckpointError, RankTimeoutError
+from lightrft.strategy.errors import CheckpointError, LightRFTError, RankTimeoutError, RolloutError
 from lightrft.strategy.journal import RankJournal, note_departure
 from lightrft.strategy.native_strategy import NativeStrategy
 from lightrft.testing.ranks import RankPool, announce
@@ -210,13 +210,13 @@ def test_where_no_exception_ends_a_wait_the_process_ends_with_the_named_error(ra
     assert message["message"] in ranks.output(0)
 
 
-def agrees(broken: int | None) -> str:
+def agrees(broken: int | None, problem: Exception | None = None) -> str:
     mine = strategy(timeout=20.0)
     try:
         with mine.together("shared work", CheckpointError):
             if mine.rank == broken:
-                raise OSError("disk full")
-    except (OSError, CheckpointError) as error:
+                raise problem or OSError("disk full")
+    except (OSError, LightRFTError) as error:
         return f"{type(error).__name__}: {error}"
     return f"all done {mine.all_reduce(1, 'sum')}"
 
@@ -227,6 +227,13 @@ def test_all_ranks_raise_where_one_does(ranks: RankPool) -> None:
         results = ranks.run(agrees, broken)
         assert results[broken] == "OSError: disk full"
         assert results[1 - broken] == f"CheckpointError: rank {broken}: OSError: disk full"
+
+
+@pytest.mark.parametrize("kind", [RolloutError, TimeoutError])
+def test_work_that_was_late_is_told_and_not_taken_for_a_lost_rank(ranks: RankPool, kind: type[Exception]) -> None:
+    late = kind("the engine was late: raise --engine_timeout")
+    told = f"{kind.__name__}: {late}"
+    assert ranks.run(agrees, 1, late) == [f"CheckpointError: rank 1: {told}", told]
 
 
 def agrees_alone() -> str:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
+from .errors import LightRFTError
+
 SHOWN_MESSAGE = 500
 
 
@@ -107,7 +109,12 @@ def has_beaten(before: RankNotes, after: RankNotes) -> bool:
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Does the error come from waiting for a rank, and not from the work itself?"""
+    """Does the error come from waiting for a rank, and not from the work itself?
+
+    torch says so by a RuntimeError and in words; those of our own errors may name a flag, such as --engine_timeout.
+    """
+    if not isinstance(error, RuntimeError) or isinstance(error, LightRFTError):
+        return False
     text = str(error).lower()
     signs = ("timed out", "timeout", "connection closed", "connection reset", "connection refused", "broken pipe")
     return isinstance(error, dist.DistBackendError) or any(sign in text for sign in signs)

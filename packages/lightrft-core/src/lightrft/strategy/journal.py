@@ -140,7 +140,7 @@ class RankJournal:
         try:
             yield
         except BaseException as error:
-            if not isinstance(error, RuntimeError) or not is_lost_peer(error):
+            if not is_lost_peer(error):
                 self._tell(error, entry)
                 raise
             explained = RankTimeoutError(self.explain(entry, time.monotonic() - begun))
