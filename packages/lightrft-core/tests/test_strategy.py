@@ -3,6 +3,7 @@ from __future__ import annotations
 import argparse
 import inspect
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -73,3 +74,12 @@ def test_a_fake_strategy_constructs_anywhere_and_steps_at_every_backward() -> No
 def test_what_we_add_to_the_documents_is_by_keyword_only(method: str, added: set[str]) -> None:
     parameters = inspect.signature(getattr(StrategyBase, method)).parameters
     assert {name for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY} >= added
+
+
+def test_a_move_clears_the_devices_cache_only_where_bytes_moved() -> None:
+    strategy, model = FakeStrategy(), torch.nn.Linear(2, 1)
+    with mock.patch.object(strategy, "sync_and_clear_cache") as cleared:
+        assert strategy.reload_model(model).nbytes == 0
+        cleared.assert_not_called()
+        assert strategy.move(model, "meta").nbytes == 12
+        cleared.assert_called_once()

@@ -75,7 +75,9 @@ class TestResidence(StrategyClaims):
         with mock.patch.dict(os.environ, PATH=""):  # nothing is compiled for a sentence
             model = strategy.prepare(self.model())
             optimizer = strategy.create_optimizer(model)
-        self.train(strategy, model, optimizer)
+        with mock.patch.object(strategy, "move") as move:
+            self.train(strategy, model, optimizer)
+        move.assert_not_called()  # at each step it would say the sentence again
         for report in (strategy.maybe_offload_optimizer(optimizer), strategy.maybe_load_optimizer(optimizer)):
             assert report.nbytes == 0
             assert "with --adam_offload DeepSpeed keeps these states on the host" in str(report)

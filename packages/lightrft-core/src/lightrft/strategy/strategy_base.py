@@ -542,7 +542,8 @@ class StrategyBase(ABC):
             nbytes = sum(t.nbytes for _, t in hub_sources(target) if t.device.type != device.type)
             if nbytes:
                 target.to(device)
-        self.sync_and_clear_cache()
+        if nbytes:
+            self.sync_and_clear_cache()
         return MoveReport(nbytes=nbytes, seconds=time.monotonic() - begun)
 
     def offload_model(self, model: nn.Module) -> MoveReport:

@@ -182,7 +182,7 @@ class DeepspeedStrategy(BackendStrategy):
 
     def _step(self, record: ModelRecord) -> tuple[bool, float]:
         engine = _engine(record)
-        if record.optimizer is not None:
+        if record.optimizer is not None and not self.config.adam_offload:
             self.maybe_load_optimizer(record.optimizer)  # the step runs where the parameters are
         engine.step()
         stepped = engine.was_step_applied()
@@ -232,7 +232,8 @@ class DeepspeedStrategy(BackendStrategy):
             if zero is None:
                 return super().move(target, device)
             nbytes = residence.move_optimizer_states(zero, device, pin=pin)
-        self.sync_and_clear_cache()
+        if nbytes:
+            self.sync_and_clear_cache()
         return MoveReport(nbytes=nbytes, seconds=time.monotonic() - begun)
 
     # ---- weights and state -------------------------------------------------------------------------------------------

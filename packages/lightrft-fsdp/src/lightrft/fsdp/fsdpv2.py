@@ -181,7 +181,7 @@ class FSDPV2Strategy(NativeStrategy):
         nbytes = sum(local(t).nbytes for _, t in hub_sources(target) if t.device.type != device.type)
         if nbytes:
             target.to(device)
-        self.sync_and_clear_cache()
+            self.sync_and_clear_cache()
         return MoveReport(nbytes=nbytes, seconds=time.monotonic() - begun)
 
     def reload_model(self, model: nn.Module) -> MoveReport:

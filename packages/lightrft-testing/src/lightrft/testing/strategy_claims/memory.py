@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import torch
 
 from .claims import StrategyClaims, moments_of, on_ranks, weights_of
@@ -55,6 +57,17 @@ class MemoryClaims(StrategyClaims):
         assert strategy.offload_model(model).nbytes == 0
         strategy.reload_model(model)
         assert strategy.reload_model(model).nbytes == 0
+
+    @on_ranks
+    def test_where_nothing_moves_the_devices_cache_is_left_alone(self) -> None:
+        strategy = self.strategy()
+        model = strategy.prepare(self.model())
+        optimizer = strategy.create_optimizer(model)
+        with mock.patch.object(strategy, "sync_and_clear_cache") as cleared:
+            self.train(strategy, model, optimizer)
+            strategy.maybe_load_optimizer(optimizer)
+            strategy.reload_model(model)
+        cleared.assert_not_called()
 
     @on_ranks
     def test_a_move_says_how_many_bytes_it_took(self) -> None:
