@@ -236,6 +236,33 @@ def test_work_that_was_late_is_told_and_not_taken_for_a_lost_rank(ranks: RankPoo
     assert ranks.run(agrees, 1, late) == [f"CheckpointError: rank 1: {told}", told]
 
 
+def echoes() -> list[str]:
+    """What this rank raises where rank 0 fails: in work for its sequence group, and in refusing its own prompts."""
+    mine = Joined(train_batch_size=1, sp_size=2, dist_timeout=20.0)
+    mine.setup_inference_engine(None, "fake")
+
+    def grade() -> None:
+        raise KeyError("no label")
+
+    def generate() -> None:
+        mine.gather_and_generate({"max_tokens": 1}, [[5]] if mine.rank else [[]])
+
+    raised = []
+    for act in (lambda: mine.once_a_sequence(grade, CheckpointError), generate):
+        with pytest.raises((KeyError, ValueError, CheckpointError)) as caught:
+            act()
+        echo = isinstance(caught.value, LightRFTError) and caught.value.of_another_rank
+        raised.append(f"{'echo' if echo else 'cause'}, {type(caught.value).__name__}: {caught.value}")
+    return raised
+
+
+def test_what_another_rank_raised_is_no_cause_of_its_own(ranks: RankPool) -> None:
+    causes, told = ranks.run(echoes)
+    assert [text.split(":")[0] for text in causes] == ["cause, KeyError", "cause, ValueError"]
+    assert told[0] == "echo, CheckpointError: rank 0: KeyError: 'no label'"
+    assert told[1].startswith("echo, PromptError: rank 0: ValueError: ")
+
+
 def agrees_alone() -> str:
     mine = strategy(timeout=6.0)
     if mine.rank == 1:

@@ -16,7 +16,15 @@ from .collectives import ALONE, all_gather_object
 from .config import StrategyConfig
 from .engine import EngineSpec, GenerationOutput, RolloutEngine
 from .engine_checks import check_engine
-from .errors import ConfigError, EngineStateError, LightRFTError, RankTimeoutError, RolloutError, WeightSyncError
+from .errors import (
+    ConfigError,
+    EngineStateError,
+    LightRFTError,
+    PromptError,
+    RankTimeoutError,
+    RolloutError,
+    WeightSyncError,
+)
 from .hub_layout import hub_models, unwrap
 from .length_plot import LengthPlot
 from .lifecycle import EngineStatus
@@ -212,7 +220,13 @@ class EngineHost:
         shared = _fingerprint(prompts) if layout.sp_size > 1 else ""
         with self.strategy.waits_for_ranks("gather_and_generate"):
             told = self.strategy.all_gather_object((len(prompts), shared, _describe(problem)))
-        self._raise_if_any([text for _, _, text in told], problem)
+        if problem is not None:
+            raise problem
+        for rank, (_, _, text) in enumerate(told):
+            if text is not None:
+                refused = PromptError(f"rank {rank}: {text}")
+                refused.of_another_rank = True
+                raise refused
         for group in layout.sequence_groups if layout.sp_size > 1 else ():
             if len({told[rank][:2] for rank in group}) > 1:
                 raise ValueError(
@@ -362,18 +376,6 @@ class EngineHost:
             if self.engine is not None and kind is WeightSyncError:
                 self.engine.abort_update()
             raise
-
-    def _raise_if_any(
-        self, texts: Sequence[str | None], problem: Exception | None, kind: type[Exception] = ValueError
-    ) -> None:
-        if problem is not None:
-            raise problem
-        for rank, text in enumerate(texts):
-            if text is not None:
-                told = kind(f"rank {rank}: {text}")
-                if isinstance(told, LightRFTError):
-                    told.of_another_rank = True
-                raise told
 
     def _require(self, what: str) -> None:
         self.strategy.setup_distributed()

@@ -43,6 +43,10 @@ class WeightSyncError(LightRFTError, RuntimeError):
     """A tensor was dropped, doubled, truncated, misnamed or altered on its way to the engine."""
 
 
+class PromptError(LightRFTError, ValueError):
+    """Another rank's prompts or sampling parameters were refused, and so nobody generates."""
+
+
 class RolloutError(LightRFTError, RuntimeError):
     """An engine broke its contract while generating: wrong count, wrong order, unknown request."""
 

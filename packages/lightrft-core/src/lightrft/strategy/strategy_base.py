@@ -383,8 +383,9 @@ class StrategyBase(ABC):
         with self.waits_for_ranks("gather_over_data"):
             return collectives.all_gather(data, self._data_ranks)
 
-    def once_a_sequence(self, act: Callable[[], T]) -> T:
-        """``act()`` on one rank of each sequence group; all its ranks get the result, or raise.
+    def once_a_sequence(self, act: Callable[[], T], kind: type[LightRFTError] = LightRFTError) -> T:
+        """``act()`` on one rank of each sequence group; all its ranks get the result, or raise: that one its own error,
+        the others ``kind``.
 
         For what may differ from call to call, or costs: the grading of responses.
         """
@@ -402,7 +403,9 @@ class StrategyBase(ABC):
         if problem is not None:
             raise problem
         if text is not None:
-            raise LightRFTError(f"rank {self.rank - self.rank % self.layout.sp_size}: {text}")
+            echo = kind(f"rank {self.rank - self.rank % self.layout.sp_size}: {text}")
+            echo.of_another_rank = True
+            raise echo
         return shared
 
     @property

@@ -81,7 +81,8 @@ class Grader:
         metrics: dict[str, float] = {}
         first: list[float] | None = None
         for reward in self.rewards:
-            output = self.strategy.once_a_sequence(partial(self._ask, reward, repeated, texts, samples))
+            ask = partial(self._ask, reward, repeated, texts, samples)
+            output = self.strategy.once_a_sequence(ask, RewardError)
             columns.append([float(value) for value in output.rewards])
             metrics |= {name: sum(map(float, values)) for name, values in output.metrics.items()}
             first = _first_part(reward, output) if first is None else first
