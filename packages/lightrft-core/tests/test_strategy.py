@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lightrft.strategy import FakeStrategy, StrategyBase, StrategyConfig, get_fake_strategy, get_strategy
-from lightrft.strategy.errors import ConfigError, PluginError
+from lightrft.strategy.errors import ConfigError, EngineStateError, PluginError, RolloutError
 
 ABSTRACT = {
     "setup_distributed",
@@ -83,3 +83,15 @@ def test_a_move_clears_the_devices_cache_only_where_bytes_moved() -> None:
         cleared.assert_not_called()
         assert strategy.move(model, "meta").nbytes == 12
         cleared.assert_called_once()
+
+
+def test_what_broke_a_sync_is_not_hidden_by_what_breaks_after_it() -> None:
+    strategy, model = FakeStrategy(), torch.nn.Linear(2, 1)
+    strategy.setup_inference_engine(None, "minimal", actor=model)
+    died, gone = RolloutError("the engine's process died"), EngineStateError("no such process")
+    with (
+        mock.patch.object(strategy.inference_engine, "load_bucket", side_effect=died),
+        mock.patch.object(strategy.inference_engine, "abort_update", side_effect=gone),
+        pytest.raises(RolloutError, match="process died"),
+    ):
+        strategy.update_engine_weights(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -374,7 +375,8 @@ class EngineHost:
             raise
         except Exception:
             if self.engine is not None and kind is WeightSyncError:
-                self.engine.abort_update()
+                with contextlib.suppress(LightRFTError):  # a broken engine says so again; the first error says why
+                    self.engine.abort_update()
             raise
 
     def _require(self, what: str) -> None:
