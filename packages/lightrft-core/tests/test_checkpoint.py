@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -90,6 +91,16 @@ def test_pruning_comes_after_success(tmp_path: Path) -> None:
         strategy.save_ckpt(model, tmp_path, client_state={"step": 2}, max_num=1)
     assert whole_checkpoints(tmp_path) == ["step_1"]
     assert strategy.load_ckpt(model, tmp_path).client_state == {"step": 1}
+
+
+def test_a_disk_too_full_for_a_folder_is_explained(tmp_path: Path) -> None:
+    strategy, model = saved(tmp_path)
+
+    def full() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with calling_first(Path, "mkdir", full), pytest.raises(CheckpointError, match="It takes about"):
+        strategy.save_ckpt(model, tmp_path / "new" / "runs")
 
 
 @pytest.mark.parametrize(("damage", "said"), [(cut, "bytes of"), (flip_bit, "is altered"), (Path.unlink, "is missing")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -20,8 +21,9 @@ from lightrft.strategy import FakeStrategy
 from lightrft.strategy.checkpoint_folders import MANIFEST
 from lightrft.strategy.conversion import Conversion, convert, parse_size
 from lightrft.strategy.errors import CheckpointError
+from lightrft.strategy.sealed_file import SealedFile
 from lightrft.testing import tiny_model
-from lightrft.testing.faults import cut, flip_bit
+from lightrft.testing.faults import calling_first, cut, flip_bit
 from lightrft.utils.ckpt_scripts import command
 
 KINDS = ["qwen2", "qwen2_tied", "qwen3_moe", "qwen2_5_vl"]
@@ -314,6 +316,24 @@ def test_an_altered_write_is_found_by_comparing(tmp_path: Path, saved: Any, monk
     with pytest.raises(CheckpointError, match="differs from its source"):
         convert(folder, tmp_path / "out", verify=True)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("owner", "call"), [(Path, "mkdir"), (SealedFile, "write")])
+@pytest.mark.parametrize("to", ["hf", "ds"])
+def test_a_full_disk_is_explained_by_the_command_too(
+    tmp_path: Path, saved: Any, capsys: pytest.CaptureFixture[str], owner: Any, call: str, to: str
+) -> None:
+    folder, *_ = saved
+
+    def full() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with calling_first(owner, call, full):
+        assert command.main("ds", to, [str(folder), str(tmp_path / "new" / "out")]) == command.EXIT_FAILED
+    told = capsys.readouterr().err
+    assert told.startswith(f"lightrft: {tmp_path / 'new' / 'out'} could not be written: ")
+    assert "It takes about" in told
+    assert not (tmp_path / "new").exists() or not list((tmp_path / "new").iterdir())
 
 
 @pytest.mark.parametrize(("text", "nbytes"), [("5GB", 5 * 10**9), ("500 MB", 5 * 10**8), ("2GiB", 2**31), (1234, 1234)])

@@ -28,6 +28,7 @@ import torch
 
 from . import checkpoint, fragments, hub_files
 from . import checkpoint_folders as folders
+from .disk import explain_write
 from .errors import CheckpointError
 from .hub_layout import HubLayout, hub_sources
 from .hub_record import HUB, HubRecord, copy_companions
@@ -149,7 +150,7 @@ def convert(
         raise CheckpointError(
             f"{given.folder}: is a hub folder already; say what to make of it with --to ds or --to fsdp"
         )
-    with _staged(target) as staging:
+    with _staged(target, _bytes_needed(given, to, dtype)) as staging:
         if to == "hf":
             count, nbytes = _to_hub(given, staging, dtype, max_bytes, verify, progress)
         else:
@@ -356,6 +357,17 @@ def _name_dtype(config: Path, source: StateSource, dtype: torch.dtype | None) ->
         config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
+def _bytes_needed(given: _Input, to: str, dtype: torch.dtype | None) -> int:
+    """What the target will take, about: weights alone for the hub."""
+    return sum(
+        _nbytes(entry.shape, own, dtype)
+        for source in given.sources.values()
+        for entry in source.entries.values()
+        for kind, own in entry.dtypes.items()
+        if to != "hf" or kind == WEIGHT
+    )
+
+
 def _nbytes(shape: tuple[int, ...], own: torch.dtype, cast: torch.dtype | None) -> int:
     return torch.Size(shape).numel() * hub_files.cast_dtype(own, cast).itemsize
 
@@ -400,13 +412,18 @@ def _same_bits(folder: Path, name: str, wanted: torch.Tensor, found: torch.Tenso
 
 
 @contextmanager
-def _staged(target: Path) -> Iterator[Path]:
-    """A folder beside ``target`` that takes its place when the block ends well, and is gone when it does not."""
+def _staged(target: Path, needed: int) -> Iterator[Path]:
+    """A folder beside ``target`` that takes its place when the block ends well, and is gone when it does not.
+
+    :param needed: bytes that it will take, about.
+    :raises CheckpointError: it could not be written; where the disk is full, how much was missing.
+    """
     staging = target.with_name(f".{target.name}.partial")
     shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
     try:
-        yield staging
-        folders.publish(staging, target)
+        with explain_write(staging, target, needed):
+            staging.mkdir(parents=True)
+            yield staging
+            folders.publish(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

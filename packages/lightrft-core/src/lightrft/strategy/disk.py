@@ -49,7 +49,8 @@ def is_full(error: BaseException) -> bool:
 
 def describe_shortage(staging: Path, needed: int) -> str:
     """How much was needed, there, and missing, while what was written still lies in ``staging``."""
-    room = shutil.disk_usage(staging).free + folder_size(staging)
+    there = next(folder for folder in (staging, *staging.parents) if folder.exists())  # the disk may lack room for it
+    room = shutil.disk_usage(there).free + folder_size(staging)
     if room >= needed:
         return (
             f"It takes about {human_bytes(needed)}, and the disk has room for {human_bytes(room)}: "
