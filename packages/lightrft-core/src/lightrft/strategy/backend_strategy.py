@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from . import checkpoint
 from .hub_layout import unwrap
 from .meta_init import FillPlan, Unfilled
 from .optimizers import decay_groups
+from .sealed_file import Seals
+from .state_source import StateSource
 from .strategy_base import ModelRecord, StepResult, StrategyBase, logger
 from .weights import TensorSpec
 
@@ -134,6 +137,14 @@ class BackendStrategy(StrategyBase):
 
     def import_weights(self, model: nn.Module, source: Iterable[tuple[str, torch.Tensor]]) -> None:
         self._import(model, {spec.name: spec for spec in self.hub_layout(model).specs}, source)
+        self._unfilled.filled(model)
+
+    def write_state(self, record: ModelRecord, folder: Path, *, asynchronous: bool) -> Seals | Future[Seals] | None:
+        self._unfilled.require_none(record.model)
+        return super().write_state(record, folder, asynchronous=asynchronous)
+
+    def take_state(self, model: nn.Module, optimizer: Optimizer | None, source: StateSource) -> None:
+        super().take_state(model, optimizer, source)
         self._unfilled.filled(model)
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------

@@ -6,9 +6,7 @@ import dataclasses
 import time
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -19,7 +17,6 @@ from lightrft.strategy import checkpoint, meta_init
 from lightrft.strategy.backend_strategy import BackendStrategy
 from lightrft.strategy.hub_layout import HubLayout, hub_sources, unwrap
 from lightrft.strategy.memory import MoveReport
-from lightrft.strategy.sealed_file import Seals
 from lightrft.strategy.state_source import Fragment, StateFormat, StateSource, TensorEntry
 from lightrft.strategy.strategy_base import ModelRecord, logger
 from lightrft.strategy.training_state import StateItem
@@ -265,15 +262,10 @@ class DeepspeedStrategy(BackendStrategy):
         parameters.load_state(model, self._zero(model), items, with_optimizer=optimizer is not None)
         self._unfilled.filled(model)
 
-    def write_state(self, record: ModelRecord, folder: Path, *, asynchronous: bool) -> Seals | Future[Seals] | None:
-        self._unfilled.require_none(record.model)
-        return super().write_state(record, folder, asynchronous=asynchronous)
-
     def take_state(self, model: nn.Module, optimizer: Optimizer | None, source: StateSource) -> None:
         super().take_state(model, optimizer, source)
         if self.config.zpg > 1:
             parameters.renew_secondary_shards(model)
-        self._unfilled.filled(model)
 
     def local_state(self, model: nn.Module, optimizer: Optimizer | None = None) -> Iterator[Fragment]:
         return parameters.local_state(

@@ -238,7 +238,6 @@ class FSDPV2Strategy(NativeStrategy):
         super().take_state(model, optimizer, source)
         if optimizer is None:
             self._renew_masters(model)
-        self._unfilled.filled(model)
 
     def write_state(self, record: ModelRecord, folder: Path, *, asynchronous: bool) -> Seals | Future[Seals]:
         self._unfilled.require_none(record.model)

@@ -54,11 +54,22 @@ class MetaModelClaims(StrategyClaims):
             lambda: model(row),
             lambda: next(strategy.export_weights(model, plan)),
             lambda: next(strategy.iter_state(model)),
+            lambda: strategy.save_ckpt(model, self.folder),
         ):
             with pytest.raises(UnfilledModelError, match=r"scale: call strategy.import_weights"):
                 use()
         strategy.import_weights(model, [("scale", torch.tensor([1.0, 2.0, 3.0]))])
         assert model(row).tolist() == [1, 2, 3]
+
+    @on_ranks
+    def test_a_meta_model_that_a_checkpoint_fills_runs(self) -> None:
+        strategy = self.strategy()
+        strategy.save_ckpt(strategy.prepare(Mute()), self.folder)
+        with strategy.init_model_context(meta_init=True):
+            model = Mute()
+        model = strategy.prepare(model)
+        strategy.load_ckpt(model, self.folder)
+        assert model(torch.ones(3, device=strategy.device)).tolist() == [1, 1, 1]
 
     @on_ranks
     def test_an_optimizer_made_on_a_meta_model_trains_the_filled_one(self) -> None:
