@@ -95,3 +95,11 @@ def test_what_broke_a_sync_is_not_hidden_by_what_breaks_after_it() -> None:
         pytest.raises(RolloutError, match="process died"),
     ):
         strategy.update_engine_weights(model)
+
+
+def test_a_moving_average_takes_whole_numbers_as_they_are() -> None:
+    strategy, model, average = FakeStrategy(), torch.nn.BatchNorm1d(2), torch.nn.BatchNorm1d(2)
+    model(torch.randn(4, 2))
+    strategy.moving_average(model, average, beta=0.5)
+    assert average.num_batches_tracked == 1
+    assert torch.equal(average.running_mean, model.running_mean / 2)

@@ -503,7 +503,8 @@ class StrategyBase(ABC):
             average = target[name]
             if device is not None and average.device != torch.device(device):
                 average.data = average.data.to(device)
-            average.lerp_(value.detach().to(average.device, average.dtype), 1 - beta)
+            fresh = value.detach().to(average.device, average.dtype)
+            average.lerp_(fresh, 1 - beta) if fresh.is_floating_point() else average.copy_(fresh)
 
     def setup_dataloader(
         self,
