@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from types import SimpleNamespace
 from typing import Any
@@ -34,6 +35,28 @@ def test_an_engines_own_object_is_read_by_attribute() -> None:
     assert params.max_tokens == 4
     assert params.stop_token_ids == ()
     assert params.logprobs, "vLLM's 0 asks for the sampled token's"
+
+
+class Foreign:
+    """An engine's own object, with settings that we have no name for."""
+
+    def __init__(self, **given: Any) -> None:
+        self.temperature, self.stop, self.logit_bias, self.skip_special_tokens = 1.0, [], None, True
+        self._derived = object()
+        self.__dict__.update(given)
+
+
+@dataclasses.dataclass
+class WithoutDefaults:
+    temperature: float
+
+
+def test_what_an_engines_own_object_sets_and_we_cannot_carry_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"Foreign sets stop=\['x'\], logit_bias=\{3: 1\.0\}, which would be lost"):
+        SamplingParams.coerce(Foreign(temperature=0.5, stop=["x"], logit_bias={3: 1.0}))
+    untouched = Foreign(temperature=0.5, stop=[], skip_special_tokens=False)
+    for carried in (untouched, WithoutDefaults(0.5)):
+        assert SamplingParams.coerce(carried) == SamplingParams(temperature=0.5)
 
 
 def test_ours_and_nothing_pass_through() -> None:

@@ -7,12 +7,22 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 # Names that an engine's own object or an older script uses for one of our fields.
 ALIASES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "sampling_seed": "seed"}
+# How an engine's own object wants its outputs written: changes nothing about which tokens are sampled.
+_WRITING = (
+    "detokenize",
+    "include_stop_str_in_output",
+    "no_stop_trim",
+    "output_kind",
+    "skip_clone",
+    "skip_special_tokens",
+    "spaces_between_special_tokens",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +84,8 @@ class SamplingParams:
     def coerce(cls, value: Any) -> SamplingParams:
         """Accept ours, a mapping with vLLM's names, an object with such attributes, or None for the defaults.
 
-        :raises ValueError: a mapping's name is unknown: a typo must not silently change what is sampled.
+        :raises ValueError: a mapping's name is unknown, or an object sets what is not one of ours: neither a typo nor a
+            foreign setting may silently change what is sampled.
         """
         if value is None:
             return cls()
@@ -96,12 +107,30 @@ class SamplingParams:
                     f"sampling parameters: {type(value).__name__} has none of {', '.join(sorted(names))}; "
                     "pass SamplingParams, a dict with those names, or the engine's own object"
                 )
+            if lost := _settings_besides(value, {*spelled, *_WRITING}):
+                raise ValueError(
+                    f"sampling parameters: {type(value).__name__} sets {', '.join(lost)}, which would be lost; set "
+                    f"only {', '.join(sorted(names))}"
+                )
         given = {key: item for key, item in given.items() if item is not None}
         if "stop_token_ids" in given:
             given["stop_token_ids"] = tuple(int(token) for token in given["stop_token_ids"])
         if "logprobs" in given:  # vLLM's 0 means "the sampled token's", so only False turns it off
             given["logprobs"] = given["logprobs"] is not False
         return cls(**given)
+
+
+def _settings_besides(value: Any, known: Container[str]) -> list[str]:
+    """What an engine's own object was given, as ``name=value``, other than ``known``."""
+    try:
+        untouched = type(value)()
+    except (TypeError, ValueError):  # a type without defaults
+        return []
+    fields = getattr(value, "__struct_fields__", None) or getattr(value, "__dict__", ())  # vLLM's is a msgspec struct
+    # What the type itself does not have is no setting of it: a Namespace may hold anything.
+    settings = [name for name in fields if name[0] != "_" and name not in known and hasattr(untouched, name)]
+    default, given = ({name: repr(getattr(one, name)) for name in settings} for one in (untouched, value))
+    return [f"{name}={given[name]}" for name in settings if given[name] != default[name]]
 
 
 def sample_seed(run_seed: int, step: int, prompt_index: int, sample_index: int) -> int:
