@@ -177,3 +177,19 @@ def test_a_checkpoint_that_is_a_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(CheckpointError, match="file"):
         strategy.load_ckpt(model, tmp_path / "file")
+
+
+def test_the_count_of_rollouts_goes_on_at_another_number_of_ranks(tmp_path: Path) -> None:
+    """It enters the seeds of samples."""
+    strategy, model = saved(tmp_path)
+    strategy.engine_host.load_state_dict({"rollout_step": 5, "weight_version": 3})
+    strategy.save_ckpt(model, tmp_path, tag="here")
+    folder = tmp_path / "here"
+    for kind in ("json", "safetensors"):  # as if two ranks had saved
+        shutil.copy(folder / "ranks" / f"0.{kind}", folder / "ranks" / f"1.{kind}")
+    manifest = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps({**manifest, "world_size": 2}))
+    other, again = FakeStrategy(), nn.Linear(64, 64)
+    other.create_optimizer(again)
+    assert other.load_ckpt(again, tmp_path, tag="here").world_size == 2
+    assert other.engine_host.state_dict() == {"rollout_step": 5, "weight_version": 3}

@@ -333,9 +333,11 @@ def _read(
             _read_scalars(record, folder / name, optimizer=optimizer, scheduler=scheduler)
     saved_ranks = int(manifest["world_size"])
     states = [load_file(folder / RANKS / f"{rank}.safetensors") for rank in range(saved_ranks)]
-    if not module_only and saved_ranks == strategy.world_size:
-        plain = json.loads((folder / RANKS / f"{strategy.rank}.json").read_text())
-        restore_rng(strategy.device, plain["rng"], states[strategy.rank])
+    if not module_only and saved_ranks:  # none where it was converted from another library's
+        same = saved_ranks == strategy.world_size
+        plain = json.loads((folder / RANKS / f"{strategy.rank if same else 0}.json").read_text())
+        if same:
+            restore_rng(strategy.device, plain["rng"], states[strategy.rank])
         strategy.engine_host.load_state_dict(plain["engine"])
     return LoadedCheckpoint(
         path=folder,
