@@ -13,7 +13,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightrft.strategy.config import FIELDS, StrategyConfig, field_groups, read_yaml
+from lightrft.strategy.config import FIELDS, LESS_MEMORY, StrategyConfig, field_groups, read_yaml
 from lightrft.strategy.config_checks import default_of
 from lightrft.strategy.errors import ConfigError
 
@@ -348,3 +348,7 @@ def test_errors_are_value_errors_and_keep_their_problems_apart() -> None:
     assert isinstance(error, ValueError)
     assert str(error) == "2 settings are wrong:\n  - one\n  - two"
     assert str(ConfigError(["one"])).startswith("1 setting is wrong:")
+
+
+def test_flags_that_lower_the_memory_are_flags() -> None:
+    assert {flag.removeprefix("--") for flag in LESS_MEMORY.split(", ")} <= set(HINTS)

@@ -41,6 +41,11 @@ RUN, BACKEND, ENGINE = "run", "training backend", "inference engine"
 MODEL, DATA, ROLLOUT = "models", "data", "rollout"
 TRAIN, ALGORITHM, REWARD, OUTPUT = "optimization", "algorithm", "rewards", "output and logging"
 
+# What an out-of-memory error is answered with.
+LESS_MEMORY = (
+    "--engine_mem_util, --engine_tp_size, --zero_stage, --fsdp_cpu_offload, --bf16, --micro_rollout_batch_size"
+)
+
 
 @dataclass(kw_only=True)
 class StrategyConfig:

@@ -40,8 +40,3 @@ def memory_figures(device: torch.device) -> dict[str, float]:
             "device_free": torch.accelerator.get_memory_info(device)[0],
         }
     return {name: value / 2**30 for name, value in figures.items()}
-
-
-OUT_OF_MEMORY_FLAGS = (
-    "--engine_mem_util, --engine_tp_size, --zero_stage, --fsdp_cpu_offload, --micro_rollout_batch_size"
-)

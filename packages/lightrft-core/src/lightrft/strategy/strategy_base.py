@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from . import checkpoint, collectives, fragments, plain_state
 from .adapters import with_adapter
 from .blame import describe, is_lost_peer
-from .config import StrategyConfig
+from .config import LESS_MEMORY, StrategyConfig
 from .dataloader import make_dataloader
 from .device import empty_cache, local_device, process_group_backend, synchronize
 from .engine import RolloutEngine
@@ -39,7 +39,7 @@ from .hub_layout import HubLayout, hub_sources, unwrap
 from .hub_record import inner_prefix
 from .journal import RankJournal
 from .lifecycle import EngineStatus
-from .memory import OUT_OF_MEMORY_FLAGS, MoveReport, memory_figures
+from .memory import MoveReport, memory_figures
 from .optimizers import LossScale, move_optimizer
 from .scoring import RewardEngine
 from .sealed_file import Seals
@@ -321,7 +321,7 @@ class StrategyBase(ABC):
             with self._journal.operation(operation):
                 yield
         except torch.OutOfMemoryError as error:
-            error.add_note(f"{operation}: flags that lower the memory: {OUT_OF_MEMORY_FLAGS}")
+            error.add_note(f"{operation}: flags that lower the memory: {LESS_MEMORY}")
             raise
 
     @contextlib.contextmanager

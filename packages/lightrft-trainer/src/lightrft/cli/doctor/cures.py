@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightrft.strategy.config import StrategyConfig
+from lightrft.strategy.config import LESS_MEMORY, StrategyConfig
 from lightrft.strategy.errors import (
     CheckpointError,
     ConfigError,
@@ -15,8 +15,6 @@ from lightrft.strategy.errors import (
     WeightSyncError,
 )
 
-# The same list as in lightrft.strategy.memory, which loads torch.
-LESS_MEMORY = "--engine_mem_util, --engine_tp_size, --zero_stage, --fsdp_cpu_offload, --bf16"
 NETWORK = "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the network interface that joins the nodes"
 
 
@@ -60,9 +58,9 @@ def diagnose(error: BaseException, check: str, config: StrategyConfig) -> tuple[
         return layer, "read the message; if it is no wish of yours, report what `lightrft doctor --json` says"
     if isinstance(error, ImportError):
         return "the installation", f"reinstall what cannot be imported ({error.name or 'see the traceback'})"
-    if check == "model" or isinstance(error, OSError):
+    if check == "model":
         return (
-            layer_of("model", config),
+            layer,
             "--pretrain takes a folder with config.json, weights and tokenizer that transformers reads, or a hub name",
         )
     return layer, "the traceback names the place; try another --engine_type, or --fsdp in place of --zero_stage"
