@@ -7,17 +7,22 @@ import json
 import os
 import re
 import signal
+import threading
 import time
 from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch.distributed as dist
 
+from lightrft.strategy import journal
 from lightrft.strategy.blame import Beat, Departure, Entry, RankNotes, blame
 from lightrft.strategy.errors import CheckpointError, LightRFTError, RankTimeoutError, RolloutError
 from lightrft.strategy.journal import RankJournal, note_departure
 from lightrft.strategy.native_strategy import NativeStrategy
+from lightrft.strategy.sealed_file import SealedFile, seal_of
 from lightrft.testing.ranks import RankPool, announce
 
 
@@ -208,6 +213,36 @@ def test_where_no_exception_ends_a_wait_the_process_ends_with_the_named_error(ra
     assert "Cause: rank 1, last seen in setup_distributed" in message["message"]
     assert message["extraInfo"]["secondary"], "the launcher looks for a better cause"
     assert message["message"] in ranks.output(0)
+
+
+def test_a_rank_that_writes_and_reads_its_own_files_is_not_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the journal ends the process, a long save is no wait; what stands still after it is one."""
+    mine: Any = SimpleNamespace(stop=threading.Event(), stack=["save_ckpt"], since=time.monotonic())
+    watched: Any = SimpleNamespace(interval=0.02, wait_seconds=1.0, explain=lambda *_: "stood still")
+    ended: list[float] = []
+
+    def end(*_: Any) -> None:
+        ended.append(time.monotonic())
+        mine.stop.set()
+
+    monkeypatch.setattr(journal, "_is_current", lambda _: True)
+    monkeypatch.setattr(journal, "_end_process", end)
+    watch = threading.Thread(target=journal._end_waits, args=(watched, mine, None))
+    watch.start()
+    until = time.monotonic() + 0.9
+    with SealedFile(tmp_path / "state") as file:
+        while time.monotonic() < until:
+            file.write(b"x")
+            time.sleep(0.05)
+    until += 0.9
+    while time.monotonic() < until:
+        seal_of(tmp_path / "state", flush=False)
+        time.sleep(0.05)
+    assert not ended
+    watch.join(timeout=60)
+    assert len(ended) == 1
 
 
 def agrees(broken: int | None, problem: Exception | None = None) -> str:

@@ -32,6 +32,7 @@ import torch.distributed as dist
 from .blame import SHOWN_MESSAGE, Beat, Entry, RankNotes, blame, describe, has_beaten, is_lost_peer, parse_notes
 from .call_sites import call_site, origin, stands_at
 from .errors import RankTimeoutError
+from .file_progress import pieces_done
 from .group_waits import GroupDeadline, collectives_started, default_patience
 
 SHOWN_RANKS = 8
@@ -288,10 +289,10 @@ def _beat_on(mine: _Self, store: dist.Store) -> None:
 
 def _end_waits(journal: RankJournal, mine: _Self, store: dist.Store) -> None:
     """The thread that ends this process with the named error, once an operation has made no progress in time."""
-    progress, since = -1, time.monotonic()
+    progress, since = (-1, -1), time.monotonic()
     while _is_current(mine) and not mine.stop.wait(journal.interval / 2):
-        if (started := sum(collectives_started().values())) != progress:
-            progress, since = started, time.monotonic()
+        if (now := (sum(collectives_started().values()), pieces_done())) != progress:
+            progress, since = now, time.monotonic()
         stack, waited = list(mine.stack), time.monotonic() - max(since, mine.since)
         if stack and waited >= journal.wait_seconds:
             _end_process(mine, journal.explain(stack[-1], waited, store))

@@ -9,6 +9,8 @@ from typing import Any, TypedDict
 
 import xxhash
 
+from .file_progress import came_further
+
 CHUNK = 2**22
 
 
@@ -38,6 +40,7 @@ class SealedFile:
         self._file.write(view)
         self._digest.update(view)
         self._size += len(view)
+        came_further()
         return len(view)
 
     def tell(self) -> int:
@@ -82,6 +85,7 @@ def seal_of(path: Path, *, flush: bool) -> Seal:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
             size += len(chunk)
+            came_further()
         if flush:
             os.fsync(file.fileno())
     return Seal(bytes=size, xxh3=digest.hexdigest())

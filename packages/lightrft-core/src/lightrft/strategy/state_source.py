@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from .errors import CheckpointError
+from .file_progress import came_further
 from .training_state import StateItem
 
 WEIGHT = "weight"
@@ -127,6 +128,7 @@ class StateSource:
             if end <= done or begin >= stop:
                 continue
             part = piece.read(done - begin, min(end, stop) - begin)
+            came_further()
             if values is None and part.numel() == stop - start:
                 return part
             if values is None:
@@ -146,6 +148,7 @@ class StateSource:
             end = min(begin + piece.numel, stop)
             if end > done:
                 piece.fill(flat[done - start : end - start], done - begin)
+                came_further()
                 done = end
 
     def whole(self, name: str, kind: str = WEIGHT) -> torch.Tensor:
