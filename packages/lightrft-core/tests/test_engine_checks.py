@@ -20,7 +20,12 @@ def test_everything_that_the_engine_cannot_do_is_told_at_once() -> None:
         check_engine("mine", capabilities, config, "cpu")
     found = "\n".join(error.value.problems)
     assert len(error.value.problems) == 3
-    for words in ("--engine_tp_size 2", "does not run on cpu; it runs on cuda", "--engine_sleep_level 2"):
+    for words in (
+        "--engine_tp_size 2",
+        "--engine_type vllm or sglang",
+        "does not run on cpu; it runs on cuda",
+        "--engine_sleep_level 2",
+    ):
         assert words in found
 
 

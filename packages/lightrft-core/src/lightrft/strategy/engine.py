@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
+from .engine_checks import one_rank_only
 from .errors import EngineStateError, NotBuiltError, RolloutError, WeightSyncError
 from .lifecycle import EngineState, Lifecycle, Resource, Weights
 from .sampling import SamplingParams
@@ -169,10 +170,7 @@ class RolloutEngine(ABC):
         :raises NotBuiltError: the engine cannot do what the spec asks.
         """
         if spec.tensor_parallel_size > 1 and not self.capabilities.tensor_parallel:
-            raise NotBuiltError(
-                f"engine {self.name!r} runs on one rank only, engine_tp_size is {spec.tensor_parallel_size}: "
-                "set --engine_tp_size 1, or take --engine_type vllm, which splits a model over ranks"
-            )
+            raise NotBuiltError(one_rank_only(self.name, spec.tensor_parallel_size))
         if spec.device.type not in self.capabilities.devices:
             raise NotBuiltError(
                 f"engine {self.name!r} does not run on {spec.device.type}; "

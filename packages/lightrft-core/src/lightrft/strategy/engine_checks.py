@@ -33,10 +33,7 @@ def engine_faults(name: str, capabilities: EngineCapabilities, config: StrategyC
     """A sentence for each setting that the engine cannot follow."""
     problems = []
     if config.engine_tp_size > 1 and not capabilities.tensor_parallel:
-        problems.append(
-            f"--engine_tp_size {config.engine_tp_size}: engine {name!r} runs on one rank only; "
-            "set it to 1, or take --engine_type vllm, which splits a model over ranks"
-        )
+        problems.append(one_rank_only(name, config.engine_tp_size))
     if device_type not in capabilities.devices:
         problems.append(
             f"--engine_type {name}: does not run on {device_type}; it runs on {', '.join(capabilities.devices)}"
@@ -46,6 +43,14 @@ def engine_faults(name: str, capabilities: EngineCapabilities, config: StrategyC
         cure = f"set it to {levels}" if levels else "pass --disable_engine_sleep"
         problems.append(f"--engine_sleep_level {config.engine_sleep_level}: engine {name!r} has no such level; {cure}")
     return problems
+
+
+def one_rank_only(name: str, size: int) -> str:
+    """A sentence for ``--engine_tp_size`` above 1 with an engine that cannot split a model."""
+    return (
+        f"--engine_tp_size {size}: engine {name!r} runs on one rank only; "
+        "set it to 1, or take --engine_type vllm or sglang, which split a model over ranks"
+    )
 
 
 def untested_version(name: str, requires: str | None) -> str | None:
