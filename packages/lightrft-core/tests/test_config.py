@@ -8,7 +8,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
+import numpy
 import pytest
+import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,11 +18,22 @@ from hypothesis import strategies as st
 from lightrft.strategy.config import FIELDS, LESS_MEMORY, StrategyConfig, field_groups, read_yaml
 from lightrft.strategy.config_checks import default_of
 from lightrft.strategy.errors import ConfigError
+from lightrft.strategy.sampling import SamplingParams
 
 HINTS = typing.get_type_hints(StrategyConfig)
 # Around every bound that a rule may have.
 WHOLE = [-3, -2, -1, 0, 1, 2, 3, 4, 7, 8, 100, 10_000]
 REAL = [-2.0, -1e-9, 0.0, 1e-9, 0.5, 0.992, 1.0, 1.0 + 1e-9, 2.0, 1e8]
+TEXTS = ["a", "a,b", "module:function", "é /x"]
+# Texts that a rule takes, and those that it refuses: written out, since a rule that takes everything judges nothing.
+RULED = {
+    "target_modules": (["all-linear", "q_proj", "q_proj,v_proj"], ["", " ", ","]),
+    "prompt_data_probs": (["1", "0.7,0.3", "2, 1e-3"], ["", "x", "a,b", "0.7,", "1;2", "-1", "0.5,0", "nan", "1,inf"]),
+    "input_template": (["{}", "Q: {}\nA:", '{"a": {}}'], ["", "Q:", "{", "{ }", "{input}"]),
+}
+# Any text may name a thing that is there, or be meant so. Whether it does is seen elsewhere.
+FREE = """strategy engine_type pretrain critic_pretrain reward_pretrain prompt_data prompt_split eval_data eval_split
+    input_key label_key images_key system_prompt reward remote_rm_url output_dir log_dir wandb_project wandb_run_name"""
 
 
 def of_type(name: str) -> list[Any]:
@@ -35,13 +48,13 @@ def of_type(name: str) -> list[Any]:
         return [*values, *typing.get_args(literals[0])]
     if typing.get_origin(hint) is tuple:
         return [(0.0, 0.99), (0.9, 0.95), (0.5, 1.0), (-0.1, 0.5)]
-    return (
-        values + {bool: [False, True], int: WHOLE, float: REAL, str: ["a", "a,b", "module:function", "é /x"]}[kinds[0]]
-    )
+    return values + {bool: [False, True], int: WHOLE, float: REAL, str: TEXTS}[kinds[0]]
 
 
 def right(name: str) -> list[Any]:
-    """Values that the field's own rule accepts."""
+    """Values that the field's own rule accepts; of a text, those that it should."""
+    if name in RULED:
+        return [*of_type(name)[: type(None) in typing.get_args(HINTS[name])], *RULED[name][0]]
     rule = FIELDS[name].metadata["rule"]
     return [value for value in of_type(name) if rule is None or rule[0](value)]
 
@@ -56,6 +69,8 @@ def wrong(name: str) -> list[Any]:
         values += [(0.5,), (0.5, "x")]
     if float in kinds and FIELDS[name].metadata["rule"] is not None:
         values.append(math.nan)
+    if name in RULED:
+        return values + RULED[name][1]
     return values + [value for value in of_type(name) if value not in right(name)]
 
 
@@ -71,6 +86,11 @@ def problems_of(config: StrategyConfig, world_size: int | None = None) -> list[s
     with pytest.raises(ConfigError) as error:
         config.checked(world_size)
     return error.value.problems
+
+
+@pytest.mark.parametrize("name", [name for name in FIELDS if str in (typing.get_args(HINTS[name]) or (HINTS[name],))])
+def test_a_text_is_ruled_or_free(name: str) -> None:
+    assert (FIELDS[name].metadata["rule"] is not None) == (name in RULED) != (name in FREE.split())
 
 
 # ---- one fault -------------------------------------------------------------------------------------------------------
@@ -109,6 +129,34 @@ def test_all_faults_are_reported_at_once(chosen: dict[str, None], data: st.DataO
     assert len(problems) == len(values)
 
 
+@pytest.mark.parametrize("value", [-2, -1, 0, 1, 50])
+def test_a_top_k_is_right_where_sampling_takes_it(value: int) -> None:
+    try:
+        SamplingParams(top_k=value)
+    except ValueError:
+        assert problems_of(StrategyConfig(top_k=value)) == [
+            f"--top_k {value}: must be -1 or 0 (all tokens), or a positive count"
+        ]
+    else:
+        assert StrategyConfig(top_k=value).checked().top_k == value
+
+
+@pytest.mark.parametrize("seed", [-1, 0, 2**32 - 1, 2**32, 2**64])
+def test_a_seed_is_right_where_torch_and_numpy_take_it(seed: int) -> None:
+    if 0 <= seed < 2**32:
+        torch.Generator().manual_seed(StrategyConfig(seed=seed).checked().seed)
+        numpy.random.RandomState(seed)
+        return
+    with pytest.raises(ValueError):
+        numpy.random.RandomState(seed)
+    assert problems_of(StrategyConfig(seed=seed))[0].startswith(f"--seed {seed}: must be between 0 and 4294967295")
+
+
+def test_several_reward_models_are_named_with_commas() -> None:
+    assert StrategyConfig().reward_names == []
+    assert StrategyConfig(reward_pretrain="org/a, ./b").reward_names == ["org/a", "./b"]
+
+
 def test_faults_between_settings_are_reported_with_the_others() -> None:
     config = StrategyConfig(
         bf16=True, fp16=True, train_batch_size=7, micro_train_batch_size=2, engine_mem_util=1.5, use_mp_opt=True, zpg=2
@@ -139,6 +187,8 @@ def test_faults_between_settings_are_reported_with_the_others() -> None:
         ({"zpg": 2}, ["--zpg 2", "--zero_stage 3"]),
         ({"lora_alpha": 32.0, "target_modules": "q_proj"}, ["--lora_alpha 32.0", "--target_modules", "--lora_rank"]),
         ({"lora_rank": 8, "meta_init": True}, ["--lora_rank 8", "--meta_init"]),
+        ({"policy_drift_coef": 0.1}, ["--policy_drift_coef 0.1: works only with --use_cpg_loss"]),
+        ({"policy_drift_clip_eps": 0.3}, ["--policy_drift_clip_eps 0.3", "--policy_drift_coef above 0"]),
     ],
 )
 def test_settings_that_do_not_fit_together_are_refused(given_: dict[str, Any], words: list[str]) -> None:

@@ -6,8 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import SchedulerType
 
-from lightrft.strategy.schedules import make_scheduler
+from lightrft.strategy import StrategyConfig
+from lightrft.strategy.errors import ConfigError
+from lightrft.strategy.schedules import KNOWN, make_scheduler
 
 
 def rates(name: str, steps: int, warmup: float) -> list[float]:
@@ -48,6 +51,19 @@ def test_a_schedule_of_transformers_works_by_its_name() -> None:
     values = rates("polynomial", 10, 0.2)
     assert values[0] == 0.0
     assert max(values) == 1.0
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_every_schedule_that_a_run_may_name_can_be_made(name: str) -> None:
+    assert all(0 <= rate <= 1 for rate in rates(name, 10, 0.2))
+
+
+@pytest.mark.parametrize("name", sorted({kind.value for kind in SchedulerType} - set(KNOWN)))
+def test_a_schedule_of_transformers_that_needs_more_is_refused_by_name(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"--lr_scheduler {name}: must be one of constant, .*polynomial"):
+        rates(name, 3, 0.0)
+    with pytest.raises(ConfigError, match=rf"--lr_scheduler '{name}': .*'constant', .*'polynomial'"):
+        StrategyConfig.from_args({"lr_scheduler": name})
 
 
 def test_an_unknown_schedule_is_answered_with_the_known_ones() -> None:

@@ -36,6 +36,8 @@ at_least_1 = (lambda value: value is None or value >= 1, "at least 1")
 share = (lambda value: value is None or 0 <= value <= 1, "between 0 and 1")
 above_0_share = (lambda value: value is None or 0 < value <= 1, "above 0 and at most 1")
 every = (lambda value: value == -1 or value >= 1, "-1 (never) or a positive count")
+a_seed = (lambda value: 0 <= value < 2**32, f"between 0 and {2**32 - 1}, which torch and numpy both take")
+shares = (config_checks.are_shares, "positive numbers with commas between them, for example 0.7,0.3")
 
 RUN, BACKEND, ENGINE = "run", "training backend", "inference engine"
 MODEL, DATA, ROLLOUT = "models", "data", "rollout"
@@ -55,8 +57,13 @@ class StrategyConfig:
     """
 
     # ---- run
-    seed: int = option(42, "Seed of everything random in the run.", group=RUN, rule=at_least_0)
-    local_rank: int = option(-1, "This process's rank on its node; set by the launcher, LOCAL_RANK wins.", group=RUN)
+    seed: int = option(42, "Seed of everything random in the run.", group=RUN, rule=a_seed)
+    local_rank: int = option(
+        -1,
+        "This process's rank on its node; set by the launcher, LOCAL_RANK wins.",
+        group=RUN,
+        rule=(lambda v: v >= -1, "-1 (not given) or more"),
+    )
     dist_timeout: float = option(
         600.0, "Seconds after which a late rank ends the run, with its name.", group=RUN, rule=positive
     )
@@ -130,11 +137,13 @@ class StrategyConfig:
     critic_pretrain: str | None = option(
         None, "The critic's starting point (with --advantage_estimator gae).", group=MODEL
     )
-    reward_pretrain: str | None = option(None, "A reward model: a folder or a hub name.", group=MODEL)
+    reward_pretrain: str | None = option(
+        None, "A reward model: a folder or a hub name; commas join several.", group=MODEL
+    )
     flash_attn: bool = option(False, "Use flash attention; refused where it is not installed.", group=MODEL)
     trust_remote_code: bool = option(False, "Run code that a hub model brings along.", group=MODEL)
     enable_ema: bool = option(False, "Keep an exponential moving average of the actor and save it too.", group=MODEL)
-    ema_beta: float = option(0.992, "Decay of the moving average.", group=MODEL, rule=share)
+    ema_beta: float = option(0.992, "With --enable_ema: decay of the moving average.", group=MODEL, rule=share)
     mixed_mm_data: bool = option(
         False, "FSDP: batches mix prompts with and without images, unevenly over ranks.", group=MODEL
     )
@@ -170,7 +179,7 @@ class StrategyConfig:
     prompt_data: str | None = option(
         None, "Prompts: .jsonl, .parquet, a dataset's name, reasoning_gym:TASK; commas join several.", group=DATA
     )
-    prompt_data_probs: str | None = option(None, "Shares of several --prompt_data, for example 0.7,0.3.", group=DATA)
+    prompt_data_probs: str | None = option(None, "Shares of several --prompt_data.", group=DATA, rule=shares)
     prompt_split: str = option("train", "Split of --prompt_data.", group=DATA)
     eval_data: str | None = option(None, "Held-out prompts, in any form that --prompt_data takes.", group=DATA)
     eval_split: str = option("test", "Split of --eval_data.", group=DATA)
@@ -179,8 +188,13 @@ class StrategyConfig:
     input_key: str = option("input", "Key of the prompt.", group=DATA)
     label_key: str = option("label", "Key of the right answer.", group=DATA)
     images_key: str = option("image", "Key of the images.", group=DATA)
-    system_prompt: str | None = option(None, "System message of the chat template.", group=DATA)
-    input_template: str | None = option(None, "Template of a prompt, with {} in place of the input.", group=DATA)
+    system_prompt: str | None = option(None, "With --apply_chat_template: its system message.", group=DATA)
+    input_template: str | None = option(
+        None,
+        "Template of a prompt, with {} in place of the input.",
+        group=DATA,
+        rule=(lambda v: v is None or "{}" in v, "a text with {} where the input belongs"),
+    )
     apply_chat_template: bool = option(False, "Apply the tokenizer's chat template.", group=DATA)
     max_samples: int = option(1_000_000, "Most prompts to read.", group=DATA, rule=at_least_1)
     prompt_max_len: int = option(1024, "Longest prompt in tokens.", group=DATA, rule=at_least_1)
@@ -196,14 +210,21 @@ class StrategyConfig:
     top_p: float = option(
         1.0, "Sample from the smallest set of tokens with this probability.", group=ROLLOUT, rule=above_0_share
     )
-    top_k: int = option(-1, "Sample from this many likeliest tokens; -1: all.", group=ROLLOUT, rule=every)
+    top_k: int = option(
+        -1,
+        "Sample from this many likeliest tokens.",
+        group=ROLLOUT,
+        rule=(lambda v: v >= -1, "-1 or 0 (all tokens), or a positive count"),
+    )
     min_p: float = option(
         0.0, "Drop tokens below this share of the likeliest one's probability.", group=ROLLOUT, rule=share
     )
     dynamic_sampling: bool = option(
         False, "Redraw groups whose rewards are all equal (DAPO, arXiv:2503.14476).", group=ROLLOUT
     )
-    dynamic_sampling_max_rounds: int = option(4, "Most redraws of one step.", group=ROLLOUT, rule=at_least_1)
+    dynamic_sampling_max_rounds: int = option(
+        4, "With --dynamic_sampling: most redraws of one step.", group=ROLLOUT, rule=at_least_1
+    )
 
     # ---- optimization
     train_batch_size: int = option(128, "Samples an optimizer step, over all ranks.", group=TRAIN, rule=at_least_1)
@@ -220,7 +241,9 @@ class StrategyConfig:
         1.0, "Clip the global gradient norm to this; 0: no clipping.", group=TRAIN, rule=at_least_0
     )
     actor_learning_rate: float = option(1e-6, "Peak learning rate of the actor.", group=TRAIN, rule=at_least_0)
-    critic_learning_rate: float = option(9e-6, "Peak learning rate of the critic.", group=TRAIN, rule=at_least_0)
+    critic_learning_rate: float = option(
+        9e-6, "With --advantage_estimator gae: peak learning rate of the critic.", group=TRAIN, rule=at_least_0
+    )
     adam_betas: tuple[float, float] = option(
         (0.9, 0.95),
         "Adam's two betas.",
@@ -229,7 +252,17 @@ class StrategyConfig:
     )
     adam_eps: float = option(1e-8, "Adam's epsilon.", group=TRAIN, rule=positive)
     l2: float = option(0.0, "Weight decay, not applied to biases and norms.", group=TRAIN, rule=at_least_0)
-    lr_scheduler: str = option("cosine_with_min_lr", "Learning-rate schedule, by transformers' name.", group=TRAIN)
+    # transformers' others need more than a name and the number of steps
+    lr_scheduler: Literal[
+        "constant",
+        "constant_with_warmup",
+        "cosine",
+        "cosine_with_min_lr",
+        "cosine_with_restarts",
+        "inverse_sqrt",
+        "linear",
+        "polynomial",
+    ] = option("cosine_with_min_lr", "Learning-rate schedule, by transformers' name.", group=TRAIN)
     lr_warmup_ratio: float = option(0.03, "Share of the steps that warm up.", group=TRAIN, rule=share)
     num_episodes: int = option(1, "Passes over the prompts.", group=TRAIN, rule=at_least_1)
     max_epochs: int = option(1, "Passes over each rollout buffer.", group=TRAIN, rule=at_least_1)
@@ -245,12 +278,14 @@ class StrategyConfig:
         option("group_norm", "How rewards become advantages; group_norm and grpo are one.", group=ALGORITHM)
     )
     gamma: float = option(1.0, "Discount of rewards.", group=ALGORITHM, rule=share)
-    lambd: float = option(0.95, "Lambda of GAE.", group=ALGORITHM, rule=share)
+    lambd: float = option(0.95, "With --advantage_estimator gae: its lambda.", group=ALGORITHM, rule=share)
     eps_clip: float = option(0.2, "Clip range of the policy ratio.", group=ALGORITHM, rule=positive)
     eps_clip_high: float | None = option(
         None, "Upper clip range; default: --eps_clip (DAPO's clip-higher).", group=ALGORITHM, rule=positive
     )
-    value_clip: float = option(0.2, "Clip range of the critic's values.", group=ALGORITHM, rule=positive)
+    value_clip: float = option(
+        0.2, "With --advantage_estimator gae: clip range of the critic's values.", group=ALGORITHM, rule=positive
+    )
     loss_agg_mode: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"] = option(
         "token-mean", "How token losses are averaged.", group=ALGORITHM
     )
@@ -274,7 +309,9 @@ class StrategyConfig:
     kl_estimator: Literal["k1", "k2", "k3"] = option("k3", "Estimator of the KL.", group=ALGORITHM)
     use_kl_loss: bool = option(False, "Add the KL to the loss instead of the reward.", group=ALGORITHM)
     kl_target: float | None = option(None, "Adapt the KL's weight toward this KL.", group=ALGORITHM, rule=positive)
-    kl_horizon: int = option(10000, "Samples over which the KL's weight adapts.", group=ALGORITHM, rule=at_least_1)
+    kl_horizon: int = option(
+        10000, "With --kl_target: samples over which the KL's weight adapts.", group=ALGORITHM, rule=at_least_1
+    )
     entropy_coef: float = option(0.0, "Weight of an entropy bonus.", group=ALGORITHM, rule=at_least_0)
     high_entropy_token_ratio: float = option(
         0.0,
@@ -311,9 +348,14 @@ class StrategyConfig:
     reward_running_norm_minus_mean: bool = option(False, "Subtract the running mean as well.", group=REWARD)
     overlong_buffer: bool = option(False, "Penalize responses near the length limit (DAPO).", group=REWARD)
     overlong_buffer_len: int = option(
-        1024, "Tokens before the limit over which the penalty grows.", group=REWARD, rule=at_least_1
+        1024,
+        "With --overlong_buffer: tokens before the limit over which the penalty grows.",
+        group=REWARD,
+        rule=at_least_1,
     )
-    overlong_buffer_penalty_factor: float = option(1.0, "Largest penalty.", group=REWARD, rule=at_least_0)
+    overlong_buffer_penalty_factor: float = option(
+        1.0, "With --overlong_buffer: largest penalty.", group=REWARD, rule=at_least_0
+    )
 
     # ---- output and logging
     output_dir: str = option(
@@ -333,7 +375,9 @@ class StrategyConfig:
     save_trajectories: bool = option(
         False, "Write some prompts, responses and rewards of each step as JSONL.", group=OUTPUT
     )
-    num_trajectories_to_save: int = option(10, "How many of them.", group=OUTPUT, rule=at_least_1)
+    num_trajectories_to_save: int = option(
+        10, "With --save_trajectories: how many of them.", group=OUTPUT, rule=at_least_1
+    )
     use_tensorboard: bool | None = option(None, "Log to TensorBoard; default: where it is installed.", group=OUTPUT)
     use_wandb: bool = option(False, "Log to Weights & Biases.", group=OUTPUT)
     use_trackio: bool = option(False, "Log to Trackio.", group=OUTPUT)
@@ -402,6 +446,11 @@ class StrategyConfig:
         if self.fp16:
             return "float16"
         return "bfloat16" if self.bf16 or self.use_mp_opt else "float32"
+
+    @property
+    def reward_names(self) -> list[str]:
+        """The models that ``--reward_pretrain`` names."""
+        return [name.strip() for name in self.reward_pretrain.split(",")] if self.reward_pretrain else []
 
     def accumulation_steps(self, data_parallel_size: int) -> int:
         """Micro-batches of one optimizer step on each rank."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -47,6 +48,36 @@ def between(*names: str) -> Callable[[Rule], Rule]:
     return register
 
 
+def only_with(
+    names: str, parents: str, there: Callable[[StrategyConfig], bool], cure: str
+) -> Iterator[tuple[tuple[str, ...], Rule]]:
+    """Rules that refuse what was changed from its default and would have no effect.
+
+    :param names: settings, with spaces between them. :param parents: the settings that ``there`` reads, likewise.
+    :param there: whether what gives them effect is there. :param cure: the words that complete "works only with ...".
+    """
+
+    def refuse(name: str) -> Rule:
+        def rule(c: StrategyConfig) -> str | None:
+            value = getattr(c, name)
+            if value == getattr(type(c), name) or there(c):
+                return None
+            return f"--{name}{'' if value is True else f' {shown(value)}'}: works only with {cure}"
+
+        return rule
+
+    return (((name, *parents.split()), refuse(name)) for name in names.split())
+
+
+for _names, _parents, _there, _cure in (
+    ("chunk_size", "fused_linear_logprob", lambda c: c.fused_linear_logprob, "--fused_linear_logprob"),
+    ("reward_running_norm_minus_mean", "reward_running_norm", lambda c: c.reward_running_norm, "--reward_running_norm"),
+    ("policy_drift_coef", "use_cpg_loss", lambda c: c.use_cpg_loss, "--use_cpg_loss"),
+    ("policy_drift_clip_eps", "policy_drift_coef", lambda c: c.policy_drift_coef > 0, "--policy_drift_coef above 0"),
+):
+    RULES.extend(only_with(_names, _parents, _there, _cure))
+
+
 @between("bf16", "fp16")
 def _one_precision(c: StrategyConfig) -> str | None:
     return "--bf16 with --fp16: choose one" if c.bf16 and c.fp16 else None
@@ -60,13 +91,6 @@ def _whole_micro_batches(c: StrategyConfig) -> str | None:
         f"--train_batch_size {c.train_batch_size}: must be a multiple of "
         f"--micro_train_batch_size {c.micro_train_batch_size}"
     )
-
-
-@between("chunk_size", "fused_linear_logprob")
-def _chunks_need_the_fused_logprob(c: StrategyConfig) -> str | None:
-    if c.chunk_size == type(c).chunk_size or c.fused_linear_logprob:
-        return None
-    return f"--chunk_size {c.chunk_size}: works only with --fused_linear_logprob"
 
 
 @between("lora_alpha", "lora_dropout", "target_modules", "lora_rank")
@@ -83,30 +107,9 @@ def _adapters_are_made_in_memory(c: StrategyConfig) -> str | None:
     return f"--lora_rank {c.lora_rank} with --meta_init: adapters cannot be put into models without memory; choose one"
 
 
-@between("reward_running_norm_minus_mean", "reward_running_norm")
-def _mean_needs_the_norm(c: StrategyConfig) -> str | None:
-    if not c.reward_running_norm_minus_mean or c.reward_running_norm:
-        return None
-    return "--reward_running_norm_minus_mean: works only with --reward_running_norm"
-
-
 @between("use_gspo", "use_cpg_loss")
 def _one_policy_loss(c: StrategyConfig) -> str | None:
     return "--use_gspo with --use_cpg_loss: choose one" if c.use_gspo and c.use_cpg_loss else None
-
-
-@between("policy_drift_coef", "use_cpg_loss")
-def _drift_belongs_to_cpg(c: StrategyConfig) -> str | None:
-    if c.policy_drift_coef == 0 or c.use_cpg_loss:
-        return None
-    return f"--policy_drift_coef {c.policy_drift_coef}: works only with --use_cpg_loss"
-
-
-@between("policy_drift_clip_eps", "policy_drift_coef")
-def _drift_clip_belongs_to_drift(c: StrategyConfig) -> str | None:
-    if c.policy_drift_clip_eps == 0.2 or c.policy_drift_coef > 0:
-        return None
-    return f"--policy_drift_clip_eps {c.policy_drift_clip_eps}: works only with --policy_drift_coef above 0"
 
 
 @between("advantage_estimator", "n_samples_per_prompt")
@@ -233,6 +236,14 @@ def _adapter(cls: type[StrategyConfig]) -> Any:
     from pydantic import TypeAdapter
 
     return TypeAdapter(cls)
+
+
+def are_shares(text: str | None) -> bool:
+    """Whether a text is positive numbers with commas between them."""
+    try:
+        return text is None or all(0 < float(part) < math.inf for part in text.split(","))
+    except ValueError:
+        return False
 
 
 def default_of(spec: dataclasses.Field[Any]) -> Any:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from .config import StrategyConfig
+
 MIN_LR_SHARE = 0.1
+KNOWN: tuple[str, ...] = get_args(get_type_hints(StrategyConfig)["lr_scheduler"])
 
 
 def make_scheduler(name: str, optimizer: Optimizer, max_steps: int, warmup_ratio: float) -> LRScheduler:
     """A schedule over ``max_steps`` optimizer steps, the first ``warmup_ratio`` of them warming up.
 
     "constant", "constant_with_warmup", "linear", "cosine" and "cosine_with_min_lr" (down to a tenth of the peak) need
-    torch only; any other name is looked up in transformers.
+    torch only; the others of :data:`KNOWN` are transformers'.
 
-    :raises ValueError: nobody knows the name.
+    :raises ValueError: no such schedule, or one of transformers' where that is not installed.
     """
     warmup = math.ceil(max_steps * warmup_ratio)
 
@@ -38,15 +41,13 @@ def make_scheduler(name: str, optimizer: Optimizer, max_steps: int, warmup_ratio
     }
     if name in shapes:
         return LambdaLR(optimizer, shapes[name])
-    return _from_transformers(name, optimizer, warmup, max_steps, sorted(shapes))
-
-
-def _from_transformers(name: str, optimizer: Optimizer, warmup: int, max_steps: int, ours: list[str]) -> Any:
+    if name not in KNOWN:
+        raise ValueError(f"--lr_scheduler {name}: must be one of {', '.join(KNOWN)}")
     try:
-        from transformers import SchedulerType, get_scheduler
+        from transformers import get_scheduler
     except ImportError as error:
-        raise ValueError(f"--lr_scheduler {name}: known without transformers are {', '.join(ours)}") from error
-    known = [kind.value for kind in SchedulerType]
-    if name not in known:
-        raise ValueError(f"--lr_scheduler {name}: must be one of {', '.join(sorted({*ours, *known}))}")
-    return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=max_steps)
+        raise ValueError(
+            f"--lr_scheduler {name}: known without transformers are {', '.join(sorted(shapes))}"
+        ) from error
+    scheduler: Any = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=max_steps)
+    return scheduler
