@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import os
 from typing import Any
 from unittest import mock
 
@@ -60,6 +61,27 @@ def test_older_scripts_constructor_keywords_are_taken() -> None:
     assert strategy.config.max_norm == 0.5
     assert strategy.accumulated_gradient == 4
     assert isinstance(get_fake_strategy(), FakeStrategy)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "given", "index", "seen"),
+    [(None, 3, 3, "3"), ("1", 3, 1, "1"), (None, -1, 0, None), (None, 9, 1, "9")],
+    ids=["the flag", "the launcher wins", "neither", "more than devices"],
+)
+def test_the_local_rank_comes_from_the_launcher_or_else_the_flag(
+    launcher: str | None, given: int, index: int, seen: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", launcher or "")  # so that it is put back
+    if launcher is None:
+        monkeypatch.delenv("LOCAL_RANK")
+    config = StrategyConfig(local_rank=given)
+    with monkeypatch.context() as accelerators:
+        accelerators.setattr(torch.accelerator, "is_available", lambda: True)
+        accelerators.setattr(torch.accelerator, "device_count", lambda: 4)
+        accelerators.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("meta"))
+        assert FakeStrategy(args=config).device.index == index
+    FakeStrategy(args=config).setup_distributed()
+    assert os.environ.get("LOCAL_RANK") == seen, "libraries look there"
 
 
 def test_a_fake_strategy_constructs_anywhere_and_steps_at_every_backward() -> None:

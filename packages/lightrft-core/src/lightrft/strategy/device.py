@@ -8,13 +8,16 @@ import os
 import torch
 
 
-def local_device() -> torch.device:
-    """This rank's accelerator (chosen by LOCAL_RANK), or the CPU where there is none."""
+def local_device(local_rank: int = -1) -> torch.device:
+    """This rank's accelerator, or the CPU where there is none.
+
+    :param local_rank: chooses where LOCAL_RANK is not set; -1: the first.
+    """
     if not torch.accelerator.is_available():
         return torch.device("cpu")
     kind = torch.accelerator.current_accelerator()
     assert kind is not None
-    index = int(os.environ.get("LOCAL_RANK", "0")) % max(torch.accelerator.device_count(), 1)
+    index = int(os.environ.get("LOCAL_RANK", max(0, local_rank))) % max(torch.accelerator.device_count(), 1)
     return torch.device(kind.type, index)
 
 

@@ -144,7 +144,7 @@ class StrategyBase(ABC):
             raise ConfigError([f"{key}={settings[key]!r}: no such setting; see StrategyConfig" for key in strange])
         self.config = dataclasses.replace(base, **{**self.implied, **settings, **given}).checked()
         self.args = self.config if args is None else args
-        self.device = local_device()
+        self.device = local_device(self.config.local_rank)
         self.layout = RankLayout()
         self.rank = 0
         self.groups = ProcessGroups(self.layout, 0)
@@ -231,6 +231,8 @@ class StrategyBase(ABC):
         """
         if self._set_up:
             return
+        if self.config.local_rank >= 0:
+            os.environ.setdefault("LOCAL_RANK", str(self.config.local_rank))  # where DeepSpeed and vLLM look for it
         seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout or self.config.dist_timeout
         if self.distributed and not dist.is_initialized():
             self._init_process_group(timedelta(seconds=max(seconds, JOIN_SECONDS)))
