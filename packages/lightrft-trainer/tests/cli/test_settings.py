@@ -1,13 +1,24 @@
 from __future__ import annotations
 
 import argparse
+import importlib.machinery
+import importlib.util
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lightrft.cli import main as cli
 from lightrft.cli import settings
+from lightrft.cli.run_checks import ONLY_WITH, run_faults
+from lightrft.data.blending import parse_shares
+from lightrft.data.records import DataError
+from lightrft.data.rendering import PromptFormat
+from lightrft.strategy import registry
 from lightrft.strategy.config import FIELDS, StrategyConfig
 from lightrft.strategy.errors import ConfigError
 
@@ -113,7 +124,14 @@ def test_all_faults_come_at_once(tmp_path: Path) -> None:
         (("--use_gspo",), "add --loss_agg_mode seq-mean-token-mean"),
         (("--kl_target", "0.1"), "give it a start above 0"),
         (("--use_kl_loss",), "give it a value above 0"),
-        (("--critic_pretrain", "org/model"), "only --advantage_estimator gae has a critic"),
+        (("--critic_pretrain", "org/model"), "works only with --advantage_estimator gae"),
+        (("--prompt_data_probs", "x"), "--prompt_data_probs 'x': must be positive numbers with commas between them"),
+        (("--prompt_data_probs", "-1"), "--prompt_data_probs '-1': must be positive numbers"),
+        (("--input_template", "Q:"), "--input_template 'Q:': must be a text with {} where the input belongs"),
+        (("--system_prompt", "Be brief."), "--system_prompt 'Be brief.': works only with --apply_chat_template"),
+        (("--flash_attn",), "--flash_attn: computes in 16 bit, and this run in fp32; add --bf16"),
+        (("--seed", "4294967296"), "--seed 4294967296: must be between 0 and 4294967295"),
+        (("--engine_tp_size", "2", "--engine_type", "hf"), "take --engine_type vllm or sglang"),
         (("--importance_sampling_cap", "2", "--top_p", "0.9"), "compares full distributions"),
         (("--max_logprob_drift", "0.1", "--top_k", "5"), "compares full distributions"),
         (("--overlong_buffer",), "at most --generate_max_len"),
@@ -127,6 +145,188 @@ def test_all_faults_come_at_once(tmp_path: Path) -> None:
 def test_a_run_that_cannot_work_is_refused_with_what_would(arguments: tuple[str, ...], said: str) -> None:
     extra = () if "--preset" in arguments else ("--preset", "default")
     assert said in "\n".join(faults(*arguments, *extra))
+
+
+NUMBERS = st.floats(-1e99, 1e99).map(str) | st.sampled_from(["", " ", "x", "1", "0.5", "1_0", "inf", "nan"])
+
+
+@given(st.lists(NUMBERS, max_size=3).map(",".join) | st.text(max_size=6))
+def test_shares_are_right_where_the_data_takes_them(text: str) -> None:
+    count = len(text.split(","))
+    config = StrategyConfig(prompt_data=",".join(["org/data"] * count), prompt_data_probs=text)
+    try:
+        parse_shares(text, count)
+    except DataError:
+        with pytest.raises(ConfigError, match="--prompt_data_probs"):
+            config.checked()
+    else:
+        config.checked()
+
+
+@given(template=st.none() | st.text("{}a", max_size=4), system=st.none() | st.just("Be brief."), chat=st.booleans())
+def test_a_prompts_form_is_right_where_the_data_takes_it(template: str | None, system: str | None, chat: bool) -> None:
+    form: dict[str, Any] = {"input_template": template, "system_prompt": system, "apply_chat_template": chat}
+    config = StrategyConfig(**form)
+    try:
+        PromptFormat(**form)
+    except DataError:
+        with pytest.raises(ConfigError, match=r"--input_template|--system_prompt"):
+            settings.check_settings(config, multimodal=False)
+    else:
+        config.checked()
+        assert run_faults(config) == []
+
+
+@pytest.mark.parametrize("name", ["foo", "reduce_lr_on_plateau", "warmup_stable_decay"])
+def test_a_schedule_that_cannot_be_made_is_refused_with_those_that_can(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"--lr_scheduler '{name}': input should be 'constant', .*'polynomial'"):
+        load("--lr_scheduler", name)
+
+
+def test_every_wrong_text_is_named_at_once() -> None:
+    typed = "--lr_scheduler greedy --prompt_data_probs x --input_template Q: --seed -1 --top_k -2"
+    with pytest.raises(ConfigError) as caught:
+        load(*typed.split())
+    assert {fault.split()[0] for fault in caught.value.problems} == set(typed.split()[::2])
+
+
+PARENTS = {
+    "--lambd 0.9": "--advantage_estimator gae",
+    "--value_clip 0.5": "--advantage_estimator gae",
+    "--critic_learning_rate 1e-4": "--advantage_estimator gae",
+    "--critic_pretrain org/model": "--advantage_estimator gae",
+    "--kl_horizon 50": "--kl_target 0.1 --init_kl_coef 0.1",
+    "--ema_beta 0.5": "--enable_ema",
+    "--overlong_buffer_len 2": "--overlong_buffer",
+    "--overlong_buffer_penalty_factor 0.5": "--overlong_buffer --overlong_buffer_len 2",
+    "--dynamic_sampling_max_rounds 2": "--dynamic_sampling",
+    "--num_trajectories_to_save 2": "--save_trajectories",
+    "--initial_model_shard_size 1": "--init_kl_coef 0.1",
+    "--system_prompt Hello": "--apply_chat_template",
+    "--rm_engine_cudagraph": "--rm_use_engine --reward_pretrain org/rm",
+}
+
+
+def test_every_setting_of_the_table_is_tried() -> None:
+    assert {flags.split()[0][2:] for flags in PARENTS} == {name for row in ONLY_WITH for name in row[0].split()}
+
+
+@pytest.mark.parametrize("flags", PARENTS)
+def test_what_has_no_effect_is_refused_and_beside_its_parent_taken(flags: str) -> None:
+    [fault] = faults(*flags.split())
+    assert fault.startswith(f"{flags.split()[0]}")
+    assert re.search(rf"works only with .*{PARENTS[flags].split()[0]}", fault)
+    assert run_faults(load(*flags.split(), *PARENTS[flags].split())) == []
+
+
+@pytest.mark.parametrize("name", [name for row in ONLY_WITH for name in row[0].split()])
+def test_a_default_that_is_typed_is_never_refused(name: str) -> None:
+    default = FIELDS[name].default
+    typed = [] if default is None else [f"--no_{name}"] if default is False else [f"--{name}", str(default)]
+    settings.check_settings(load(*typed), multimodal=False)
+
+
+def test_beside_adapters_there_is_no_reference_model_to_shard() -> None:
+    flags = "--initial_model_shard_size 1 --init_kl_coef 0.1 --lora_rank 2"
+    assert "no --lora_rank" in "\n".join(faults(*flags.split()))
+
+
+@pytest.mark.parametrize(
+    ("flags", "package", "cure"),
+    [
+        ("--flash_attn --bf16", "flash_attn", "pip install flash-attn"),
+        ("--use_wandb", "wandb", '"lightrft-trainer[wandb]"'),
+        ("--use_trackio", "trackio", '"lightrft-trainer[trackio]"'),
+        ("--use_tensorboard", "tensorboard", '"lightrft-trainer[tensorboard]"'),
+    ],
+)
+def test_a_package_that_is_not_there_is_named_with_what_installs_it(
+    flags: str, package: str, cure: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings, "find_spec", lambda name: None)
+    [fault] = faults(*flags.split())
+    assert fault.startswith(f"{flags.split()[0]}: {package} is not installed; ")
+    assert cure in fault
+    monkeypatch.setattr(settings, "find_spec", lambda name: importlib.util.find_spec("yaml"))
+    settings.check_settings(load(*flags.split()), multimodal=False)
+
+
+def test_the_folder_that_a_tracker_leaves_is_not_taken_for_the_tracker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "wandb").mkdir()
+    found = importlib.machinery.PathFinder.find_spec("wandb", [str(tmp_path)])
+    assert found is not None
+    monkeypatch.setattr(settings, "find_spec", lambda name: found)
+    assert "wandb is not installed" in "\n".join(faults("--use_wandb"))
+
+
+def test_each_of_several_reward_models_is_looked_for(tmp_path: Path) -> None:
+    settings.check_settings(load("--reward_pretrain", f"{tmp_path}, org/model,{tmp_path}"), multimodal=False)
+    found = faults("--reward_pretrain", f"{tmp_path},{tmp_path / 'a'},org/model,,./b")
+    assert [fault.split(":")[0] for fault in found] == [
+        f"--reward_pretrain {str(tmp_path / 'a')!r}",
+        "--reward_pretrain ''",
+        "--reward_pretrain './b'",
+    ]
+
+
+def test_an_engine_that_is_split_is_not_the_presets(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("engine_tp_size: 2\n")
+    assert load("--engine_tp_size", "4").engine_type == "vllm"
+    assert load("--config", str(path)).engine_type == "vllm"
+    assert load("--engine_tp_size", "1").engine_type == "hf"
+    assert load("--engine_tp_size", "2", "--engine_type", "sglang").engine_type == "sglang"
+
+
+@pytest.mark.parametrize("place", ["typed", "file", "saved"])
+def test_the_embedded_engine_is_not_split_where_it_is_asked_for(place: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("engine_type: hf\nfsdp: true\n")
+    given = {
+        "typed": ("--engine_type", "hf"),
+        "file": ("--config", str(path)),
+        "saved": ("--resume", "--output_dir", str(tmp_path)),
+    }
+    found = faults("--engine_tp_size", "2", *given[place])
+    assert found[0].startswith("--engine_tp_size 2: engine 'hf' runs on one rank only")
+    assert "vllm or sglang" in found[0]
+
+
+MODEL = "--pretrain org/model --prompt_data org/data --reward exact_match"
+# The documents' command lines, then their lists of flags beside a model and data; all on eight GPUs.
+COMMANDS = {
+    "high throughput": """train --zero_stage 2 --engine_tp_size 4 --engine_mem_util 0.9 --enable_engine_sleep
+        --micro_train_batch_size 1 --train_batch_size 128""",
+    "memory efficient": """train --fsdp --fsdp_cpu_offload --use_mp_opt --engine_tp_size 2 --engine_mem_util 0.85
+        --enable_engine_sleep --micro_train_batch_size 1 --train_batch_size 64""",
+    "vision": f"""train-vl --fsdp --engine_tp_size 4 --mixed_mm_data --packing_samples --enable_engine_sleep
+        --plot_every 20 {MODEL}""",
+    "engine": f"train --engine_tp_size 4 --engine_mem_util 0.85 --engine_type vllm --enable_engine_sleep {MODEL}",
+    "awake": f"train --engine_tp_size 4 --engine_mem_util 0.85 --engine_type vllm --disable_engine_sleep {MODEL}",
+    "distributed": f"train --fsdp --zero_stage 2 --fsdp_cpu_offload --adam_offload --sp_size 2 {MODEL}",
+    "optimization": f"train --fsdp --packing_samples --use_mp_opt --fused_linear_logprob --chunk_size 4096 {MODEL}",
+    "monitoring": f"train --log_dir ./logs --plot_every 10 {MODEL}",
+    "offload": f"train --fsdp --fsdp_cpu_offload {MODEL}",
+    "long": f"train --sp_size 4 {MODEL}",
+    "precision": f"train --fsdp --bf16 --use_mp_opt {MODEL}",
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_documents_command_lines_pass_on_eight_ranks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "available", lambda kind: ["deepspeed", "fsdp", "vllm"])
+    command = cli.build_parser().parse_args(COMMANDS[name].split())
+    config = settings.load_settings(command)
+    assert settings.check_settings(config, multimodal=command.command == "train-vl", world_size=8) == config
+    assert config.engine_type == "vllm"
+
+
+def test_the_documents_vision_command_line_lacks_only_a_model_and_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "available", lambda kind: ["fsdp", "vllm"])
+    [fault] = faults(*COMMANDS["vision"].removesuffix(MODEL).split()[1:], multimodal=True)
+    assert "train-vl has no built-in task" in fault
 
 
 def test_rollouts_must_divide_over_the_data_ranks() -> None:
@@ -149,8 +349,6 @@ def test_without_any_backend_both_are_named_with_what_installs_them(
     flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """An environment of lightrft-trainer alone: it knows the fake strategy and the embedded engine's name."""
-    from lightrft.strategy import registry
-
     of_core = {kind: tuple(p for p in registry._entry_points(kind) if p.name == "fake") for kind in registry.FLAGS}
     monkeypatch.setattr(registry, "_entry_points", of_core.__getitem__)
     found = "\n".join(faults(*flags, "--output_dir", str(tmp_path / "run")))

@@ -5,11 +5,40 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from lightrft.strategy.config import FIELDS, StrategyConfig
+from lightrft.strategy.config_checks import only_with
+from lightrft.strategy.engine_checks import one_rank_only
 
 GROUP_ESTIMATORS = ("group_norm", "grpo", "dr_grpo", "rloo")
 # The settings that a rule reads, and a function that returns a sentence where they do not fit together.
 Rule = Callable[[StrategyConfig], str | None]
 RULES: list[tuple[tuple[str, ...], Rule]] = []
+# Settings that are read only beside others: their names, what is asked about the others, and how to have it.
+ONLY_WITH: tuple[tuple[str, str, Callable[[StrategyConfig], bool], str], ...] = (
+    (
+        "lambd value_clip critic_learning_rate critic_pretrain",
+        "advantage_estimator",
+        lambda c: c.advantage_estimator == "gae",
+        "--advantage_estimator gae",
+    ),
+    ("kl_horizon", "kl_target", lambda c: c.kl_target is not None, "--kl_target"),
+    ("ema_beta", "enable_ema", lambda c: c.enable_ema, "--enable_ema"),
+    (
+        "overlong_buffer_len overlong_buffer_penalty_factor",
+        "overlong_buffer",
+        lambda c: c.overlong_buffer,
+        "--overlong_buffer",
+    ),
+    ("dynamic_sampling_max_rounds", "dynamic_sampling", lambda c: c.dynamic_sampling, "--dynamic_sampling"),
+    ("num_trajectories_to_save", "save_trajectories", lambda c: c.save_trajectories, "--save_trajectories"),
+    (
+        "initial_model_shard_size",
+        "init_kl_coef lora_rank",
+        lambda c: c.init_kl_coef > 0 and not c.lora_rank,
+        "a reference model: --init_kl_coef above 0 and no --lora_rank",
+    ),
+    ("system_prompt", "apply_chat_template", lambda c: c.apply_chat_template, "--apply_chat_template"),
+    ("rm_engine_cudagraph", "rm_use_engine", lambda c: c.rm_use_engine, "--rm_use_engine"),
+)
 
 
 def run_faults(config: StrategyConfig, *, multimodal: bool = False, world_size: int | None = None) -> list[str]:
@@ -44,6 +73,23 @@ def between(*names: str) -> Callable[[Rule], Rule]:
         return rule
 
     return register
+
+
+for _row in ONLY_WITH:
+    RULES.extend(only_with(*_row))
+
+
+@between("engine_type", "engine_tp_size")
+def _an_engine_that_splits(c: StrategyConfig) -> str | None:
+    """Others tell by their capabilities, which cannot be read without torch."""
+    return one_rank_only("hf", c.engine_tp_size) if c.engine_type == "hf" and c.engine_tp_size > 1 else None
+
+
+@between("flash_attn", "bf16", "fp16", "use_mp_opt")
+def _flash_attention_in_16_bit(c: StrategyConfig) -> str | None:
+    if not c.flash_attn or c.dtype_name != "float32":
+        return None
+    return "--flash_attn: computes in 16 bit, and this run in fp32; add --bf16, or leave the flag away (SDPA is used)"
 
 
 @between("train_batch_size", "rollout_batch_size", "n_samples_per_prompt")
@@ -93,13 +139,6 @@ def _a_reward_model_to_serve(c: StrategyConfig) -> str | None:
     return "--rm_use_engine: serves the model of --reward_pretrain, which is not given; name one, or leave it away"
 
 
-@between("rm_engine_cudagraph", "rm_use_engine")
-def _graphs_of_an_engine(c: StrategyConfig) -> str | None:
-    if not c.rm_engine_cudagraph or c.rm_use_engine:
-        return None
-    return "--rm_engine_cudagraph: works only with --rm_use_engine; add it, or leave both away"
-
-
 @between("eval_data", "prompt_data")
 def _held_out_of_something(c: StrategyConfig) -> str | None:
     if c.eval_data is None or c.prompt_data is not None:
@@ -129,13 +168,6 @@ def _a_weight_for_the_kl(c: StrategyConfig) -> str | None:
     if not c.use_kl_loss or c.init_kl_coef > 0:
         return None
     return "--use_kl_loss: weighs the KL by --init_kl_coef, which is 0; give it a value above 0"
-
-
-@between("critic_pretrain", "advantage_estimator")
-def _a_critic_for_gae(c: StrategyConfig) -> str | None:
-    if c.critic_pretrain is None or c.advantage_estimator == "gae":
-        return None
-    return f"--critic_pretrain: only --advantage_estimator gae has a critic; it is {c.advantage_estimator}"
 
 
 @between("freezing_actor_steps", "advantage_estimator")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,13 @@ from .run_checks import run_faults
 
 DEFAULT_PRESET = "default"
 CONFIG_FILE = "config.yaml"
+# What a switch imports on the ranks, and what to do where it is not there.
+PACKAGES = {
+    "flash_attn": ("flash_attn", "pip install flash-attn, or leave the flag away (SDPA is used)"),
+    "use_tensorboard": ("tensorboard", 'pip install "lightrft-trainer[tensorboard]"'),
+    "use_wandb": ("wandb", 'pip install "lightrft-trainer[wandb]"'),
+    "use_trackio": ("trackio", 'pip install "lightrft-trainer[trackio]"'),
+}
 TAKEN = "holds a run already; add --resume to go on with it, or name another folder"
 
 
@@ -52,9 +60,12 @@ def merge_settings(
     """Preset, then the saved run's settings, then the file's, then what was typed: the later wins.
 
     A backend is chosen as a whole: who names ``zero_stage`` or ``strategy`` without ``fsdp`` does not get the ``fsdp``
-    of a preset.
+    of a preset. Nor does an engine that is to be split over ranks come from a preset, which was made for one rank's.
     """
     merged = dict(saved) if saved is not None else dict(preset)
+    given = {**file, **typed}
+    if saved is None and str(given.get("engine_tp_size", 1)) != "1" and "engine_type" not in given:
+        merged.pop("engine_type", None)
     for layer in (file, typed):
         if ("zero_stage" in layer or "strategy" in layer) and "fsdp" not in layer:
             merged.pop("fsdp", None)
@@ -123,7 +134,11 @@ def _installation_faults(config: StrategyConfig) -> list[str]:
     from lightrft.strategy.errors import PluginError
     from lightrft.strategy.registry import Kind, available, load_plugin
 
-    problems = []
+    problems = [
+        f"--{flag}: {package} is not installed; {cure}"
+        for flag, (package, cure) in PACKAGES.items()
+        if getattr(config, flag) and not _installed(package)
+    ]
     wanted: list[tuple[Kind, str]] = [("strategies", config.backend), ("engines", config.engine_type)]
     if config.rm_use_engine:
         wanted.append(("scoring_engines", config.engine_type))
@@ -137,17 +152,23 @@ def _installation_faults(config: StrategyConfig) -> list[str]:
     return problems
 
 
+def _installed(package: str) -> bool:
+    """A folder of that name, such as the one that wandb leaves where it ran, is no package."""
+    found = find_spec(package)
+    return found is not None and found.origin is not None
+
+
 def _file_faults(config: StrategyConfig) -> list[str]:
     problems = []
-    for flag in ("pretrain", "critic_pretrain", "reward_pretrain"):
-        value = getattr(config, flag)
+    models = [("pretrain", config.pretrain), ("critic_pretrain", config.critic_pretrain)]
+    for flag, value in [*models, *(("reward_pretrain", name) for name in config.reward_names)]:
         looks_local = value is not None and (value.startswith((".", "/", "~")) or value.count("/") > 1)
-        if value is not None and looks_local and not Path(value).expanduser().is_dir():
+        if value == "" or (value is not None and looks_local and not Path(value).expanduser().is_dir()):
             problems.append(
                 f"--{flag} {value!r}: no such folder; give a model's folder or a hub name such as org/model"
             )
     for flag in ("prompt_data", "eval_data"):
-        for source in (getattr(config, flag) or "").split(","):
+        for source in map(str.strip, (getattr(config, flag) or "").split(",")):
             if source.endswith((".json", ".jsonl", ".parquet")) and not Path(source).expanduser().is_file():
                 problems.append(f"--{flag} {source!r}: no such file")
     return problems

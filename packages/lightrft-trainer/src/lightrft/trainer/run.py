@@ -177,7 +177,7 @@ def build(
     if average is not None:
         average = strategy.prepare_average(average)
     if config.rm_use_engine:  # first: it sleeps before the rollout engine takes its memory
-        reward_models = [strategy.setup_reward_engine(name) for name in reward_names(config)]
+        reward_models = [strategy.setup_reward_engine(name) for name in config.reward_names]
     strategy.setup_inference_engine(config, engine_type=config.engine_type)
     trainer_class = SPMDPPOTrainerVL if multimodal else SPMDPPOTrainer
     trainer = trainer_class(
@@ -258,11 +258,6 @@ def optimizer_steps_per_epoch(config: StrategyConfig) -> int:
     return max(1, math.ceil(config.rollout_batch_size * config.n_samples_per_prompt / config.train_batch_size))
 
 
-def reward_names(config: StrategyConfig) -> list[str]:
-    """The reward models that ``--reward_pretrain`` names."""
-    return [name.strip() for name in config.reward_pretrain.split(",")] if config.reward_pretrain else []
-
-
 def build_models(
     strategy: StrategyBase, config: StrategyConfig, *, multimodal: bool
 ) -> tuple[nn.Module, nn.Module | None, Sequence[nn.Module] | None, nn.Module | None, nn.Module | None]:
@@ -296,8 +291,8 @@ def build_models(
         if config.advantage_estimator == "gae":
             critic = critic_class(config.critic_pretrain or config.pretrain, **trained)
         reward_models = None
-        if config.reward_pretrain and not config.rm_use_engine:
-            reward_models = [RewardModel(name, **options) for name in reward_names(config)]
+        if config.reward_names and not config.rm_use_engine:
+            reward_models = [RewardModel(name, **options) for name in config.reward_names]
         reference = None
         if config.init_kl_coef > 0 and not config.lora_rank:  # else it is the actor without its adapters
             reference = actor_class(config.pretrain, **asked, **policy)
