@@ -159,6 +159,21 @@ def test_flash_attention_is_asked_for_each_sample_alone(kind: str, monkeypatch: 
     assert_same(gradients(Actor(model, packing_samples=True).train()), expected)
 
 
+def test_flash_attention_is_given_16_bit_under_autocast_though_positions_are_fp32(monkeypatch: pytest.MonkeyPatch):
+    given = set()
+
+    def record(*tensors: Tensor, **options: Any) -> Tensor:
+        given.update(part.dtype for part in tensors)
+        return varlen(*tensors, **options)
+
+    monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_varlen_func=record))
+    model = tiny_model("qwen2")
+    model.config._attn_implementation = "flash_attention_2"
+    with torch.autocast("cpu", torch.bfloat16):
+        Actor(model, packing_samples=True)(ROWS.sequences, ROWS.attention_mask)
+    assert given == {torch.bfloat16}
+
+
 @pytest.mark.parametrize("kind", FLASH_KINDS)
 def test_torchs_own_kernel_is_asked_for_each_sample_alone(kind: str, monkeypatch: pytest.MonkeyPatch):
     from torch.nn.attention import varlen as module

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 from peft.tuners.lora import LoraLayer
 
 from lightrft.data.tasks import build_model
@@ -79,3 +82,38 @@ def test_with_adapters_no_reference_is_loaded(folder: Path) -> None:
 def test_flash_attention_that_cannot_be_had_is_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"--flash_attn"):
         models(folder, flash_attn=True)
+
+
+@pytest.fixture
+def asked_attention(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str | None, torch.dtype]]:
+    """The attention and the dtype of each model that is loaded, where flash-attn seems to be installed."""
+    asked: list[tuple[str | None, torch.dtype]] = []
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: name == "flash_attn" or find(name, *rest))
+    for loader in (transformers.AutoModelForCausalLM, transformers.AutoModel):
+        load = loader.from_pretrained
+
+        def record(source: Any, *, load: Any = load, attn_implementation: str | None = None, **options: Any) -> Any:
+            asked.append((attn_implementation, options["dtype"]))
+            return load(source, **options)
+
+        monkeypatch.setattr(loader, "from_pretrained", record)
+    return asked
+
+
+@pytest.mark.parametrize("flag", ["bf16", "fp16"])
+def test_flash_attention_is_for_what_computes_in_16_bit_though_its_weights_are_held_in_fp32(
+    folder: Path, asked_attention: list[Any], flag: str
+) -> None:
+    models(folder, flash_attn=True, **{flag: True})
+    compute = torch.bfloat16 if flag == "bf16" else torch.float16
+    assert [name for name, _ in asked_attention] == ["flash_attention_2"] * 4
+    assert [held for _, held in asked_attention] == [torch.float32, torch.float32, compute, torch.float32]
+
+
+def test_flash_attention_in_fp32_is_refused_with_the_flag_that_allows_it(
+    folder: Path, asked_attention: list[Any]
+) -> None:
+    with pytest.raises(ValueError, match=r"--flash_attn computes in bf16 or fp16, not in torch.float32; add --bf16"):
+        models(folder, flash_attn=True)
+    assert not asked_attention

@@ -14,6 +14,7 @@ from torch import nn
 def attention_implementation(use_flash_attention_2: bool, dtype: torch.dtype) -> str | None:
     """The name that transformers takes; None leaves the choice to it.
 
+    :param dtype: that the model computes in.
     :raises ValueError: flash attention is not installed, or cannot compute in this dtype.
     """
     if not use_flash_attention_2:
@@ -39,6 +40,7 @@ def load_model(
     kind: Literal["generator", "backbone", "sequence-classification"],
     *,
     dtype: torch.dtype = torch.float32,
+    compute_dtype: torch.dtype | None = None,
     use_flash_attention_2: bool = False,
     trust_remote_code: bool = False,
     **config_overrides: Any,
@@ -47,6 +49,7 @@ def load_model(
 
     :param source: a folder or hub name (weights are read), a configuration (weights are random; on the meta device
         under ``torch.device("meta")``), or a module, which is returned as it is.
+    :param dtype: of the weights. :param compute_dtype: what a strategy casts them to; None: ``dtype``.
     :param kind: ``generator`` is a causal or an image-text-to-text model, whichever the configuration says.
     :raises ValueError: an empty path, or flash attention that cannot be had.
     :raises OSError: from transformers, for a path or name without a model.
@@ -55,7 +58,7 @@ def load_model(
         return source
     import transformers
 
-    attention = attention_implementation(use_flash_attention_2, dtype)
+    attention = attention_implementation(use_flash_attention_2, compute_dtype or dtype)
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if attention is not None:
         options["attn_implementation"] = attention

@@ -28,6 +28,7 @@ class RewardModel(nn.Module):
         pretrain_or_model: Any,
         *,
         dtype: torch.dtype = torch.float32,
+        compute_dtype: torch.dtype | None = None,
         use_flash_attention_2: bool = False,
         trust_remote_code: bool = False,
     ) -> None:
@@ -36,6 +37,7 @@ class RewardModel(nn.Module):
             pretrain_or_model,
             "sequence-classification",
             dtype=dtype,
+            compute_dtype=compute_dtype,
             use_flash_attention_2=use_flash_attention_2,
             trust_remote_code=trust_remote_code,
             num_labels=1,

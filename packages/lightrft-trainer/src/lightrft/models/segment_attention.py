@@ -119,6 +119,9 @@ def _flash(
     """The package flash-attn's."""
     from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
 
+    device = query.device.type
+    if torch.is_autocast_enabled(device):  # the rotation has made fp32 of queries and keys, and this casts nothing
+        query, key, value = (part.to(torch.get_autocast_dtype(device)) for part in (query, key, value))
     return flash_attn_varlen_func(
         *(query, key, value),
         cu_seqlens_q=ends,

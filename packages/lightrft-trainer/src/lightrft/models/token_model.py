@@ -58,6 +58,7 @@ class TokenModel(nn.Module):
     :param pretrain_or_model: a folder or hub name, a transformers configuration (random weights), or a module.
     :param kind: what of the model is taken; see :func:`lightrft.models.loading.load_model`.
     :param dtype: of the weights, where they are loaded or made here.
+    :param compute_dtype: what a strategy casts the weights to when it computes; None: ``dtype``.
     :param use_flash_attention_2: refused where the package is not installed.
     :param gradient_checkpointing: recompute activations in the backward pass.
     :param trust_remote_code: run code that a hub model brings along.
@@ -76,6 +77,7 @@ class TokenModel(nn.Module):
         kind: Literal["generator", "backbone"],
         *,
         dtype: torch.dtype = torch.float32,
+        compute_dtype: torch.dtype | None = None,
         use_flash_attention_2: bool = False,
         gradient_checkpointing: bool = False,
         trust_remote_code: bool = False,
@@ -91,6 +93,7 @@ class TokenModel(nn.Module):
             pretrain_or_model,
             kind,
             dtype=dtype,
+            compute_dtype=compute_dtype,
             use_flash_attention_2=use_flash_attention_2,
             trust_remote_code=trust_remote_code,
         )

@@ -267,6 +267,7 @@ def build_models(
     compute = getattr(torch, strategy.config.dtype_name)
     options: dict[str, Any] = {
         "dtype": compute,  # frozen models are held as they compute
+        "compute_dtype": compute,
         "use_flash_attention_2": config.flash_attn,
         "trust_remote_code": config.trust_remote_code,
     }
