@@ -33,14 +33,7 @@ def hub_index(folder: Path) -> dict[str, StoredTensor]:
         if not names:
             raise CheckpointError(f"{folder}: holds no safetensors file")
         return {key: tensor for name in names for key, tensor in stored_tensors(folder / name)[0].items()}
-    index = read_json(folder / WEIGHTS_INDEX)
-    if not isinstance(index, dict) or not isinstance(weight_map := index.get("weight_map"), dict):
-        raise CheckpointError(f"{folder / WEIGHTS_INDEX}: not an index of safetensors files: it has no weight_map")
-    for name in set(weight_map.values()):
-        if Path(name).name != name:
-            raise CheckpointError(f"{folder / WEIGHTS_INDEX}: names {name!r}, outside this folder")
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder / name}: is missing, and {WEIGHTS_INDEX} lists it")
+    weight_map = _weight_map(folder)
     files = {name: stored_tensors(folder / name)[0] for name in sorted(set(weight_map.values()))}
     for key, name in weight_map.items():
         if key not in files[name]:
@@ -48,8 +41,30 @@ def hub_index(folder: Path) -> dict[str, StoredTensor]:
     return {key: files[name][key] for key, name in weight_map.items()}
 
 
+def _weight_map(folder: Path) -> dict[str, str]:
+    """Hub name to file, by a folder's index.
+
+    :raises CheckpointError: it is no index, or names files that are missing or outside of the folder.
+    """
+    index = read_json(folder / WEIGHTS_INDEX)
+    if not isinstance(index, dict) or not isinstance(weight_map := index.get("weight_map"), dict):
+        raise CheckpointError(f"{folder / WEIGHTS_INDEX}: not an index of safetensors files: it has no weight_map")
+    files = sorted(set(weight_map.values()))
+    for name in files:
+        if Path(name).name != name:
+            raise CheckpointError(f"{folder / WEIGHTS_INDEX}: names {name!r}, outside this folder")
+    if missing := [name for name in files if not (folder / name).is_file()]:
+        raise CheckpointError(
+            f"{folder}: lacks {', '.join(missing)}, which {WEIGHTS_INDEX} lists; copy or download the model again"
+        )
+    return weight_map
+
+
 def pretrained_files(name: str) -> dict[str, Path]:
-    """Hub name to safetensors file, of a folder or of a hub name in the local cache; empty where there is none."""
+    """Hub name to safetensors file, of a folder or of a hub name in the local cache; empty where there is none.
+
+    :raises CheckpointError: an index names files that are missing.
+    """
     if not name:
         return {}
     folder = Path(name)
@@ -66,7 +81,11 @@ def pretrained_files(name: str) -> dict[str, Path]:
             return {}
         folder = Path(found).parent
     files: dict[str, Path] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    if (folder / WEIGHTS_INDEX).is_file():
+        paths = {folder / file for file in _weight_map(folder).values()}
+    else:
+        paths = set(folder.glob("*.safetensors"))
+    for path in sorted(paths):
         with safe_open(path, framework="pt") as file:
             files |= dict.fromkeys(file.keys(), path)
     return files
