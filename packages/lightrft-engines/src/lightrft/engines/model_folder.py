@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from lightrft.strategy.errors import NotBuiltError
+from lightrft.strategy.hub_files import pretrained_files
 from lightrft.strategy.weights import sample_positions
 
 from .manifest import Manifest
@@ -55,17 +56,20 @@ class WeightReader(Protocol):
 
 
 def check_loaded(engine: str, weights: WeightReader, folder: str) -> None:
-    """Some elements of each tensor that the engine read from a folder, against the folder.
+    """Some elements of each tensor that the engine read, against the files that it read them from.
 
-    :param engine: its name, for the message.
+    :param engine: its name, for the message. :param folder: or a hub name, whose files are in the local cache by now.
     :raises NotBuiltError: it keeps a weight in another form than it was loaded in, so that a sync would garble it.
     """
     from safetensors import safe_open
 
-    for file in sorted(Path(folder).glob("*.safetensors")):
+    names: dict[Path, list[str]] = {}
+    for name, file in pretrained_files(folder).items():
+        names.setdefault(file, []).append(name)
+    for file in names:
         with safe_open(file, framework="pt") as saved:
             wanted = {}
-            for name in saved.keys():  # noqa: SIM118 - no mapping
+            for name in names[file]:
                 if name not in weights.manifest.shapes or (shape := weights.manifest.shapes[name]) == ():
                     continue
                 if tuple(saved.get_slice(name).get_shape()) == tuple(shape):
