@@ -389,3 +389,18 @@ def test_a_file_where_a_folder_is_wanted_is_refused(tmp_path: Path, flag: str) -
     path = tmp_path / "file"
     path.touch()
     assert f"{flag} {str(path)!r}: is a file; name a folder" in faults(flag, str(path))
+
+
+def test_the_home_folder_may_be_written_as_a_tilde_wherever_a_setting_comes_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("model", "rm", "run"):
+        (tmp_path / name).mkdir()
+    path = tmp_path / "run.yaml"
+    path.write_text("pretrain: ~/model\nreward_pretrain: org/rm, ~/rm\nprompt_data: org/data\n")
+    flags = ("--config", str(path), "--output_dir=~/run", "--log_dir=~/logs", "--fsdp", "--engine_type", "hf")
+    for more in ((), ("--resume",)):
+        config = load(*flags, *more)
+        assert (config.pretrain, config.reward_pretrain) == (f"{tmp_path}/model", f"org/rm,{tmp_path}/rm")
+        assert (config.output_dir, config.log_dir) == (f"{tmp_path}/run", f"{tmp_path}/logs")

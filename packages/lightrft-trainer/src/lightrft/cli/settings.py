@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Mapping
 from importlib import resources
 from importlib.util import find_spec
@@ -23,6 +24,8 @@ PACKAGES = {
     "use_wandb": ("wandb", 'pip install "lightrft-trainer[wandb]"'),
     "use_trackio": ("trackio", 'pip install "lightrft-trainer[trackio]"'),
 }
+# Settings that name folders, several joined by commas; who reads --prompt_data and --eval_data expands those.
+FOLDERS = ("pretrain", "critic_pretrain", "reward_pretrain", "output_dir", "log_dir")
 TAKEN = "holds a run already; add --resume to go on with it, or name another folder"
 
 
@@ -86,8 +89,8 @@ def load_settings(namespace: argparse.Namespace) -> StrategyConfig:
 
     :raises ConfigError: a file or preset that cannot be read, values of a wrong type, nothing to resume.
     """
-    typed = {name: value for name, value in vars(namespace).items() if name in FIELDS}
-    file = read_yaml(namespace.config) if namespace.config else {}
+    typed = _at_home({name: value for name, value in vars(namespace).items() if name in FIELDS})
+    file = _at_home(read_yaml(namespace.config)) if namespace.config else {}
     name = chosen_preset(namespace.preset, typed=typed, file=file)
     preset = read_preset(name) if name is not None else {}
     merged = merge_settings(typed=typed, file=file, preset=preset)
@@ -98,6 +101,12 @@ def load_settings(namespace: argparse.Namespace) -> StrategyConfig:
     except ConfigError:
         StrategyConfig(**merged).checked()  # raises with these faults and the other settings' own
         raise
+
+
+def _at_home(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with ``~`` expanded, which a shell does neither in a file nor in ``--flag=~/folder``."""
+    text = {name: given[name].split(",") for name in FOLDERS if isinstance(given.get(name), str)}
+    return {**given, **{name: ",".join(os.path.expanduser(p.strip()) for p in parts) for name, parts in text.items()}}
 
 
 def _resumed(merged: Mapping[str, Any], *, typed: Mapping[str, Any], file: Mapping[str, Any]) -> dict[str, Any]:
