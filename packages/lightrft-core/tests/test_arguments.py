@@ -99,6 +99,15 @@ def test_help_shows_every_setting_in_its_group() -> None:
     assert all(f"{group}:" in text for group in field_groups())
 
 
+def test_help_shows_every_default_that_is_one() -> None:
+    flags = add_arguments(argparse.ArgumentParser())._option_string_actions
+    for name, spec in FIELDS.items():
+        shown = "(default: " in (flags[f"--{name}"].help or "")
+        assert shown == (spec.default is not None and spec.default is not False), name
+    assert "(default: 0)" in (flags["--lora_rank"].help or "")
+    assert "(default: 0.0)" in (flags["--min_p"].help or "")
+
+
 @pytest.mark.parametrize(
     "command",
     [

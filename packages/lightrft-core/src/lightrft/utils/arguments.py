@@ -50,7 +50,7 @@ def _help(name: str) -> str:
     text = spec.metadata["help"]
     if spec.default is True:
         text += f" (default: on; off with {NEGATIVES.get(name, f'--no_{name}')})"
-    elif spec.default not in (None, False):
+    elif spec.default is not None and spec.default is not False:  # 0 is a default like any other
         shown = " ".join(map(str, spec.default)) if isinstance(spec.default, tuple) else spec.default
         text += f" (default: {shown})"
     return text.replace("%", "%%")
