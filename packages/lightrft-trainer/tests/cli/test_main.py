@@ -37,9 +37,11 @@ def test_wrong_settings_are_a_list_not_a_traceback(capsys: pytest.CaptureFixture
     assert "Traceback" not in shown
 
 
-def test_presets_are_listed_with_what_they_do(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "--list_presets"]) == 0
-    assert "default: What `lightrft train` does without a model" in capsys.readouterr().out
+@pytest.mark.parametrize("command", ["train", "train-vl", "doctor"])
+def test_presets_are_listed_with_what_they_do(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--list_presets"]) == 0
+    listed = capsys.readouterr().out
+    assert "default: What `lightrft train` does without a model" in listed
 
 
 @pytest.mark.parametrize(

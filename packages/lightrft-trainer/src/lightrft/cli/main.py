@@ -120,10 +120,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if namespace.command == "convert":
         return run_convert(namespace)
+    if namespace.list_presets:
+        return list_presets()
     if namespace.command == "doctor":
         return run_doctor(namespace)
     problems = unknown_flags(rest, _command(parser, namespace.command)) if rest else []
     return run_command(namespace, multimodal=namespace.command == "train-vl", problems=problems)
+
+
+def list_presets() -> int:
+    """Name the presets; returns the command's exit code."""
+    from . import settings
+
+    for name in settings.preset_names():
+        sys.stdout.write(f"{name}: {settings.preset_title(name)}\n")
+    return 0
 
 
 def _command(parser: argparse.ArgumentParser, name: str) -> argparse.ArgumentParser:
@@ -138,10 +149,6 @@ def run_command(namespace: argparse.Namespace, *, multimodal: bool, problems: Se
     """
     from . import settings
 
-    if namespace.list_presets:
-        for name in settings.preset_names():
-            sys.stdout.write(f"{name}: {settings.preset_title(name)}\n")
-        return 0
     try:
         ranks = namespace.nproc_per_node * namespace.nnodes if namespace.nproc_per_node else None
         try:
