@@ -42,6 +42,7 @@ def test_presets_are_listed_with_what_they_do(command: str, capsys: pytest.Captu
     assert main([command, "--list_presets"]) == 0
     listed = capsys.readouterr().out
     assert "default: What `lightrft train` does without a model" in listed
+    assert "gsm8k: GRPO for a chat model on GPUs with GSM8K" in listed
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def test_nothing_to_resume_says_so(tmp_path: Path) -> None:
 
 
 def test_unknown_preset_names_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="there are default"):
+    with pytest.raises(ConfigError, match="there are default, gsm8k"):
         load("--preset", "fast")
 
 
@@ -404,3 +404,27 @@ def test_the_home_folder_may_be_written_as_a_tilde_wherever_a_setting_comes_from
         config = load(*flags, *more)
         assert (config.pretrain, config.reward_pretrain) == (f"{tmp_path}/model", f"org/rm,{tmp_path}/rm")
         assert (config.output_dir, config.log_dir) == (f"{tmp_path}/run", f"{tmp_path}/logs")
+
+
+@pytest.mark.parametrize("flags", [(), ("--lora_rank", "8", "--actor_learning_rate", "1e-5")])
+def test_the_gsm8k_preset_asks_for_a_model_and_data_alone(tmp_path: Path, flags: tuple[str, ...]) -> None:
+    (tmp_path / "model").mkdir()
+    data = tmp_path / "train.jsonl"
+    data.write_text('{"question": "1 + 1?", "answer": "1 + 1 = <<1+1=2>>2\\n#### 2"}\n')
+    preset = ("--preset", "gsm8k")
+    named = ("--pretrain", str(tmp_path / "model"), "--prompt_data", str(data), "--eval_data", str(data))
+    for ranks in (1, 2, 4, 8, 16):
+        config = settings.check_settings(load(*preset, *named, *flags), multimodal=False, world_size=ranks)
+    assert (config.dtype_name, config.input_key, config.label_key) == ("bfloat16", "question", "answer")
+    assert "needed with --pretrain" in "\n".join(faults(*preset, *named[:2], *flags))
+
+
+def test_the_gsm8k_presets_reward_reads_the_form_that_its_system_prompt_asks_for() -> None:
+    from lightrft.rewards import build_reward
+
+    preset = settings.read_preset("gsm8k")
+    answer = next(word for word in preset["system_prompt"].split() if "{}" in word).rstrip(".")
+    responses = [f"So it is {answer.replace('{}', f'{{{value}}}')}." for value in ("2", "3")] + ["2", "no idea"]
+    labels = ["1 + 1 = <<1+1=2>>2\n#### 2"] * 4
+    rewards = build_reward(preset["reward"])(["1 + 1?"] * 4, responses, labels)
+    assert [round(float(reward), 6) for reward in rewards.rewards] == [1.1, 0.1, 1.0, 0.0]
