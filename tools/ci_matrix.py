@@ -20,9 +20,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-SHARED = {"pyproject.toml", "uv.lock", "noxfile.py"}
+SHARED = {"pyproject.toml", "uv.lock", "noxfile.py", "conftest.py"}
 DOCUMENTS = {".md", ".rst", ".png", ".svg"}
 ALWAYS = "lint"
+# Without a filter of the call's own, nox lists what it would run: neither `api` nor any long session.
+LIST = ("-m", "nox", "--list", "--json", "-k", "not nothing")
 REPOSITORY_WIDE = {"lint", "types", "contracts", "api", "integration", "vllm_integration"}
 
 
@@ -64,7 +66,7 @@ def matrix(
 
     Args:
         changed: paths relative to the repository's root, with forward slashes.
-        sessions: what `nox --list --json` prints.
+        sessions: what `LIST` makes nox print.
         reverse: what `dependents` returns.
 
     Returns:
@@ -117,16 +119,13 @@ def main() -> None:
     parser.add_argument(
         "paths", nargs="*", help="changed paths, relative to the root; standard input if there are none"
     )
-    parser.add_argument(
-        "--sessions", type=Path, help="a file with the output of `nox --list --json`; else nox is asked"
-    )
+    parser.add_argument("--sessions", type=Path, help="a file with what nox lists as JSON; else nox is asked")
     options = parser.parse_args()
     changed = options.paths or sys.stdin.read().split("\n")
     if options.sessions is not None:
         listed = options.sessions.read_text(encoding="utf-8")
     else:
-        command = [sys.executable, "-m", "nox", "--list", "--json"]
-        listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+        listed = subprocess.run([sys.executable, *LIST], cwd=ROOT, check=True, capture_output=True, text=True).stdout
     workspace = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["uv"]["workspace"]
     projects = {
         Path(member).name.removeprefix("lightrft-"): tomllib.loads(

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -76,6 +78,7 @@ def test_dependents_follow_extras_and_test_groups_to_the_end() -> None:
         "uv.lock",
         "pyproject.toml",
         "noxfile.py",
+        "conftest.py",
         ".ci/run",
         ".github/workflows/ci.yml",
     ],
@@ -123,15 +126,27 @@ def test_changes_add_up() -> None:
     assert both == {"lint", "types", "contracts", "wheels(trainer)"}
 
 
-def test_the_command_answers_for_this_workspace_with_sessions_that_nox_knows() -> None:
+@pytest.fixture(scope="module")
+def real_sessions() -> list[dict[str, Any]]:
+    command = [sys.executable, *ci_matrix.LIST]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout)
+
+
+def test_the_command_answers_for_this_workspace_with_sessions_that_nox_knows(
+    real_sessions: list[dict[str, Any]],
+) -> None:
     command = [sys.executable, ROOT / "tools" / "ci_matrix.py"]
     answer = subprocess.run(command, input="uv.lock\n", capture_output=True, text=True, check=True, cwd=ROOT)
     include = json.loads(answer.stdout)["include"]
-    listed = subprocess.run(
-        [sys.executable, "-m", "nox", "--list", "--json"], capture_output=True, text=True, check=True, cwd=ROOT
-    )
-    expected = [
-        entry["session"] for entry in json.loads(listed.stdout) if "default" in entry["tags"] or entry["name"] == "api"
-    ]
+    expected = [entry["session"] for entry in real_sessions if "default" in entry["tags"] or entry["name"] == "api"]
     assert [entry["session"] for entry in include] == expected
-    assert {"tests(core, cpu)", "wheels(trainer)", "lint"} <= set(expected)
+    assert {"tests(core, cpu)", "wheels(trainer)", "lint", "api"} <= set(expected)
+
+
+def test_what_no_change_chooses_runs_once_a_week_but_for_gpus(real_sessions: list[dict[str, Any]]) -> None:
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text("utf-8")
+    sessions, tags = (set(re.findall(rf'"-{option} ([\w.]+)"', workflow)) for option in "st")
+    assert "full" in tags
+    tags |= {"default", "api", "gpu", "py3.11"}  # a change's own sessions run on 3.11
+    unseen = [s["session"] for s in real_sessions if s["name"] not in sessions and not tags & set(s["tags"])]
+    assert unseen == []
