@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 from torch.distributed.tensor import DTensor
 
 from lightrft.fsdp import FSDPV2Strategy, ShardedAdamW, sharding
@@ -163,18 +165,67 @@ def test_an_fp16_overflow_on_one_rank_skips_the_step_on_all(ranks: Any) -> None:
     ranks.run(overflow)
 
 
-def on_the_host() -> None:
-    strategy = FSDPV2Strategy(**{**SETTINGS, "adam_offload": True})
+def what_offloads() -> None:
+    """On a CPU everything is on the host, so what each flag asks for is looked at."""
+    for flag in (None, "adam_offload", "fsdp_cpu_offload"):
+        strategy = FSDPV2Strategy(**SETTINGS, **({flag: True} if flag else {}))
+        with mock.patch.object(sharding, "fully_shard", wraps=sharding.fully_shard) as shard:
+            model, _ = strategy.prepare(tiny_model()), strategy.prepare_model(tiny_model(seed=1))
+        kinds = {type(call.kwargs["offload_policy"]) for call in shard.call_args_list}
+        assert kinds == {CPUOffloadPolicy if flag == "fsdp_cpu_offload" else OffloadPolicy}, flag
+        optimizer = strategy.create_optimizer(model)
+        assert isinstance(optimizer, ShardedAdamW)
+        assert optimizer.on_host == (flag is not None)
+        train(strategy, model, optimizer, range(1))
+        with mock.patch.object(strategy, "move") as move:
+            strategy.maybe_load_optimizer(optimizer)
+            strategy.reload_model(model)
+        moved = [call.args[0] for call in move.call_args_list]
+        homes = {None: [optimizer, model], "adam_offload": [model], "fsdp_cpu_offload": []}
+        assert moved == homes[flag], "what lives on the host is not brought to the device"
+
+
+def test_each_flag_offloads_what_it_says(ranks: Any) -> None:
+    ranks.run(what_offloads)
+
+
+def whereabouts(settings: dict[str, Any]) -> dict[str, set[str]]:
+    """On which kinds of device two steps leave parameters, gradients and the optimizer's states."""
+    strategy = FSDPV2Strategy(**SETTINGS, **settings)
     model = strategy.prepare(tiny_model())
     optimizer = strategy.create_optimizer(model)
-    assert isinstance(optimizer, ShardedAdamW)
-    train(strategy, model, optimizer, range(1))
-    assert strategy.maybe_load_optimizer(optimizer).nbytes == 0
-    assert {value.device.type for state in optimizer.state.values() for value in state.values()} == {"cpu"}
+    seen: dict[str, set[str]] = {"parameters": set(), "gradients": set(), "states": set()}
+    for step in range(2):
+        for part in rows(step).split(strategy.config.micro_train_batch_size):
+            strategy.backward(loss_of(model, part.to(strategy.device)), model, optimizer)
+            for parameter in model.parameters():
+                assert parameter.grad is not None
+                seen["gradients"].add(parameter.grad.device.type)
+            strategy.optimizer_step(optimizer, model, None)
+        seen["parameters"] |= {parameter.device.type for parameter in model.parameters()}
+        seen["states"] |= {value.device.type for state in optimizer.state.values() for value in state.values()}
+    return seen
 
 
-def test_states_that_live_on_the_host_stay_there(ranks: Any) -> None:
-    ranks.run(on_the_host)
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("settings", "on_the_host"),
+    [
+        ({}, set()),
+        ({"adam_offload": True}, {"states"}),
+        ({"bf16": True, "use_mp_opt": True, "adam_offload": True}, {"states"}),
+        ({"fsdp_cpu_offload": True}, {"parameters", "gradients", "states"}),
+        ({"bf16": True, "use_mp_opt": True, "fsdp_cpu_offload": True}, {"parameters", "gradients", "states"}),
+    ],
+    ids=lambda value: "-".join(value) or "plain" if isinstance(value, dict) else "",
+)
+def test_between_steps_what_is_offloaded_is_on_the_host(
+    rank_pools: Any, settings: dict[str, Any], on_the_host: set[str]
+) -> None:
+    (seen,) = rank_pools(1).run(whereabouts, settings)
+    device = torch.accelerator.current_accelerator()
+    assert device is not None
+    assert seen == {what: {"cpu" if what in on_the_host else device.type} for what in seen}
 
 
 # ---- subgroups -------------------------------------------------------------------------------------------------------

@@ -116,6 +116,16 @@ def test_an_lr_scheduler_takes_it() -> None:
     assert optimizer.param_groups[0]["lr"] == 0.75
 
 
+@pytest.mark.parametrize(("on_host", "home"), [(True, "cpu"), (False, "meta")])
+def test_states_begin_on_the_host_or_beside_their_parameter(on_host: bool, home: str) -> None:
+    """`meta` is the one other device that every machine has."""
+    parameter = nn.Parameter(torch.empty(3, 4, device="meta"))
+    state = ShardedAdamW([parameter], on_host=on_host).state_of(parameter)
+    assert {name: value.device.type for name, value in state.items()} == dict.fromkeys(
+        ("exp_avg", "exp_avg_sq", "step"), home
+    )
+
+
 def test_what_it_cannot_do_is_refused() -> None:
     with pytest.raises(TypeError, match="amsgrad"):
         ShardedAdamW(parameters(), amsgrad=True)  # type: ignore[call-arg]
