@@ -7,13 +7,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from filelock import FileLock
 from safetensors.torch import load_file
 
-from lightrft.testing import RankJob, RankPool
+from lightrft.testing import RankJob, RankPool, announce
+from lightrft.testing.faults import watch_file_events
 
 START_SECONDS = 240.0
 
@@ -167,27 +169,38 @@ def tiny(train: Callable[..., Command], tiny_run: Path) -> Callable[..., Command
     return lambda folder, *arguments: start_tiny(train, tiny_run, folder, *arguments)
 
 
-def run_command(modules: Path, *words: str) -> None:
-    """On a rank that a launcher has started: the command, with modules that lie in a folder."""
+def run_command(modules: Path, *words: str, held: tuple[int, Path, int] | None = None) -> None:
+    """On a rank that a launcher has started: the command, with modules that lie in a folder.
+
+    :param held: (rank, folder, n): before its nth file operation below the folder that rank announces "held", and waits
+        to be killed.
+    """
     from lightrft.cli.main import main
 
+    if held is not None and held[0] == int(os.environ["RANK"]):
+        watch_file_events(held[1], lambda count: hold() if count == held[2] else None)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(modules)
         assert main(words) == 0
 
 
+def hold() -> None:
+    announce("held")
+    time.sleep(START_SECONDS)
+
+
 @pytest.fixture
 def under_torchrun(ranks: RankPool) -> Callable[..., RankJob]:
     """Starts a command on ranks that are there already, as torchrun would start them."""
-    return lambda modules, *words, pool=ranks: pool.submit(run_command, modules, *words)
+    return lambda modules, *words, pool=ranks, held=None: pool.submit(run_command, modules, *words, held=held)
 
 
 @pytest.fixture
 def tiny_under_torchrun(under_torchrun: Callable[..., RankJob], tiny_run: Path) -> Callable[..., RankJob]:
     """Starts the tiny run in a folder, with further arguments."""
 
-    def start(folder: Path, *arguments: str, **pool: RankPool) -> RankJob:
-        return under_torchrun(tiny_run.parent, "train", *tiny_words(tiny_run, folder, *arguments), **pool)
+    def start(folder: Path, *arguments: str, **options: Any) -> RankJob:
+        return under_torchrun(tiny_run.parent, "train", *tiny_words(tiny_run, folder, *arguments), **options)
 
     return start
 

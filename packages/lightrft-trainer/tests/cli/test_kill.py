@@ -56,22 +56,32 @@ def test_a_rank_killed_in_the_middle_of_training(
     assert [line["step"] for line in read_metrics(metrics)] == list(range(1, 9))
 
 
-@pytest.mark.parametrize("step", [pytest.param(n, marks=() if n == 3 else pytest.mark.full) for n in (1, 3, 5)])
+@pytest.mark.parametrize(
+    ("step", "victim", "operation"),
+    [
+        pytest.param(1, 0, 7, marks=pytest.mark.full),
+        (3, 1, 3),
+        pytest.param(5, 0, 20, marks=pytest.mark.full),
+    ],
+)
 def test_a_rank_killed_in_the_middle_of_a_save(
     tiny_under_torchrun: Tiny,
     tmp_path: Path,
     uninterrupted: Path,
     same_weights: Callable[[Path, Path], None],
     step: int,
+    victim: int,
+    operation: int,
 ) -> None:
-    victim = step % 2
-    job = tiny_under_torchrun(tmp_path)
-    staging = tmp_path / "run" / "checkpoints" / f".step_{step:06d}.partial"
-    give_up = time.monotonic() + 120
-    while not staging.exists() and time.monotonic() < give_up:
-        time.sleep(0.0005)
+    """On the pool's ranks, so that one can wait within its save to be killed; fresh ones resume."""
+    final = tmp_path / "run" / "checkpoints" / f"step_{step:06d}"
+    staging = final.with_name(f".{final.name}.partial")
+    job = tiny_under_torchrun(tmp_path, held=(victim, staging, operation))
+    job.wait_for(victim, "held")
+    assert staging.is_dir()
     job.signal(victim, signal.SIGKILL)
     assert job.outcomes(grace=1.0)[victim].died == -signal.SIGKILL
+    assert not final.exists()
     tiny_under_torchrun(tmp_path, "--resume").results()
     same_weights(tmp_path / "run", uninterrupted)
 
