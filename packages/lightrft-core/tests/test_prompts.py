@@ -1,13 +1,17 @@
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lightrft.strategy.engine import EngineCapabilities, EngineSpec
+from lightrft.strategy.fake_strategy import FakeStrategy
 from lightrft.strategy.prompts import from_multi_modal_inputs, make_prompts, make_requests
+from lightrft.strategy.registry import register_engine
 from lightrft.strategy.sampling import SamplingParams, sample_seed
+from lightrft.testing import FakeEngine
 
 
 def images_of(prompts: Any) -> list[tuple[Any, ...]]:
@@ -83,3 +87,30 @@ def test_vllm_style_inputs_are_read_and_unknown_keys_refused() -> None:
         from_multi_modal_inputs([{"prompt": "a", "multi_modal_data": {"video": []}}])
     with pytest.raises(ValueError, match="multimodal input 0"):
         from_multi_modal_inputs([{"text": "a"}])
+
+
+class Told(FakeEngine):
+    """Keeps how many images it was told to allow."""
+
+    capabilities: ClassVar[EngineCapabilities] = EngineCapabilities(
+        devices=("cpu",), needs_model=False, multimodal=True
+    )
+
+    def start(self, spec: EngineSpec, group: Any = None) -> None:
+        self.max_images = spec.max_images
+        super().start(spec, group)
+
+
+@pytest.mark.parametrize(("limit", "told"), [(-1, None), (1, 1), (2, 2)])
+def test_a_prompt_with_more_images_than_the_limit_is_refused(limit: int, told: int | None) -> None:
+    register_engine("told", Told)
+    strategy = FakeStrategy(limit_mm_image_per_prompt=limit)
+    strategy.setup_inference_engine(None, engine_type="told")
+    assert isinstance(strategy.engine_host.engine, Told)
+    assert strategy.engine_host.engine.max_images == told
+    prompts: dict[str, Any] = {"all_prompts": ["a", "b"], "all_images": ["x", "y", "z"], "images_num": [1, 2]}
+    if limit == 1:
+        with pytest.raises(ValueError, match="a prompt has 2 images, --limit_mm_image_per_prompt is 1"):
+            strategy.gather_and_generate({"max_tokens": 1}, **prompts)
+    else:
+        assert len(strategy.gather_and_generate({"max_tokens": 1}, **prompts)) == 2

@@ -247,19 +247,21 @@ def test_a_model_that_every_rank_holds_trains_as_one(ranks: Any, micro: int) -> 
 
 def frozen_sizes() -> list[int]:
     strategy = FSDPV2Strategy(**SETTINGS)
-    sizes = []
-    for shard_size in (1, 8, None):
-        model = strategy.prepare_model(tiny_model(), shard_size=shard_size)
-        sizes.append(sum(local(parameter).numel() for parameter in model.parameters()))
-        assert all(not parameter.requires_grad for parameter in model.parameters())
-    return sizes
+    models = [strategy.prepare_model(tiny_model(), shard_size=shard_size) for shard_size in (1, 8, None)]
+    for flag in (1, None):
+        strategy = FSDPV2Strategy(**SETTINGS, initial_model_shard_size=flag)
+        *_, reference = strategy.prepare_models_and_optimizers(tiny_model(), None, None, tiny_model(), None, 1)
+        models.append(reference)
+    assert not any(parameter.requires_grad for model in models for parameter in model.parameters())
+    return [sum(local(parameter).numel() for parameter in model.parameters()) for model in models]
 
 
 def test_a_frozen_model_takes_no_more_ranks_than_there_are(ranks: Any) -> None:
     total = sum(parameter.numel() for parameter in tiny_model().parameters())
-    for one, eight, every in ranks.run(frozen_sizes):
+    for one, eight, every, *reference in ranks.run(frozen_sizes):
         assert one == total
         assert eight == every < total * 0.51
+        assert reference == [one, every], "--initial_model_shard_size decides"
 
 
 def four_ranks_in_pairs() -> None:

@@ -21,6 +21,8 @@ from lightrft.data.tasks import build_tokenizer
 from lightrft.strategy import StrategyConfig
 from lightrft.testing.tiny_models import tiny_tokenizer
 
+TASK = "task:reverse_digits"
+
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
@@ -148,8 +150,18 @@ def test_everything_comes_from_the_configuration(tokenizer: Any, tmp_path: Path)
         prompt_dataset_from_config(StrategyConfig(prompt_data=train, engine_type="hf"), tokenizer, evaluation=True)
 
 
+def test_training_and_held_out_prompts_come_from_their_splits(tokenizer: Any):
+    def prompts(split: str, **settings: Any) -> list[str]:
+        config = StrategyConfig(prompt_data=TASK, eval_data=TASK, max_samples=8, max_eval_samples=8, **settings)
+        return [p.prompt for p in prompt_dataset_from_config(config, tokenizer, evaluation=split == "eval_split")]
+
+    for split, other in (("prompt_split", "test"), ("eval_split", "train")):
+        direct = build_prompt_dataset(TASK, tokenizer, split=other, max_samples=8)
+        assert prompts(split, **{split: other}) == [p.prompt for p in direct] != prompts(split)
+
+
 def test_the_default_task_is_a_dataset_like_any_other():
-    data = build_prompt_dataset("task:reverse_digits", build_tokenizer(), split="test", prompt_max_len=8)
+    data = build_prompt_dataset(TASK, build_tokenizer(), split="test", prompt_max_len=8)
     assert len(data) == 512
     assert data[0].label == data[0].prompt[:-1][::-1]
     assert len(data[0].prompt_token_ids) == 5

@@ -1,7 +1,12 @@
 from __future__ import annotations
 
 import json
+import sys
+from functools import partial
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -65,3 +70,39 @@ def test_a_tracker_that_is_not_installed_says_what_to_install(
     monkeypatch.setattr("lightrft.trainer.metrics.find_spec", lambda _: None)
     with pytest.raises(PluginError, match=rf"lightrft-trainer\[{name}\]"):
         make_sinks(StrategyConfig(**{f"use_{name}": True}), tmp_path, tmp_path)
+
+
+class Tracker(ModuleType):
+    """What a tracker's module is called with."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.__spec__ = ModuleSpec(name, None)
+        self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+        for function in ("init", "log", "finish"):
+            setattr(self, function, partial(self._call, function))
+
+    def _call(self, function: str, *args: Any, **options: Any) -> None:
+        self.calls.append((function, args, options))
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_the_tracker_that_is_asked_for_is_told_the_run_and_its_figures(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trackers = {module: Tracker(module) for module in ("wandb", "trackio")}
+    for module, tracker in trackers.items():
+        monkeypatch.setitem(sys.modules, module, tracker)
+    config = StrategyConfig(
+        **{f"use_{name}": True}, wandb_project="digits", wandb_run_name="tenth", use_tensorboard=False
+    )
+    for sink in make_sinks(config, tmp_path, tmp_path / "logs"):
+        sink.log(3, {"loss": 0.5, "kl": None, "sample_versions": {"1": 32}})
+        sink.close()
+    asked = trackers.pop(name)
+    (begun, _, run), logged, ended = asked.calls
+    assert (begun, run["project"], run["name"], run["config"]) == ("init", "digits", "tenth", config.to_dict())
+    assert run.get("dir") == (str(tmp_path / "logs") if name == "wandb" else None)
+    assert logged == ("log", ({"loss": 0.5},), {"step": 3})
+    assert ended == ("finish", (), {})
+    assert [tracker.calls for tracker in trackers.values()] == [[]]

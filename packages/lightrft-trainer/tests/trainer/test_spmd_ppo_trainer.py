@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -170,6 +171,27 @@ def test_every_algorithm_trains(make: Make, name: str) -> None:
     for line in lines(setup):
         assert line["loss"] is not None
         assert line["skipped"] == 0
+
+
+# Each flag with a value far from its default, and what it works with.
+STRENGTHS: dict[str, tuple[float, dict[str, Any]]] = {
+    "value_clip": (1e-4, {"advantage_estimator": "gae", "max_epochs": 2}),
+    "policy_drift_clip_eps": (1e-4, {"use_cpg_loss": True, "policy_drift_coef": 1.0, "max_epochs": 2}),
+    "overlong_buffer_penalty_factor": (9.0, {"overlong_buffer": True, "overlong_buffer_len": 3}),
+}
+
+
+@pytest.mark.parametrize("flag", STRENGTHS)
+def test_a_flag_of_the_algorithm_changes_what_is_learned(make: Make, flag: str) -> None:
+    value, others = STRENGTHS[flag]
+    learned = []
+    for settings in (others, others, {**others, flag: value}):
+        setup = make(**settings, max_steps=1)
+        setup.fit()
+        trained = setup.trainer.critic if flag == "value_clip" else setup.trainer.actor
+        learned.append({name: tensor.clone() for name, tensor in trained.state_dict().items()})
+    assert same(learned[0], learned[1])
+    assert not same(learned[0], learned[2])
 
 
 def test_kl_to_the_reference_grows_from_zero_and_steers_its_weight(make: Make) -> None:
@@ -359,11 +381,28 @@ def test_a_supervised_mixture_is_refused(make: Make) -> None:
         make().fit(pretrain_dataloader=[1])
 
 
-def test_checkpoints_are_pruned_and_the_last_is_always_there(make: Make, tmp_path: Path) -> None:
-    setup = make(save_steps=1, max_ckpt_num=2, max_steps=4)
-    setup.fit()
-    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir() if path.is_dir())
-    assert names == ["step_000003", "step_000004"]
+def checkpoints(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "run" / "checkpoints").iterdir() if path.is_dir())
+
+
+@pytest.mark.parametrize(
+    ("limit", "kept"),
+    [({"max_ckpt_num": 2}, ["step_000003", "step_000004"]), ({"max_ckpt_mem": 1e-9}, ["step_000004"])],
+)
+def test_checkpoints_are_pruned_and_the_last_is_always_there(
+    make: Make, tmp_path: Path, limit: dict[str, Any], kept: list[str]
+) -> None:
+    make(save_steps=1, max_steps=4, **limit).fit()
+    assert checkpoints(tmp_path) == kept
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_checkpoints_are_written_in_the_background_where_asked(make: Make, tmp_path: Path, background: bool) -> None:
+    setup = make(save_steps=1, max_steps=2, async_save=background)
+    with mock.patch.object(setup.strategy, "save_ckpt", wraps=setup.strategy.save_ckpt) as save:
+        setup.fit()
+    assert {call.kwargs["asynchronous"] for call in save.call_args_list} == {background}
+    assert checkpoints(tmp_path) == ["step_000001", "step_000002"]
 
 
 def test_a_fused_logprob_that_the_actor_does_not_compute_is_refused(make: Make) -> None:
