@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 pytest.importorskip("torchvision", reason="Qwen2-VL's processor needs it: pip install torchvision")
 
@@ -17,12 +18,21 @@ from lightrft.testing.tiny_models import save_tiny_model, tiny_image, tiny_proce
 from lightrft.trainer import SPMDPPOTrainerVL
 from lightrft.trainer.metrics import read_metrics
 
+START = "<|im_start|>"  # the chat template begins with it
+
 
 @pytest.fixture
 def setup(tmp_path: Path, request: pytest.FixtureRequest) -> tuple[SPMDPPOTrainerVL, Any, Any]:
     """A vision-language trainer; every third prompt has no image, one has two."""
-    settings = getattr(request, "param", {})
+    settings = dict(getattr(request, "param", {}))
     folder = save_tiny_model("qwen2_vl", tmp_path / "model")
+    processor = tiny_processor("qwen2_vl")
+    if settings.pop("adds_start_token", False):
+        start = processor.tokenizer.convert_tokens_to_ids(START)
+        processor.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=f"{START} $A", special_tokens=[(START, start)]
+        )
+        processor.save_pretrained(folder)
     config = StrategyConfig(
         **{
             "strategy": "fake",
@@ -44,7 +54,6 @@ def setup(tmp_path: Path, request: pytest.FixtureRequest) -> tuple[SPMDPPOTraine
         }
     )
     strategy = FakeStrategy(args=config)
-    processor = tiny_processor("qwen2_vl")
     records = [
         Record({"input": f"what is {i} ?", "image": [tiny_image(i + k) for k in range(i % 3)]}, str(i))
         for i in range(9)
@@ -85,6 +94,20 @@ def test_images_reach_the_engine_and_the_training_pass(setup: tuple[SPMDPPOTrain
     assert all(line["logprob_drift_max"] < 1e-4 for line in lines)
     after = trainer.actor.state_dict()
     assert any(not torch.equal(value, after[name]) for name, value in vision.items())
+
+
+@pytest.mark.parametrize("setup", [{"adds_start_token": True}], indirect=True)
+def test_the_chat_template_s_own_special_tokens_are_not_doubled(setup: tuple[SPMDPPOTrainerVL, Any, Any]) -> None:
+    trainer, _, prompts = setup
+    tokenizer = trainer.tokenizer
+    start, image = (tokenizer.convert_tokens_to_ids(name) for name in (START, "<|image_pad|>"))
+    assert tokenizer("a")["input_ids"][0] == start
+    maker = trainer.experience_maker
+    outputs = maker.generate([prompts[i] for i in range(3)], maker.sampling, step=0)
+    for output, prompt in zip(outputs[:: maker.sampling.n], prompts, strict=False):
+        assert output.prompt_token_ids.count(start) == prompt.prompt_token_ids.count(start)
+        rest = [token for token in output.prompt_token_ids if token != image]
+        assert rest == [token for token in prompt.prompt_token_ids if token != image]
 
 
 @pytest.mark.parametrize("setup", [{"max_epochs": 2, "train_batch_size": 3}], indirect=True)

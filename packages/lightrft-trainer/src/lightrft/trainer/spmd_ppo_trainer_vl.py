@@ -24,11 +24,15 @@ class ExperienceMakerVL(ExperienceMaker):
     """Sends text and images to the engine, and keeps what the processor makes of the images for training."""
 
     def generate(self, prompts: Sequence[Any], sampling: SamplingParams, step: int) -> list[GenerationOutput]:
-        """See the base class. The engine expands image placeholders; its prompt ids are those that training sees."""
+        """See the base class. The engine expands image placeholders; its prompt ids are those that training sees.
+
+        It gets the dataset's ids, not the text: tokenized again, a text could gain special tokens that its chat
+        template has written already.
+        """
         images = [list(prompt.images or ()) for prompt in prompts]
         return self.strategy.gather_and_generate(
             sampling,
-            all_prompts=[prompt.prompt for prompt in prompts],
+            all_prompt_token_ids=[prompt.prompt_token_ids for prompt in prompts],
             all_images=[picture for pictures in images for picture in pictures],
             images_num=[len(pictures) for pictures in images],
             sleep_engine=False,
