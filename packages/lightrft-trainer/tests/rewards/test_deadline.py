@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from lightrft.rewards.deadline import LateCallError, call_with_deadline
+from lightrft.rewards.deadline import LateCallError, call_with_deadline, seconds_left
 
 
 def test_a_result_comes_back():
@@ -29,3 +29,8 @@ def test_a_late_call_says_where_it_is_and_does_not_keep_the_program_alive():
     left_behind = [thread for thread in threading.enumerate() if thread.name == "reward"]
     release.set()
     assert left_behind and all(thread.daemon for thread in left_behind)
+
+
+def test_a_call_can_ask_how_much_of_its_time_is_left():
+    assert 0.0 < call_with_deadline(lambda: seconds_left(0.5), 60.0) <= 30.0
+    assert seconds_left() == float("inf")

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import json
+import logging
+import time
 from fractions import Fraction
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightrft.rewards import numeric_answer
+from lightrft.rewards import math_worker, numeric, numeric_answer
 from lightrft.rewards.math_worker import MathWorker
 from lightrft.rewards.numeric import answers_equal, extract_answer, plain_number, reference_answer
 
@@ -43,6 +47,23 @@ class NoWorker(MathWorker):
 )
 def test_the_last_marked_answer_counts_or_else_the_last_number(text: str, answer: str | None):
     assert extract_answer(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("\\boxed{" * 20_000, None),
+        ("\\boxed{" * 20_000 + "7" + "}" * 20_000, "7"),
+        ("<answer>" * 20_000, None),
+        ("<answer>5</answer>" + "<answer>" * 20_000, "5"),
+        ("1}} } \\boxed{2} { {", "2"),
+        ("{ \\boxed{2} \\boxed{ {3}", "2"),
+    ],
+)
+def test_a_mark_repeated_without_end_takes_one_pass(text: str, answer: str | None):
+    begun = time.process_time()
+    assert extract_answer(text) == answer
+    assert time.process_time() - begun < 5.0
 
 
 def test_a_gsm8k_label_is_read_after_its_mark():
@@ -91,3 +112,36 @@ def test_plain_numbers_are_compared_without_the_helper(answer: str, reference: s
 def test_a_gsm8k_response_is_graded_by_its_number():
     responses = ["48 / 2 = 24, and 48 + 24 = 72\n#### 72", "The answer is \\boxed{72}", "It is 71", "I do not know"]
     assert numeric_answer(["q"] * 4, responses, [GSM8K_LABEL] * 4) == [1.0, 1.0, 0.0, 0.0]
+
+
+class SlowHelper:
+    """A helper whose every comparison takes as long as it may, by a clock of its own."""
+
+    def __init__(self, worker: MathWorker, seconds: float) -> None:
+        self.worker, self.left, self.stdin = worker, seconds, self
+
+    def seconds_left(self, share: float) -> float:
+        return share * self.left
+
+    def poll(self) -> None: ...
+    def flush(self) -> None: ...
+
+    def write(self, question: str) -> None:
+        self.left -= json.loads(question)[2]
+        self.worker._answers.put("late")
+
+
+def test_slow_comparisons_end_before_the_batch_s_time_and_count_as_unequal(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    worker = MathWorker()
+    helper: Any = SlowHelper(worker, 60.0)
+    monkeypatch.setattr(numeric, "_shared_worker", worker)
+    monkeypatch.setattr(worker, "_process", helper)
+    monkeypatch.setattr(math_worker, "seconds_left", helper.seconds_left)
+    responses = ["#### \\sqrt{2}"] * 100 + ["#### 3"]
+    with caplog.at_level(logging.WARNING):
+        assert numeric_answer(["q"] * 101, responses, ["3"] * 101) == [0.0] * 100 + [1.0]
+    assert helper.left > 0
+    assert caplog.text.count("left out for want of time") == 1
+    assert f"{worker.left_out} comparisons" in caplog.text and 0 < worker.left_out < 95

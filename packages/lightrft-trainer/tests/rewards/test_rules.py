@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from lightrft.rewards import RewardError, exact_match, format_reward, resolve_reward
@@ -54,7 +56,15 @@ def test_a_format_of_ones_own_must_match_the_whole_response():
 
 
 def test_the_boxed_format_may_stand_anywhere():
-    assert resolve_reward("format_boxed")(["q"] * 2, ["so\n\\boxed{4}.", "so 4"], [None] * 2) == [1.0, 0.0]
+    assert resolve_reward("format_boxed")(
+        ["q"] * 3, ["so\n\\boxed{4}.", "\\boxed{} or \\boxed{4}", "so 4"], [None] * 3
+    ) == [1.0, 1.0, 0.0]
+
+
+def test_a_mark_repeated_without_end_is_read_in_one_pass():
+    begun = time.process_time()
+    assert resolve_reward("format_boxed")(["q"], ["\\boxed{" * 20_000], [None]) == [0.0]
+    assert time.process_time() - begun < 5.0
 
 
 def test_a_broken_pattern_is_refused_when_it_is_written():

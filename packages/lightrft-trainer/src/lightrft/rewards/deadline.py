@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
+
+_call = threading.local()
 
 
 class LateCallError(Exception):
@@ -17,6 +20,11 @@ class LateCallError(Exception):
     def __init__(self, where: str) -> None:
         super().__init__(where)
         self.where = where
+
+
+def seconds_left(share: float = 1.0) -> float:
+    """Until ``share`` of the time is over that :func:`call_with_deadline` gave to this thread; infinite elsewhere."""
+    return _call.begun + share * _call.seconds - time.monotonic() if hasattr(_call, "begun") else float("inf")
 
 
 def call_with_deadline(function: Callable[[], Result], seconds: float) -> Result:
@@ -30,6 +38,7 @@ def call_with_deadline(function: Callable[[], Result], seconds: float) -> Result
     outcome: dict[str, Any] = {}
 
     def target() -> None:
+        _call.begun, _call.seconds = time.monotonic(), seconds
         try:
             outcome["result"] = function()
         except BaseException as error:  # noqa: BLE001 - handed to the caller below, whatever it is

@@ -16,16 +16,24 @@ import sys
 import threading
 from typing import IO
 
+from .deadline import seconds_left
+
 logger = logging.getLogger(__name__)
 
 HELPER = pathlib.Path(__file__).with_name("math_helper.py")
 START_SECONDS = 120.0
 COMPARE_SECONDS = 5.0
 """Limit of one comparison."""
+LEAST_SECONDS = 0.1
+BATCH_SHARE = 0.75
+"""Of a batch's time, so much is for comparisons; the rest is kept for what else must be done by then."""
 
 
 class MathWorker:
     """Compares expressions in a helper process, which starts at the first question and ends with this one.
+
+    Within a reward's deadline no comparison takes more than half of what is left of the batch's time, so that slow
+    ones never use it up; where hardly any is left, a comparison is left out and counts as unequal (``left_out``).
 
     :param compare_seconds: limit of one comparison; one that takes longer counts as unequal and is logged.
     :param start_seconds: limit of the helper's start (it imports sympy).
@@ -34,6 +42,7 @@ class MathWorker:
     def __init__(self, *, compare_seconds: float = COMPARE_SECONDS, start_seconds: float = START_SECONDS) -> None:
         self.compare_seconds = compare_seconds
         self.start_seconds = start_seconds
+        self.left_out = 0
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
         self._owner = os.getpid()
@@ -48,19 +57,23 @@ class MathWorker:
         with self._lock:
             if self._process is None or self._process.poll() is not None or self._owner != os.getpid():
                 self._start()
+            limit = min(self.compare_seconds, seconds_left(BATCH_SHARE) / 2)
+            if limit < min(LEAST_SECONDS, self.compare_seconds):
+                self.left_out += 1
+                return False
             assert self._process is not None and self._process.stdin is not None
             try:
-                self._process.stdin.write(json.dumps([answer, reference, self.compare_seconds]) + "\n")
+                self._process.stdin.write(json.dumps([answer, reference, limit]) + "\n")
                 self._process.stdin.flush()
                 # The helper keeps the limit; ours only catches a helper that is itself stuck.
-                verdict = self._answers.get(timeout=self.compare_seconds + 30.0).strip()
+                verdict = self._answers.get(timeout=limit + 30.0).strip()
             except (queue.Empty, OSError):
                 verdict = ""
             if not verdict:
                 self._stop()
         if verdict in ("equal", "unequal"):
             return verdict == "equal"
-        reason = f"took longer than {self.compare_seconds:g} s" if verdict == "late" else "ended the comparing process"
+        reason = f"took longer than {limit:.3g} s" if verdict == "late" else "ended the comparing process"
         logger.warning("comparing %.80r with %.80r %s; it counts as unequal", answer, reference, reason)
         return False
 

@@ -7,6 +7,7 @@ process.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from fractions import Fraction
@@ -15,28 +16,40 @@ from typing import Any
 from .math_worker import MathWorker
 from .rules import accepted_answers
 
+logger = logging.getLogger(__name__)
+
 MAX_ANSWER_CHARACTERS = 1000
 
 _HASH_MARK = re.compile(r"####[ \t]*([^\n]+)")
 _ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_ANSWER_END = "</answer>"
 _BOXED = re.compile(r"\\boxed\s*\{")
+_BRACE = re.compile(r"[{}]")
 _NUMBER = re.compile(r"(?<![\w.])[-+]?\$?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:/\d+)?")
 _WITH_UNIT = re.compile(rf"({_NUMBER.pattern})\s+[A-Za-z]{{2,}}(?:\s+[A-Za-z]+)*\.?")
 _MAGNITUDES = re.compile(r"\b(?:hundred|thousand|million|billion|dozen|percent)s?\b", re.IGNORECASE)
 _PLAIN = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d{1,3})?(?:/\d+)?")
 
 
-def _boxed_answers(text: str) -> list[tuple[int, str]]:
-    """Start and contents of every ``\\boxed{…}`` whose braces balance."""
-    found = []
-    for match in _BOXED.finditer(text):
-        depth = 1
-        for position in range(match.end(), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[position], 0)
-            if depth == 0:
-                found.append((match.start(), text[match.end() : position]))
-                break
-    return found
+# A policy that has collapsed repeats a mark thousands of times, so each search here takes one pass over the text.
+def _tagged_answers(text: str) -> list[tuple[int, str]]:
+    """Start and contents of every ``<answer>…</answer>``."""
+    end = text.rfind(_ANSWER_END) + len(_ANSWER_END)  # no tag that begins later is closed
+    return [(match.start(), match.group(1)) for match in _ANSWER_TAG.finditer(text, 0, end)]
+
+
+def _last_boxed(text: str) -> list[tuple[int, str]]:
+    """Start and contents of the last ``\\boxed{…}`` whose braces balance; empty where there is none."""
+    boxes = {match.end() - 1: match.start() for match in _BOXED.finditer(text)}
+    opened: list[int] = []
+    last = (-1, -1)
+    for brace in _BRACE.finditer(text) if boxes else ():
+        if brace.group() == "{":
+            opened.append(brace.start())
+        elif opened and (opening := opened.pop()) in boxes:
+            last = max(last, (opening, brace.start()))
+    opening, closing = last
+    return [] if opening < 0 else [(boxes[opening], text[opening + 1 : closing])]
 
 
 def extract_answer(text: str) -> str | None:
@@ -46,8 +59,7 @@ def extract_answer(text: str) -> str | None:
     counts.
     """
     marked = [(match.start(), match.group(1)) for match in _HASH_MARK.finditer(text)]
-    marked += [(match.start(), match.group(1)) for match in _ANSWER_TAG.finditer(text)]
-    marked += _boxed_answers(text)
+    marked += _tagged_answers(text) + _last_boxed(text)
     if marked:
         inner = max(marked)[1].strip()
         return inner or None
@@ -57,7 +69,7 @@ def extract_answer(text: str) -> str | None:
 
 def reference_answer(label: str) -> str:
     """A label's answer: what follows its last ``####`` (GSM8K), or stands in ``\\boxed{}``, else all of it."""
-    marked = [(match.start(), match.group(1)) for match in _HASH_MARK.finditer(label)] + _boxed_answers(label)
+    marked = [(match.start(), match.group(1)) for match in _HASH_MARK.finditer(label)] + _last_boxed(label)
     return max(marked)[1].strip() if marked else label.strip()
 
 
@@ -101,9 +113,10 @@ def numeric_answer(
     """1 where the response's answer is mathematically the label's, else 0.
 
     The answer is found by :func:`extract_answer`, the label is read by :func:`reference_answer`. A comparison that
-    takes longer than the worker's limit counts as wrong and is logged.
+    takes longer than the worker's limit counts as wrong and is logged; so do those for which slow ones have left no
+    time of the batch (``--reward_timeout``).
     """
-    rewards = []
+    rewards, left_out = [], _shared_worker.left_out
     for index, (prompt, response, label) in enumerate(zip(prompts, responses, labels, strict=True)):
         references = accepted_answers(label, sample=index, prompt=prompt)
         answer = extract_answer(response)
@@ -111,4 +124,11 @@ def numeric_answer(
             answers_equal(answer, reference_answer(reference), worker=_shared_worker) for reference in references
         )
         rewards.append(float(right))
+    if _shared_worker.left_out > left_out:
+        logger.warning(
+            "%d comparisons were left out for want of time and count as unequal; give the batch of %d responses more "
+            "with --reward_timeout",
+            _shared_worker.left_out - left_out,
+            len(responses),
+        )
     return rewards

@@ -9,7 +9,7 @@ from typing import Any
 from .protocol import RewardError, RewardFunction, excerpt
 
 THINK_ANSWER_PATTERN = r"\s*<think>(?:(?!</?think>|</?answer>).)*</think>\s*<answer>(?:(?!</?answer>).)*</answer>\s*"
-BOXED_PATTERN = r".*\\boxed\s*\{.+\}.*"
+BOXED_PATTERN = r"(?>.*?\\boxed\s*\{).+\}.*"  # the first box decides: trying each takes quadratic time
 
 
 def accepted_answers(label: Any, *, sample: int, prompt: str) -> tuple[str, ...]:
