@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 import torch
 
-from lightrft.rewards import RewardError
+from lightrft.rewards import RewardError, RewardOutput
 from lightrft.strategy.lifecycle import EngineStatus
 from lightrft.trainer import DriftError, SPMDPPOTrainer
 from lightrft.trainer import policy_update as update_module
@@ -246,6 +246,20 @@ def test_dynamic_sampling_keeps_drawing_until_the_batch_is_full(make: Make) -> N
     assert seen == [16, 16]
     (line,) = lines(setup)
     assert (line["groups_dropped"], line["reward_mean"]) == (4, 0.5)
+
+
+def test_a_reward_s_parts_are_means_over_all_that_was_graded(make: Make) -> None:
+    draws: list[int] = []
+
+    def parts(prompts: list[str], responses: list[str], labels: list[Any]) -> RewardOutput:
+        draws.append(len(responses))
+        rewards = [float(i % 2 and len(draws) > 1) for i in range(len(responses))]
+        return RewardOutput(rewards, {"length": [3.0] * len(responses)})
+
+    setup = make(dynamic_sampling=True, max_steps=1, reward_fn=parts)
+    setup.fit()
+    (line,) = lines(setup)
+    assert (line["groups_dropped"], line["reward/length"]) == (4, 3.0)
 
 
 def test_a_reward_that_raises_ends_the_run_and_names_the_sample(make: Make) -> None:

@@ -42,6 +42,7 @@ class Rollout:
         included.
     :param groups_dropped: groups over all ranks that dynamic sampling turned away.
     :param trajectories: texts of some of this rank's samples, for the log.
+    :param metrics: sums of the rewards' parts over the ``graded`` samples of this rank, dropped ones included.
     """
 
     samples: list[Experience]
@@ -51,6 +52,7 @@ class Rollout:
     groups_dropped: int = 0
     trajectories: list[dict[str, Any]] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
+    graded: int = 0
 
 
 @dataclass
@@ -212,6 +214,7 @@ class ExperienceMaker:
             sample.reward = reward
         rollout.seconds["generate"] += generated - begun
         rollout.seconds["reward"] += time.monotonic() - generated
+        rollout.graded += len(samples)
         for name, value in graded.metrics.items():
             rollout.metrics[name] = rollout.metrics.get(name, 0.0) + value
         rollout.trajectories += graded.trajectories

@@ -390,12 +390,13 @@ class SPMDPPOTrainer:
             {
                 "tokens": rollout.generated_tokens,
                 "finished": sum(sample.finished for sample in samples),
+                "graded": rollout.graded,
                 **{f"reward/{name}": float(value) for name, value in rollout.metrics.items()},
             },
             "sum",
         )
         seconds = self.strategy.all_reduce(rollout.seconds, "max")
-        count = max(1, len(records))
+        count, graded = max(1, len(records)), max(1, summed["graded"])
         return {
             "reward_mean": float(rewards.mean()) if records else None,
             "reward_std": float(rewards.std(unbiased=False)) if records else None,
@@ -408,7 +409,7 @@ class SPMDPPOTrainer:
             "seconds_experience": seconds["experience"],
             "groups_dropped": rollout.groups_dropped,
             "sample_versions": dict(sorted(Counter(str(record.weight_version) for record in records).items())),
-            **{name: value / count for name, value in summed.items() if name.startswith("reward/")},
+            **{name: value / graded for name, value in summed.items() if name.startswith("reward/")},
         }
 
     def ppo_train(self, global_steps: int = 0) -> dict[str, float]:
