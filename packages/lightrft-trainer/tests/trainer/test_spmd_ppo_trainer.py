@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import pytest
@@ -303,6 +303,25 @@ def test_evaluation_is_greedy_and_comes_before_and_after(make: Make) -> None:
     assert saved == state.evaluation
     assert lines(setup)[1]["eval_accuracy"] == state.evaluation["2"]
     assert (setup.trainer.output_dir / "plots" / "accuracy.png").exists()
+
+
+def test_every_evaluation_reaches_the_trackers(make: Make) -> None:
+    class Tracker:
+        seen: ClassVar[dict[int, list[float]]] = {}
+
+        def log(self, step: int, values: Mapping[str, Any]) -> None:
+            if "eval_accuracy" in values:
+                self.seen.setdefault(step, []).append(values["eval_accuracy"])
+                assert isinstance(values["eval_reward"], float)
+
+        def close(self) -> None: ...
+
+    setup = make(eval_steps=2, max_steps=3)
+    opened = setup.trainer._open_sinks
+    setup.trainer._open_sinks = lambda: [*opened(), Tracker()]
+    state = setup.fit(eval_prompts=[setup.prompts[0]])
+    assert Tracker.seen == {int(step): [accuracy] for step, accuracy in state.evaluation.items()}
+    assert [line["step"] for line in lines(setup)] == [1, 2, 3]
 
 
 def test_trajectories_show_prompt_response_and_reward(make: Make) -> None:

@@ -10,7 +10,7 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ from .grading import Grader
 from .interruption import Interruption
 from .kl_controller import make_kl_controller
 from .losses import PolicyObjective
-from .metrics import METRICS_FILE, MetricSink, make_sinks, read_metrics
+from .metrics import METRICS_FILE, JsonlSink, MetricSink, make_sinks, read_metrics
 from .minibatches import balance
 from .plots import plot_curves
 from .policy_update import PolicyUpdater
@@ -306,12 +306,11 @@ class SPMDPPOTrainer:
             if self.state.training:
                 self.strategy.maybe_sleep_inference_engine()
             if self.state.step == 0 and not self.state.training:
-                self._evaluate(eval_prompts)
+                self._log_evaluation(self._evaluate(eval_prompts), sinks)
             with progress:
                 self._run_steps(stream, total, eval_prompts, sinks, progress)
             if not self._stopping:
-                self._evaluate(eval_prompts)
-                self._log_evaluation(sinks)
+                self._log_evaluation(self._evaluate(eval_prompts), sinks)
             self.save_state(stream)
             self.strategy.finish_checkpoint()
         finally:
@@ -560,11 +559,17 @@ class SPMDPPOTrainer:
         self.state.evaluation[str(self.state.step)] = result.accuracy
         return {"eval_accuracy": result.accuracy, "eval_reward": result.reward}
 
-    def _log_evaluation(self, sinks: Sequence[MetricSink]) -> None:
-        """The evaluation at the end belongs to no step's line: it gets its own file and the plot reads both."""
-        if self.strategy.is_rank_0() and self.state.evaluation:
-            path = self.output_dir / "evaluation.json"
-            path.write_text(json.dumps(self.state.evaluation, indent=1), encoding="utf-8")
+    def _log_evaluation(self, figures: Mapping[str, float], sinks: Sequence[MetricSink]) -> None:
+        """An evaluation before or after the steps belongs to no step's line in metrics.jsonl: it gets its own file, and
+        the plot reads both.
+        """
+        if not self.strategy.is_rank_0() or not self.state.evaluation:
+            return
+        path = self.output_dir / "evaluation.json"
+        path.write_text(json.dumps(self.state.evaluation, indent=1), encoding="utf-8")
+        for sink in sinks:
+            if figures and not isinstance(sink, JsonlSink):
+                sink.log(self.state.step, figures)
 
     # ---- files ------------------------------------------------------------------------------------------------------
     def _open_sinks(self) -> list[MetricSink]:
