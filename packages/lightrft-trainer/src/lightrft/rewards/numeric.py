@@ -14,15 +14,13 @@ from fractions import Fraction
 from typing import Any
 
 from .math_worker import MathWorker
-from .rules import accepted_answers
+from .rules import accepted_answers, tagged_answers
 
 logger = logging.getLogger(__name__)
 
 MAX_ANSWER_CHARACTERS = 1000
 
 _HASH_MARK = re.compile(r"####[ \t]*([^\n]+)")
-_ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_ANSWER_END = "</answer>"
 _BOXED = re.compile(r"\\boxed\s*\{")
 _BRACE = re.compile(r"[{}]")
 _NUMBER = re.compile(r"(?<![\w.])[-+]?\$?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:/\d+)?")
@@ -31,15 +29,8 @@ _MAGNITUDES = re.compile(r"\b(?:hundred|thousand|million|billion|dozen|percent)s
 _PLAIN = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d{1,3})?(?:/\d+)?")
 
 
-# A policy that has collapsed repeats a mark thousands of times, so each search here takes one pass over the text.
-def _tagged_answers(text: str) -> list[tuple[int, str]]:
-    """Start and contents of every ``<answer>…</answer>``."""
-    end = text.rfind(_ANSWER_END) + len(_ANSWER_END)  # no tag that begins later is closed
-    return [(match.start(), match.group(1)) for match in _ANSWER_TAG.finditer(text, 0, end)]
-
-
 def _last_boxed(text: str) -> list[tuple[int, str]]:
-    """Start and contents of the last ``\\boxed{…}`` whose braces balance; empty where there is none."""
+    """Start and contents of the last ``\\boxed{…}`` whose braces balance, if there is one; in one pass."""
     boxes = {match.end() - 1: match.start() for match in _BOXED.finditer(text)}
     opened: list[int] = []
     last = (-1, -1)
@@ -59,7 +50,7 @@ def extract_answer(text: str) -> str | None:
     counts.
     """
     marked = [(match.start(), match.group(1)) for match in _HASH_MARK.finditer(text)]
-    marked += _tagged_answers(text) + _last_boxed(text)
+    marked += tagged_answers(text) + _last_boxed(text)
     if marked:
         inner = max(marked)[1].strip()
         return inner or None

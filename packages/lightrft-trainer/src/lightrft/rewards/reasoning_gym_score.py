@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightrft.data.reasoning_gym import import_reasoning_gym
 
 from .protocol import RewardError, excerpt
-
-_ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+from .rules import tagged_answers
 
 
 def tagged_answer(response: str) -> str:
     """What stands in the response's last ``<answer>…</answer>``, else all of it, without surrounding blanks."""
-    tagged = _ANSWER_TAG.findall(response)
-    return (tagged[-1] if tagged else response).strip()
+    tagged = tagged_answers(response)
+    return (tagged[-1][1] if tagged else response).strip()
 
 
 def reasoning_gym_score(

@@ -12,6 +12,16 @@ THINK_ANSWER_PATTERN = r"\s*<think>(?:(?!</?think>|</?answer>).)*</think>\s*<ans
 BOXED_PATTERN = r"(?>.*?\\boxed\s*\{).+\}.*"  # the first box decides: trying each takes quadratic time
 
 
+_ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_ANSWER_END = "</answer>"
+
+
+def tagged_answers(text: str) -> list[tuple[int, str]]:
+    """Start and contents of every ``<answer>…</answer>``, in one pass over the text."""
+    end = text.rfind(_ANSWER_END) + len(_ANSWER_END)  # a tag that begins later is not closed; there may be thousands
+    return [(match.start(), match.group(1)) for match in _ANSWER_TAG.finditer(text, 0, end)]
+
+
 def accepted_answers(label: Any, *, sample: int, prompt: str) -> tuple[str, ...]:
     """The texts that count as right for one sample: the label, each of a list of labels, or an entry's ``answer``.
 
