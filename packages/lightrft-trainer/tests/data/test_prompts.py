@@ -84,6 +84,16 @@ def test_labels_can_be_done_without(tokenizer: Any):
     assert PromptDataset(records({"input": "1"}), tokenizer, label_key=None)[0].label is None
 
 
+def test_optional_labels_may_be_missing_from_all_lines_but_not_from_some(
+    tokenizer: Any, caplog: pytest.LogCaptureFixture
+):
+    data = PromptDataset(records({"input": "1"}, {"input": "2", "label": None}), tokenizer, labels_optional=True)
+    assert [prompt.label for prompt in data] == [None, None]
+    assert "no line has the key 'label'" in caplog.text and "--label_key" in caplog.text
+    with pytest.raises(DataError, match=r"data\.jsonl:2: no 'label'; it has 'input' \(--label_key\)"):
+        PromptDataset(records({"input": "1", "label": "1"}, {"input": "2"}), tokenizer, labels_optional=True)
+
+
 def test_an_empty_prompt_is_a_fault(tokenizer: Any):
     with pytest.raises(DataError, match=r"data.jsonl:1: the prompt is empty"):
         PromptDataset(records({"input": "", "label": "1"}), tokenizer)

@@ -12,11 +12,43 @@ import torch
 import transformers
 from peft.tuners.lora import LoraLayer
 
-from lightrft.data.tasks import build_model
+from lightrft.data import DataError, prompt_dataset_from_config
+from lightrft.data.tasks import build_model, build_tokenizer
 from lightrft.strategy import FakeStrategy, StrategyConfig
-from lightrft.trainer.run import build_models
+from lightrft.trainer.run import build_models, data_options
 
 ALL: dict[str, Any] = {"advantage_estimator": "gae", "enable_ema": True}  # actor, critic, reference and average
+
+
+def labels(folder: Path, **settings: Any) -> list[Any]:
+    data = folder / "data.jsonl"
+    data.write_text('{"input": "12="}\n{"input": "34="}\n')
+    config = StrategyConfig(prompt_data=str(data), engine_type="hf", **settings)
+    prompts = prompt_dataset_from_config(config, build_tokenizer(), **data_options(config, multimodal=False))
+    return [prompt.label for prompt in prompts]
+
+
+@pytest.mark.parametrize(
+    "grades",
+    [
+        {"reward_pretrain": "some/model"},
+        {"remote_rm_url": "http://localhost:1"},
+        {"reward": "format"},
+        {"reward": "format=0.5,my_rewards:brevity"},
+    ],
+)
+def test_data_without_labels_is_taken_where_no_rule_reads_them(tmp_path: Path, grades: dict[str, Any]) -> None:
+    assert labels(tmp_path, **grades) == [None, None]
+
+
+@pytest.mark.parametrize(
+    "settings", [{"reward": "format,numeric_answer=2"}, {"reward": "format", "label_key": "answer"}]
+)
+def test_a_line_without_its_label_is_named_where_a_rule_or_the_user_asks_for_it(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    with pytest.raises(DataError, match=r"data\.jsonl:1: no '\w+'; it has 'input' \(--label_key\)"):
+        labels(tmp_path, **settings)
 
 
 def layers(model: Any) -> dict[str, Any]:

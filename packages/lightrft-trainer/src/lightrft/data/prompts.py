@@ -52,6 +52,8 @@ class PromptDataset(Dataset[Prompt]):
     :param records: see :func:`lightrft.data.sources.read_source`.
     :param tokenizer: a tokenizer, or a processor that has one.
     :param input_key: key of the prompt. :param label_key: key of the label; None: no labels.
+    :param labels_optional: records that all lack the label are a dataset without labels, which is logged. Where only
+        some lack it, each of those is a fault still.
     :param images_key: key of the images; records may lack it.
     :param prompt_max_len: longest prompt in tokens.
     :raises DataError: a record lacks a key or cannot be rendered (all such records are counted, the first ones
@@ -65,6 +67,7 @@ class PromptDataset(Dataset[Prompt]):
         *,
         input_key: str = "input",
         label_key: str | None = "label",
+        labels_optional: bool = False,
         images_key: str | None = None,
         prompt_format: PromptFormat | None = None,
         prompt_max_len: int = 1024,
@@ -72,6 +75,9 @@ class PromptDataset(Dataset[Prompt]):
     ) -> None:
         prompt_format = prompt_format or PromptFormat()
         prompt_format.check(tokenizer)
+        if labels_optional and label_key and all(record.values.get(label_key) is None for record in records):
+            logger.warning("no line has the key %r: the prompts have no labels (--label_key)", label_key)
+            label_key = None
         faults: list[str] = []
         rendered: list[tuple[Record, str, Any, list[Any]]] = []
         for record in records:

@@ -9,7 +9,7 @@ from .overlong import soft_overlong_penalty
 from .protocol import RewardError, RewardFunction, RewardOutput, RewardTimeoutError
 from .reasoning_gym_score import reasoning_gym_score
 from .remote import RemoteReward
-from .resolve import build_reward, parse_reward_spec, resolve_reward
+from .resolve import build_reward, needs_labels, parse_reward_spec, resolve_reward
 from .rules import exact_match, format_reward
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "build_reward",
     "exact_match",
     "format_reward",
+    "needs_labels",
     "numeric_answer",
     "parse_reward_spec",
     "reasoning_gym_score",

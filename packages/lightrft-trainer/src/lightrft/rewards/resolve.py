@@ -24,6 +24,8 @@ RULES: dict[str, RewardFunction] = {
     "numeric_answer": numeric_answer,
     "reasoning_gym": reasoning_gym_score,
 }
+LABELLED = frozenset({"exact_match", "numeric_answer", "reasoning_gym"})
+"""The rules that compare with a label."""
 
 
 def resolve_reward(name: str) -> RewardFunction:
@@ -97,6 +99,11 @@ def parse_reward_spec(spec: str) -> list[tuple[str, float]]:
         except ValueError as error:
             raise RewardError(f"--reward {spec!r}: {weight!r} is no weight; write {name}=0.5") from error
     return parsed
+
+
+def needs_labels(spec: str | None) -> bool:
+    """Does a rule of ``--reward`` compare with labels? A function of the user's own may do without."""
+    return any(name in LABELLED for name, _ in (parse_reward_spec(spec) if spec else []))
 
 
 def build_reward(

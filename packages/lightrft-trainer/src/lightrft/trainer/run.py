@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lightrft.data import prompt_dataset_from_config
 from lightrft.models import ActorLanguage, ActorVL, CriticLanguage, CriticVL, RewardModel
 from lightrft.models.lora import save_adapter
+from lightrft.rewards import needs_labels
 from lightrft.strategy import get_strategy
 from lightrft.strategy.config import FIELDS, StrategyConfig
 from lightrft.strategy.errors import ConfigError
@@ -162,8 +163,7 @@ def build(
         config = built_in_task(strategy, config, output_dir)
     assert config.pretrain is not None
     tokenizer, processor = load_tokenizer(config, multimodal=multimodal)
-    reader = processor or tokenizer
-    options: dict[str, Any] = {} if multimodal else {"images_key": None}
+    reader, options = processor or tokenizer, data_options(config, multimodal=multimodal)
     prompts = prompt_dataset_from_config(config, reader, **options)
     held_out = prompt_dataset_from_config(config, reader, evaluation=True, **options) if config.eval_data else []
     steps = rollout_steps(config, len(prompts))
@@ -201,6 +201,13 @@ def build(
         collate_fn=prompts.collate_fn,
     )
     return trainer, loader, [held_out[i] for i in range(len(held_out))]
+
+
+def data_options(config: StrategyConfig, *, multimodal: bool) -> dict[str, Any]:
+    """What a run asks of its datasets: images for models that see, labels where a rule reads them or a key is named."""
+    named = config.label_key != FIELDS["label_key"].default
+    options: dict[str, Any] = {"labels_optional": not (named or needs_labels(config.reward))}
+    return options if multimodal else {**options, "images_key": None}
 
 
 def built_in_task(strategy: StrategyBase, config: StrategyConfig, output_dir: Path) -> StrategyConfig:
