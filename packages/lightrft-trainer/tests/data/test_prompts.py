@@ -170,6 +170,36 @@ def test_training_and_held_out_prompts_come_from_their_splits(tokenizer: Any):
         assert prompts(split, **{split: other}) == [p.prompt for p in direct] != prompts(split)
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"eval_data": "gone.jsonl"}, r"^--eval_data gone\.jsonl: there is no such file"),
+        ({"eval_data": "./gone"}, r"^--eval_data \./gone: there is no such file or folder"),
+        ({"eval_data": "a.csv"}, r"^--eval_data a\.csv: a \.csv file"),
+        ({"eval_data": "broken.jsonl"}, r"^--eval_data broken\.jsonl: 1 fault\n"),
+        ({"eval_data": "broken.parquet"}, r"^--eval_data broken\.parquet: not readable as Parquet"),
+        ({"eval_data": "empty.jsonl"}, r"^--eval_data empty\.jsonl: it holds no record"),
+        ({"eval_data": "keyless.jsonl"}, r"^--eval_data: 1 fault\n"),
+        ({"eval_data": "task:sort"}, r"^--eval_data task:sort: there is no such task"),
+        ({"eval_data": "task:reverse_digits", "eval_split": "val"}, r"^--eval_split val: .* train, test"),
+        ({"eval_data": "reasoning_gym:none"}, r"^--eval_data reasoning_gym:none: reasoning-gym has no"),
+        ({"eval_data": "good.jsonl,good.jsonl", "max_eval_samples": 1}, r"^--max_eval_samples 1: .* of --eval_data"),
+        ({"eval_data": ","}, r"^--eval_data is empty"),
+    ],
+)
+def test_faults_of_held_out_prompts_name_their_own_flags(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], said: str
+):
+    monkeypatch.chdir(tmp_path)
+    texts = {"broken.jsonl": "{", "empty.jsonl": "", "keyless.jsonl": "{}", "a.csv": "", "broken.parquet": "no"}
+    for name, text in {**texts, "good.jsonl": '{"input": "1", "label": "1"}'}.items():
+        (tmp_path / name).write_text(text)
+    config = StrategyConfig(prompt_data="good.jsonl", engine_type="hf", **settings)
+    with pytest.raises(DataError, match=said) as caught:
+        prompt_dataset_from_config(config, tokenizer, evaluation=True)
+    assert "--prompt" not in str(caught.value) and "--max_samples" not in str(caught.value)
+
+
 def test_the_default_task_is_a_dataset_like_any_other():
     data = build_prompt_dataset(TASK, build_tokenizer(), split="test", prompt_max_len=8)
     assert len(data) == 512

@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Sequence
 
-from .records import DataError
+from .records import TRAINING_FLAGS, DataError, DataFlags
 
 
 def parse_shares(text: str | None, count: int) -> list[float] | None:
@@ -29,7 +29,9 @@ def parse_shares(text: str | None, count: int) -> list[float] | None:
     return [share / math.fsum(shares) for share in shares]
 
 
-def blend_counts(sizes: Sequence[int], shares: Sequence[float] | None, limit: int) -> list[int]:
+def blend_counts(
+    sizes: Sequence[int], shares: Sequence[float] | None, limit: int, flags: DataFlags = TRAINING_FLAGS
+) -> list[int]:
     """How many prompts to take of datasets with these sizes.
 
     With shares: the largest blend of at most ``limit`` in which every dataset has its share and no prompt comes
@@ -39,7 +41,7 @@ def blend_counts(sizes: Sequence[int], shares: Sequence[float] | None, limit: in
     :raises DataError: ``limit`` is below the number of datasets.
     """
     if limit < len(sizes):
-        raise DataError(f"--max_samples {limit}: fewer than the {len(sizes)} datasets of --prompt_data")
+        raise DataError(f"{flags.limit} {limit}: fewer than the {len(sizes)} datasets of {flags.data}")
     total = sum(sizes)
     if shares is None:
         if total <= limit:

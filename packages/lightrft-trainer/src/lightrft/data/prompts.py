@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from .blending import blend_counts, choose, parse_shares
 from .images import image_references, open_image
-from .records import DataError, Record, raise_faults
+from .records import EVALUATION_FLAGS, TRAINING_FLAGS, DataError, DataFlags, Record, raise_faults
 from .rendering import PromptFormat
 from .sources import read_source
 
@@ -56,6 +56,7 @@ class PromptDataset(Dataset[Prompt]):
         some lack it, each of those is a fault still.
     :param images_key: key of the images; records may lack it.
     :param prompt_max_len: longest prompt in tokens.
+    :param flags: how messages call the dataset.
     :raises DataError: a record lacks a key or cannot be rendered (all such records are counted, the first ones
         named), or no prompt is left.
     """
@@ -72,6 +73,7 @@ class PromptDataset(Dataset[Prompt]):
         prompt_format: PromptFormat | None = None,
         prompt_max_len: int = 1024,
         overlong: Literal["drop", "refuse"] = "drop",
+        flags: DataFlags = TRAINING_FLAGS,
     ) -> None:
         prompt_format = prompt_format or PromptFormat()
         prompt_format.check(tokenizer)
@@ -95,7 +97,7 @@ class PromptDataset(Dataset[Prompt]):
                 faults.append(f"{record.origin}: the prompt is empty")
                 continue
             rendered.append((record, text, None if label_key is None else record.values[label_key], images))
-        raise_faults(faults, "--prompt_data")
+        raise_faults(faults, flags.data)
         ids = tokenize_prompts(
             tokenizer, [text for _, text, _, _ in rendered], special=not prompt_format.apply_chat_template
         )
@@ -169,6 +171,7 @@ def build_prompt_dataset(
     seed: int = 42,
     input_key: str = "input",
     label_key: str | None = "label",
+    flags: DataFlags = TRAINING_FLAGS,
     **options: Any,
 ) -> PromptDataset:
     """The dataset that ``--prompt_data`` names: one source, or several with commas between them.
@@ -180,19 +183,21 @@ def build_prompt_dataset(
     """
     specs = [spec for spec in (part.strip() for part in prompt_data.split(",")) if spec]
     if not specs:
-        raise DataError("--prompt_data is empty")
+        raise DataError(f"{flags.data} is empty")
     shares = parse_shares(prompt_data_probs, len(specs))
     sources = [
-        read_source(spec, split=split, input_key=input_key, label_key=label_key, limit=max_samples, seed=seed)
+        read_source(
+            spec, split=split, input_key=input_key, label_key=label_key, limit=max_samples, seed=seed, flags=flags
+        )
         for spec in specs
     ]
-    counts = blend_counts([len(source) for source in sources], shares, max_samples)
+    counts = blend_counts([len(source) for source in sources], shares, max_samples, flags)
     records: list[Record] = []
     for number, (source, count) in enumerate(zip(sources, counts, strict=True)):
         records += [source[position] for position in choose(len(source), count, seed + number)]
     if len(specs) > 1:
         logger.info("prompts: %s", ", ".join(f"{count} of {spec}" for spec, count in zip(specs, counts, strict=True)))
-    return PromptDataset(records, tokenizer, input_key=input_key, label_key=label_key, **options)
+    return PromptDataset(records, tokenizer, input_key=input_key, label_key=label_key, flags=flags, **options)
 
 
 def prompt_dataset_from_config(
@@ -204,8 +209,9 @@ def prompt_dataset_from_config(
     :raises DataError: see there; also where the configuration names no such data.
     """
     prompt_data = config.eval_data if evaluation else config.prompt_data
+    flags = EVALUATION_FLAGS if evaluation else TRAINING_FLAGS
     if prompt_data is None:
-        raise DataError("--eval_data is not given" if evaluation else "--prompt_data is not given")
+        raise DataError(f"{flags.data} is not given")
     options: Mapping[str, Any] = {
         "prompt_data_probs": None if evaluation else config.prompt_data_probs,
         "split": config.eval_split if evaluation else config.prompt_split,
@@ -220,5 +226,6 @@ def prompt_dataset_from_config(
             apply_chat_template=config.apply_chat_template,
         ),
         "prompt_max_len": config.prompt_max_len,
+        "flags": flags,
     }
     return build_prompt_dataset(prompt_data, tokenizer, **{**options, **overrides})

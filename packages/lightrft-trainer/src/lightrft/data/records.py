@@ -16,6 +16,19 @@ class DataError(LightRFTError, ValueError):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class DataFlags:
+    """The flags that name a dataset, its split and its limit: what messages tell the user to type."""
+
+    data: str = "--prompt_data"
+    split: str = "--prompt_split"
+    limit: str = "--max_samples"
+
+
+TRAINING_FLAGS = DataFlags()
+EVALUATION_FLAGS = DataFlags("--eval_data", "--eval_split", "--max_eval_samples")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Record:
     """One line of a dataset.
 

@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from .reasoning_gym import import_reasoning_gym
-from .records import DataError, Record, raise_faults
+from .records import TRAINING_FLAGS, DataError, DataFlags, Record, raise_faults
 from .tasks import reverse_digits
 
 TASK_PREFIX = "task:"
@@ -28,6 +28,7 @@ def read_source(
     label_key: str | None = "label",
     limit: int,
     seed: int = 42,
+    flags: DataFlags = TRAINING_FLAGS,
 ) -> list[Record]:
     """At most ``limit`` records of one source.
 
@@ -40,32 +41,32 @@ def read_source(
           entries;
         - ``task:reverse_digits``, the built-in task, with splits ``train`` and ``test``.
     :param input_key: generated tasks put their question under this key, and their label under ``label_key``.
+    :param flags: how messages call what was asked for.
     :raises DataError: nothing is there, it cannot be read, or it holds no record.
     """
     spec = spec.strip()
+    asked = f"{flags.data} {spec}"
     if spec.startswith(TASK_PREFIX):
-        records: Iterable[Record] = _task(spec, split, input_key, label_key, seed)
+        records: Iterable[Record] = _task(spec, split, flags, input_key, label_key, seed)
     elif spec.startswith(REASONING_GYM_PREFIX):
-        records = _reasoning_gym(spec, split, input_key, label_key, limit, seed)
+        records = _reasoning_gym(spec, split, flags, input_key, label_key, limit, seed)
     else:
         path = pathlib.Path(spec).expanduser()
         if path.suffix in _FILE_READERS:
             if not path.is_file():
-                raise DataError(f"--prompt_data {spec}: there is no such file (from {pathlib.Path.cwd()})")
-            records = _FILE_READERS[path.suffix](path, limit)
+                raise DataError(f"{asked}: there is no such file (from {pathlib.Path.cwd()})")
+            records = _FILE_READERS[path.suffix](path, limit, asked)
         elif path.is_file():
-            raise DataError(
-                f"--prompt_data {spec}: a {path.suffix or 'nameless'} file; known are {', '.join(_FILE_READERS)}"
-            )
+            raise DataError(f"{asked}: a {path.suffix or 'nameless'} file; known are {', '.join(_FILE_READERS)}")
         else:
-            records = _hugging_face(spec, path, split)
+            records = _hugging_face(spec, path, split, flags)
     found = list(islice(records, limit))
     if not found:
-        raise DataError(f"--prompt_data {spec}: it holds no record")
+        raise DataError(f"{asked}: it holds no record")
     return found
 
 
-def _jsonl(path: pathlib.Path, limit: int) -> Iterator[Record]:
+def _jsonl(path: pathlib.Path, limit: int, asked: str) -> Iterator[Record]:
     """Objects of a JSONL file; empty lines count as lines but not as records."""
     records, faults = [], []
     folder = str(path.parent)
@@ -89,11 +90,11 @@ def _jsonl(path: pathlib.Path, limit: int) -> Iterator[Record]:
                 )
                 continue
             records.append(Record(values, f"{path}:{number}", folder))
-    raise_faults(faults, f"--prompt_data {path}")
+    raise_faults(faults, asked)
     return iter(records)
 
 
-def _parquet(path: pathlib.Path, limit: int) -> Iterator[Record]:
+def _parquet(path: pathlib.Path, limit: int, asked: str) -> Iterator[Record]:
     import pyarrow
     import pyarrow.parquet
 
@@ -102,29 +103,33 @@ def _parquet(path: pathlib.Path, limit: int) -> Iterator[Record]:
             rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
             return iter([Record(row, f"{path}[{n}]", str(path.parent)) for n, row in enumerate(islice(rows, limit))])
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"--prompt_data {path}: not readable as Parquet: {error}") from error
+        raise DataError(f"{asked}: not readable as Parquet: {error}") from error
 
 
-_FILE_READERS: dict[str, Callable[[pathlib.Path, int], Iterator[Record]]] = {".jsonl": _jsonl, ".parquet": _parquet}
+_FILE_READERS: dict[str, Callable[[pathlib.Path, int, str], Iterator[Record]]] = {
+    ".jsonl": _jsonl,
+    ".parquet": _parquet,
+}
 
 
-def _hugging_face(spec: str, path: pathlib.Path, split: str) -> Iterator[Record]:
+def _hugging_face(spec: str, path: pathlib.Path, split: str, flags: DataFlags) -> Iterator[Record]:
     import datasets
 
+    asked = f"{flags.data} {spec}"
     if path.is_dir():
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             loaded: Any = datasets.load_from_disk(str(path))
         else:
-            loaded = _load_dataset(spec, str(path), None)
+            loaded = _load_dataset(asked, str(path), None)
         folder = str(path)
     else:
         if spec.startswith(("/", "./", "../", "~")):
-            raise DataError(f"--prompt_data {spec}: there is no such file or folder (from {pathlib.Path.cwd()})")
+            raise DataError(f"{asked}: there is no such file or folder (from {pathlib.Path.cwd()})")
         name, _, config = spec.partition(":")
-        loaded, folder = _load_dataset(spec, name, config or None), None
+        loaded, folder = _load_dataset(asked, name, config or None), None
     if isinstance(loaded, dict):
         if split not in loaded:
-            raise DataError(f"--prompt_split {split}: {spec} has the splits {', '.join(map(str, loaded))}")
+            raise DataError(f"{flags.split} {split}: {spec} has the splits {', '.join(map(str, loaded))}")
         loaded = loaded[split]
     # Pictures stay encoded until they are needed.
     for column, feature in loaded.features.items():
@@ -133,7 +138,7 @@ def _hugging_face(spec: str, path: pathlib.Path, split: str) -> Iterator[Record]
     return (Record(values, f"{spec}[{number}]", folder) for number, values in enumerate(loaded))
 
 
-def _load_dataset(spec: str, name: str, config: str | None) -> Any:
+def _load_dataset(asked: str, name: str, config: str | None) -> Any:
     import datasets
 
     try:
@@ -141,21 +146,23 @@ def _load_dataset(spec: str, name: str, config: str | None) -> Any:
     # Whatever the hub, the network or a builder raises, the user asked for this dataset and cannot have it.
     except Exception as error:
         raise DataError(
-            f"--prompt_data {spec}: neither a file or folder here nor a dataset that could be loaded "
+            f"{asked}: neither a file or folder here nor a dataset that could be loaded "
             f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'})"
         ) from error
 
 
-def _task(spec: str, split: str, input_key: str, label_key: str | None, seed: int) -> Iterator[Record]:
+def _task(
+    spec: str, split: str, flags: DataFlags, input_key: str, label_key: str | None, seed: int
+) -> Iterator[Record]:
     name = spec.removeprefix(TASK_PREFIX)
     if name not in TASKS:
         raise DataError(
-            f"--prompt_data {spec}: there is no such task; there are {', '.join(TASK_PREFIX + t for t in TASKS)}"
+            f"{flags.data} {spec}: there is no such task; there are {', '.join(TASK_PREFIX + t for t in TASKS)}"
         )
     questions = TASKS[name](seed=seed)
     parts = {"train": questions.train, "test": questions.held_out}
     if split not in parts:
-        raise DataError(f"--prompt_split {split}: {spec} has the splits {', '.join(parts)}")
+        raise DataError(f"{flags.split} {split}: {spec} has the splits {', '.join(parts)}")
     for number, example in enumerate(parts[split]):
         values = {input_key: example.prompt}
         if label_key is not None:
@@ -164,19 +171,18 @@ def _task(spec: str, split: str, input_key: str, label_key: str | None, seed: in
 
 
 def _reasoning_gym(
-    spec: str, split: str, input_key: str, label_key: str | None, limit: int, seed: int
+    spec: str, split: str, flags: DataFlags, input_key: str, label_key: str | None, limit: int, seed: int
 ) -> Iterator[Record]:
     name, _, query = spec.removeprefix(REASONING_GYM_PREFIX).partition("?")
+    asked = f"{flags.data} {spec}"
     try:
         gym = import_reasoning_gym()
     except ModuleNotFoundError as error:
-        raise DataError(
-            f"--prompt_data {spec} needs {error.name}: pip install 'lightrft-trainer[reasoning-gym]'"
-        ) from error
+        raise DataError(f"{asked} needs {error.name}: pip install 'lightrft-trainer[reasoning-gym]'") from error
     from reasoning_gym.factory import DATASETS
 
     if name not in DATASETS:
-        raise DataError(f"--prompt_data {spec}: reasoning-gym has no {name!r}; it has {', '.join(sorted(DATASETS))}")
+        raise DataError(f"{asked}: reasoning-gym has no {name!r}; it has {', '.join(sorted(DATASETS))}")
     options: dict[str, Any] = {}
     for key, value in parse_qsl(query, keep_blank_values=True):
         try:
@@ -189,12 +195,12 @@ def _reasoning_gym(
     try:
         dataset = gym.create_dataset(name, **options)
     except (TypeError, AssertionError, ValueError) as error:
-        raise DataError(f"--prompt_data {spec}: {name} does not take these options: {error}") from error
+        raise DataError(f"{asked}: {name} does not take these options: {error}") from error
     for number in range(len(dataset)):
         try:
             entry = dataset[number]
         except ModuleNotFoundError as error:
-            raise DataError(f"--prompt_data {spec}: {error}") from error
+            raise DataError(f"{asked}: {error}") from error
         values = {**entry, input_key: entry["question"]}
         if label_key is not None:
             values[label_key] = entry
