@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from lightrft.models import Actor, ActorVL, Critic, pad_rows
+from lightrft.models import Actor, ActorVL, Critic, lora, pad_rows
 from lightrft.models.lora import WithoutAdapters, save_adapter
 from lightrft.strategy import FakeStrategy
+from lightrft.strategy.errors import CheckpointError
 from lightrft.strategy.hub_layout import HubLayout, hub_sources
 from lightrft.strategy.weights import UpdatePlan
 from lightrft.testing.tiny_models import save_tiny_model, set_adapters, tiny_config, tiny_model
@@ -200,6 +202,25 @@ def test_a_vision_language_adapter_loads_in_peft(tmp_path: Path) -> None:
     theirs = {n: p for n, p in peft.named_parameters() if "lora_" in n}
     assert len(mine) == len(theirs)
     assert all(torch.equal(p, theirs[f"base_model.{n}"]) for n, p in mine.items())
+
+
+@pytest.mark.parametrize("fails", ["save_file", "replace_folder"])
+def test_an_adapter_that_cannot_be_written_leaves_the_one_before_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    def full(*arguments: Any, **keywords: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "before").touch()
+    monkeypatch.setattr(lora, fails, full)
+    with pytest.raises(CheckpointError, match=r"could not be written.*No space left"):
+        save_adapter(FakeStrategy(), Actor(tiny_model("qwen2"), lora_rank=2), folder)
+    assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == [
+        "adapter",
+        "adapter/before",
+    ]
 
 
 def test_a_model_without_adapters_has_none_to_save(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lightrft.strategy.adapters import is_adapted, without_adapters
-from lightrft.strategy.disk import explain_write
+from lightrft.strategy.disk import explain_write, replace_folder
 from lightrft.strategy.errors import CheckpointError
 from lightrft.strategy.hub_layout import hub_models, unwrap
 from lightrft.strategy.weights import UpdatePlan
@@ -141,13 +141,15 @@ def save_adapter(strategy: StrategyBase, model: nn.Module, folder: str | Path) -
             if strategy.is_rank_0():
                 tensors |= {name: t.to("cpu", copy=True).contiguous() for name, t in bucket.tensors.items()}
         if strategy.is_rank_0():
-            with explain_write(staging, folder, sum(spec.nbytes for spec in specs)):
+            try:
+                with explain_write(staging, folder, sum(spec.nbytes for spec in specs)):
+                    shutil.rmtree(staging, ignore_errors=True)
+                    staging.mkdir(parents=True)
+                    save_file(tensors, staging / "adapter_model.safetensors", metadata={"format": "pt"})
+                    _peft_config(model).save_pretrained(str(staging))
+                    replace_folder(staging, folder)
+            finally:
                 shutil.rmtree(staging, ignore_errors=True)
-                staging.mkdir(parents=True)
-                save_file(tensors, staging / "adapter_model.safetensors", metadata={"format": "pt"})
-                _peft_config(model).save_pretrained(str(staging))
-                shutil.rmtree(folder, ignore_errors=True)
-                staging.rename(folder)
 
 
 def _peft_config(model: nn.Module) -> Any:
