@@ -120,8 +120,8 @@ class BackendStrategy(StrategyBase):
             logger.warning(
                 "%s: gradient norm is %s, step skipped on all ranks (%d so far)", name, norm, record.skipped_steps
             )
-        elif record.scheduler is not None:
-            record.scheduler.step()
+        elif scheduler is not None:
+            scheduler.step()
         return StepResult(stepped=stepped, skipped=not stepped, grad_norm=norm)
 
     # ---- models that were built on the meta device -------------------------------------------------------------------

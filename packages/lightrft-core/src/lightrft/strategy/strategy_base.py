@@ -210,8 +210,6 @@ class StrategyBase(ABC):
 
         The norm is global over this model's parameters. A norm that is not finite skips the step on all ranks together.
 
-        :param scheduler: None takes the one that the strategy knows of this model, say from ``prepare``. The strategy
-            alone steps it.
         :param name: the model's name in messages.
         """
 

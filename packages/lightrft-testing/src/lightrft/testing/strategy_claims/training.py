@@ -227,16 +227,6 @@ class TrainingClaims(StrategyClaims):
             torch.testing.assert_close(after[name], before[name] * factor, atol=1e-7, rtol=1e-6)
 
     @on_ranks
-    def test_a_scheduler_that_was_prepared_moves_whether_it_is_passed_or_not(self) -> None:
-        strategy = self.strategy()
-        model = self.model()
-        optimizer = strategy.create_optimizer(model)
-        model, optimizer, scheduler = strategy.prepare((model, optimizer, constant_schedule(optimizer)))
-        for step, passed in enumerate((None, scheduler, None)):
-            assert self.train(strategy, model, optimizer, first=step, scheduler=passed)[0].stepped
-            assert scheduler.last_epoch == step + 1, "once a step"
-
-    @on_ranks
     def test_the_scheduler_may_be_none(self) -> None:
         strategy = self.strategy()
         model = strategy.prepare(self.model())
