@@ -5,12 +5,13 @@ import json
 import pytest
 import torch
 
-from lightrft.trainer.reward_shaping import RewardShaping, RunningMoments, overlong_penalty
+from lightrft.trainer.reward_shaping import RewardShaping, RunningMoments
 
 
 def test_overlong_penalty_grows_linearly_to_its_factor() -> None:
-    penalty = overlong_penalty(torch.tensor([0, 60, 80, 90, 100]), 100, 40, 2.0)
-    assert penalty.tolist() == pytest.approx([0, 0, -1.0, -1.5, -2.0])
+    shaping = RewardShaping(overlong=True, overlong_buffer_len=40, overlong_penalty_factor=2.0, max_length=100)
+    lengths = torch.tensor([0.0, 60, 80, 90, 100])
+    assert shaping.apply(torch.zeros(5), lengths, RunningMoments()).tolist() == pytest.approx([0, 0, -1.0, -1.5, -2.0])
 
 
 def test_running_moments_are_those_of_everything_seen() -> None:

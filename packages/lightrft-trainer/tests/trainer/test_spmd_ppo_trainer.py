@@ -443,6 +443,11 @@ def test_a_fused_logprob_that_the_actor_does_not_compute_is_refused(make: Make) 
         make(fused_linear_logprob=True, model_options={})
 
 
+def test_an_overlong_buffer_longer_than_a_response_is_refused(make: Make) -> None:
+    with pytest.raises(ValueError, match=r"--overlong_buffer_len 5: must be at most the 4 tokens"):
+        make(overlong_buffer=True, overlong_buffer_len=5)
+
+
 def test_packing_that_the_models_do_not_do_is_refused(make: Make) -> None:
     with pytest.raises(ValueError, match=r"--packing_samples: pass packing_samples=True to Actor.*Critic"):
         make(packing_samples=True, advantage_estimator="gae", model_options={})

@@ -9,18 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightrft.rewards import soft_overlong_penalty
+
 from .advantages import SumOverRanks
-
-
-def overlong_penalty(lengths: Tensor, max_length: int, buffer_length: int, factor: float) -> Tensor:
-    """0 up to ``max_length - buffer_length`` tokens, then falling linearly to ``-factor`` (DAPO, arXiv:2503.14476,
-    equation 13).
-
-    :param lengths: ``[B]`` response lengths in tokens.
-    :return: ``[B]`` float32, between ``-factor`` and 0.
-    """
-    over = lengths.float() - (max_length - buffer_length)
-    return -(over / buffer_length).clamp(0.0, 1.0) * factor
 
 
 class RunningMoments:
@@ -71,7 +62,7 @@ class RewardShaping:
 
     :param clip: rewards end within plus and minus this; 0: no clipping.
     :param running_norm: divide by the running standard deviation; ``minus_mean``: subtract the running mean first.
-    :param overlong: apply the overlong penalty.
+    :param overlong: add the overlong penalty, times its factor (:func:`lightrft.rewards.soft_overlong_penalty`).
     """
 
     clip: float = 0.0
@@ -90,9 +81,9 @@ class RewardShaping:
         """
         shaped = rewards.float()
         if self.overlong:
-            shaped = shaped + overlong_penalty(
-                lengths, self.max_length, self.overlong_buffer_len, self.overlong_penalty_factor
-            )
+            limits = {"max_length": self.max_length, "buffer_length": self.overlong_buffer_len}
+            penalties = [soft_overlong_penalty(int(length), **limits) for length in lengths.tolist()]
+            shaped = shaped + self.overlong_penalty_factor * shaped.new_tensor(penalties)
         if self.running_norm:
             moments.update(shaped, sum_over_ranks)
             shaped = (shaped - moments.mean if self.minus_mean else shaped) / moments.std

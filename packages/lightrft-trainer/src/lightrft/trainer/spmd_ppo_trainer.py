@@ -46,7 +46,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("lightrft")
 
 CHECKPOINTS, PLOTS, TRAJECTORIES = "checkpoints", "plots", "trajectories"
-SAMPLING_NAMES = ("temperature", "top_p", "top_k", "min_p", "stop_token_ids", "min_new_tokens", "max_new_tokens")
 
 
 class DriftError(LightRFTError, RuntimeError):
@@ -223,6 +222,11 @@ class SPMDPPOTrainer:
             )
         if config.fused_linear_logprob and not getattr(unwrap(self.actor), "fused_linear_logprob", False):
             problems.append("--fused_linear_logprob: pass fused_linear_logprob=True to Actor(...) as well")
+        if config.overlong_buffer and config.overlong_buffer_len > self.sampling.max_tokens:
+            problems.append(
+                f"--overlong_buffer_len {config.overlong_buffer_len}: must be at most the {self.sampling.max_tokens} "
+                "tokens of a response; lower it, or raise --generate_max_len"
+            )
         for name, model in (("Actor", self.actor), ("Critic", self.critic), ("Actor", self.initial_model)):
             module = None if model is None else unwrap(model)
             if config.packing_samples and module is not None and not getattr(module, "packing_samples", False):
