@@ -369,14 +369,6 @@ def test_a_saved_configuration_reads_back_as_it_was(tmp_path: Path) -> None:
     assert yaml.safe_load((tmp_path / "c.yaml").read_text())["adam_betas"] == [0.8, 0.9]
 
 
-def test_the_default_preset_has_the_settings_measured_for_its_task() -> None:
-    from lightrft.data.tasks import TASK_SETTINGS
-
-    preset = settings.read_preset("default")
-    preset["adam_betas"] = tuple(preset["adam_betas"])
-    assert {name: preset[name] for name in TASK_SETTINGS} == TASK_SETTINGS
-
-
 def test_an_engine_for_the_reward_model_needs_a_model_and_an_engine_that_serves_one() -> None:
     model = ("--reward_pretrain", "org/rm")
     assert any("--reward_pretrain, which is not given" in fault for fault in faults("--rm_use_engine"))

@@ -23,7 +23,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, FileSystem
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 
 from .errors import CheckpointError
@@ -100,19 +100,6 @@ def read_metadata(folder: Path) -> Metadata:
         if not isinstance(item, TensorStorageMetadata):
             raise CheckpointError(f"{path}: {name} is no tensor: only tensors are loaded")
     return metadata
-
-
-class SafeReader(dcp.FileSystemReader):
-    """DCP's reader, whose metadata is unpickled without running anything that a file may name.
-
-    :raises CheckpointError: see :func:`read_metadata`.
-    """
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        metadata = read_metadata(Path(self.path))
-        metadata.storage_meta = metadata.storage_meta or StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,6 @@ from lightrft.strategy.config import FIELDS, StrategyConfig
 from lightrft.strategy.config_checks import only_with
 from lightrft.strategy.engine_checks import one_rank_only
 
-GROUP_ESTIMATORS = ("group_norm", "grpo", "dr_grpo", "rloo")
 # The settings that a rule reads, and a function that returns a sentence where they do not fit together.
 Rule = Callable[[StrategyConfig], str | None]
 RULES: list[tuple[tuple[str, ...], Rule]] = []

@@ -9,8 +9,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import random
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -20,25 +19,6 @@ EOS_TOKEN = "<eos>"
 SEPARATOR = "="
 DIGITS = "0123456789"
 VOCABULARY = (PAD_TOKEN, EOS_TOKEN, SEPARATOR, *DIGITS)
-
-TASK_SETTINGS: Mapping[str, Any] = {
-    "rollout_batch_size": 64,
-    "n_samples_per_prompt": 8,
-    "train_batch_size": 512,
-    "actor_learning_rate": 5e-4,
-    "adam_betas": (0.9, 0.99),
-    "lr_scheduler": "constant_with_warmup",
-    "lr_warmup_ratio": 0.05,
-    "max_norm": 0.5,
-    "temperature": 1.0,
-    "prompt_max_len": 8,
-    "generate_max_len": 5,
-    "max_steps": 200,
-}
-"""Settings under which GRPO learns this task by exact match alone, without a KL term: one optimizer step a rollout.
-
-Smaller rollouts are too noisy for it: at half of this the policy collapses at rates at which this climbs.
-"""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
