@@ -340,7 +340,7 @@ def test_the_engine_is_fed_the_merged_weights_and_the_kl_is_to_the_base(
     saved = says(tmp_path / "run" / "model")
     rounding = rounding_of(tmp_path / "run" / "model") if "bf16" in asked else 2e-5
     assert (saved - says(base, tmp_path / "run" / "adapter")).abs().max() < rounding
-    assert (saved - says(base)).abs().max() > 2 * rounding
+    assert (saved - says(base)).abs().max() > 1.5 * rounding
     if "enable_ema" in asked:
         average = says(tmp_path / "run" / "model_ema")
         assert 2 * rounding < (average - says(base)).abs().max() < 2 * (saved - says(base)).abs().max()

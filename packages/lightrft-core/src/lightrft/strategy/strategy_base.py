@@ -210,6 +210,7 @@ class StrategyBase(ABC):
 
         The norm is global over this model's parameters. A norm that is not finite skips the step on all ranks together.
 
+        :param scheduler: moves by one step; None: none does, not even one that was prepared with the model.
         :param name: the model's name in messages.
         """
 
