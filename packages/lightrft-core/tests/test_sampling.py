@@ -59,6 +59,17 @@ def test_what_an_engines_own_object_sets_and_we_cannot_carry_is_refused() -> Non
         assert SamplingParams.coerce(carried) == SamplingParams(temperature=0.5)
 
 
+def test_a_models_own_generation_config_is_read() -> None:
+    transformers = pytest.importorskip("transformers", reason="pip install transformers")
+    of_a_model = {"bos_token_id": 1, "pad_token_id": 0, "use_cache": True, "max_new_tokens": 5}
+    ends = transformers.GenerationConfig(**of_a_model, do_sample=False, eos_token_id=[2, 7])
+    assert SamplingParams.coerce(ends) == SamplingParams(temperature=0.0, max_tokens=5, stop_token_ids=(2, 7))
+    drawn = transformers.GenerationConfig(**of_a_model, do_sample=True, temperature=0.5, eos_token_id=2)
+    assert SamplingParams.coerce(drawn) == SamplingParams(temperature=0.5, max_tokens=5, stop_token_ids=(2,))
+    with pytest.raises(ValueError, match="GenerationConfig sets num_beams=4, which would be lost"):
+        SamplingParams.coerce(transformers.GenerationConfig(num_beams=4))
+
+
 def test_ours_and_nothing_pass_through() -> None:
     mine = SamplingParams(n=3)
     assert SamplingParams.coerce(mine) is mine

@@ -13,15 +13,24 @@ from typing import Any
 
 # Names that an engine's own object or an older script uses for one of our fields.
 ALIASES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "sampling_seed": "seed"}
-# How an engine's own object wants its outputs written: changes nothing about which tokens are sampled.
-_WRITING = (
+# What an engine's own object says besides, and what changes nothing about which tokens are sampled: how outputs are
+# written, and what a model's GenerationConfig has of its own. Its do_sample and eos_token_id are read apart.
+_BESIDES = (
+    "bos_token_id",
     "detokenize",
+    "do_sample",
+    "eos_token_id",
     "include_stop_str_in_output",
     "no_stop_trim",
+    "output_attentions",
+    "output_hidden_states",
     "output_kind",
+    "pad_token_id",
     "skip_clone",
     "skip_special_tokens",
     "spaces_between_special_tokens",
+    "transformers_version",
+    "use_cache",
 )
 
 
@@ -107,11 +116,16 @@ class SamplingParams:
                     f"sampling parameters: {type(value).__name__} has none of {', '.join(sorted(names))}; "
                     "pass SamplingParams, a dict with those names, or the engine's own object"
                 )
-            if lost := _settings_besides(value, {*spelled, *_WRITING}):
+            if lost := _settings_besides(value, {*spelled, *_BESIDES}):
                 raise ValueError(
                     f"sampling parameters: {type(value).__name__} sets {', '.join(lost)}, which would be lost; set "
                     f"only {', '.join(sorted(names))}"
                 )
+            if getattr(value, "do_sample", None) is False:
+                given["temperature"] = 0.0
+            if (ends := getattr(value, "eos_token_id", None)) is not None:
+                ends = [ends] if isinstance(ends, int) else ends
+                given["stop_token_ids"] = [*(given.get("stop_token_ids") or ()), *ends]
         given = {key: item for key, item in given.items() if item is not None}
         if "stop_token_ids" in given:
             given["stop_token_ids"] = tuple(int(token) for token in given["stop_token_ids"])
