@@ -28,6 +28,7 @@ class Command:
         self.scratch.mkdir(parents=True, exist_ok=True)
         self.log = (folder / "log.txt").open("a+")
         environment = {**os.environ, "TMPDIR": str(self.scratch), "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
+        environment["TINY_REWARD_SECONDS"] = "0.2"  # else a busy machine may see the tiny run end before its signal
         self.process = subprocess.Popen(
             [sys.executable, "-m", "lightrft.cli.main", name, *arguments],
             stdout=self.log,
@@ -110,7 +111,9 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     build_model(layers=1, width=64).save_pretrained(folder / "model")
     build_tokenizer().save_pretrained(folder / "model")
     (folder / "tiny_reward.py").write_text(
+        "import os, time\n"
         "def even(prompts, responses, labels, **extras):\n"
+        "    time.sleep(float(os.environ.get('TINY_REWARD_SECONDS', 0)))\n"
         "    return [sum(c in '02468' for c in r) / max(1, len(r)) for r in responses]\n"
     )
     settings = {
