@@ -20,6 +20,7 @@ RESPONSES = [[20, 21, 2], [30, 31, 32, 33, 2], [40, 2], [7, 8, 9, 7, 8, 9, 7, 8,
 ROWS = pad_rows(PROMPTS, RESPONSES, pad_token_id=0)
 # Sliding windows of 8 tokens, shorter than the longest sample.
 KINDS = [*TEXT_KINDS, "qwen2_sliding", "mistral"]
+SHAPE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
 def gradients(module: Any, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -236,11 +237,27 @@ def test_attention_that_would_leak_is_refused_by_name():
 def test_a_variant_of_attention_that_is_not_computed_is_refused_by_name():
     from transformers import Gemma2Config
 
-    shape = tiny_config("qwen2").to_dict()
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    config = Gemma2Config(**{n: shape[n] for n in names}, num_key_value_heads=2, head_dim=32)
+    shape = {name: getattr(tiny_config("qwen2"), name) for name in SHAPE}
+    config = Gemma2Config(**shape, num_key_value_heads=2, head_dim=32)
     with pytest.raises(ValueError, match=r"Gemma2Attention attends with softcap.*leave --packing_samples"):
         Actor(config, packing_samples=True)(ROWS.sequences, ROWS.attention_mask, ROWS.response_mask)
+
+
+def test_a_model_that_keeps_the_layout_from_its_layers_is_refused_by_name():
+    from transformers import NemotronConfig
+
+    shape = {name: getattr(tiny_config("qwen2"), name) for name in SHAPE}
+    packed = Actor(NemotronConfig(**shape, num_key_value_heads=2), packing_samples=True)
+    with pytest.raises(ValueError, match=r"NemotronAttention was not told .*leave --packing_samples and --sp_size away"):
+        packed(ROWS.sequences, ROWS.attention_mask, ROWS.response_mask)
+
+
+def test_a_single_token_under_a_mask_of_its_own_is_attended_to_as_transformers_does():
+    model = tiny_model("qwen2")
+    one = {"input_ids": torch.tensor([[5]]), "attention_mask": torch.zeros(1, 1, 1, 1)}
+    with torch.no_grad():
+        expected = model(**one).logits
+        assert torch.equal(Actor(copy.deepcopy(model), packing_samples=True).model(**one).logits, expected)
 
 
 @pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl"])

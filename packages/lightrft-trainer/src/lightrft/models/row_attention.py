@@ -94,9 +94,18 @@ def attend(
 ) -> tuple[Tensor, None]:
     """``[R, L, heads, width]`` from ``[R, heads, L, width]``, L being this rank's part of a row.
 
-    :raises ValueError: the model asks for a variant of attention that is not computed here.
+    :raises ValueError: the model asks for a variant of attention that is not computed here, or the layout of its row
+        did not reach this layer.
     """
     if row_layout is None:
+        # By shape: strategies cast and move the mask. Of one token there is nothing to hide, and masks have this shape.
+        unread = attention_mask is not None and attention_mask.shape == NO_MASK.shape
+        if unread and (query.shape[2] > 1 or key.shape[2] > 1):
+            raise ValueError(
+                f"{type(module).__name__} was not told how its row is laid out, because the model's own code keeps "
+                "keywords from it, so that packed samples would see each other and ranks would not share a sequence; "
+                "leave --packing_samples and --sp_size away"
+            )
         from transformers import AttentionInterface
 
         own = AttentionInterface()[kernel]
