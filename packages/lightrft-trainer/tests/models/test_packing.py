@@ -248,7 +248,9 @@ def test_a_model_that_keeps_the_layout_from_its_layers_is_refused_by_name():
 
     shape = {name: getattr(tiny_config("qwen2"), name) for name in SHAPE}
     packed = Actor(NemotronConfig(**shape, num_key_value_heads=2), packing_samples=True)
-    with pytest.raises(ValueError, match=r"NemotronAttention was not told .*leave --packing_samples and --sp_size away"):
+    with pytest.raises(
+        ValueError, match=r"NemotronAttention was not told .*leave --packing_samples and --sp_size away"
+    ):
         packed(ROWS.sequences, ROWS.attention_mask, ROWS.response_mask)
 
 

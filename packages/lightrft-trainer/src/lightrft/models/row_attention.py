@@ -21,7 +21,9 @@ from .shared_prompts import SharedPrompts
 # What our attention computes with, by the name of the implementation that the model was loaded with.
 KERNELS = {"sdpa": "sdpa", "eager": "sdpa", "flash_attention_2": "flash_attention_2"}
 # Layers that mix tokens through attention alone, which is what is replaced here.
-LAYER_TYPES = {"full_attention", "sliding_attention"}
+LAYER_TYPES = {"full_attention", "sliding_attention", "attention"}
+# Where configurations say of which type each layer is.
+LAYER_TYPE_NAMES = ("layer_types", "layers_block_type", "block_types")
 # Variants of attention that change the result and that are not computed here.
 REFUSED = ("position_bias", "s_aux", "softcap")
 # A mask that transformers passes on as it is instead of making one; it is not read.
@@ -38,7 +40,8 @@ def install(model: Any, flag: str) -> None:
     implementation = text._attn_implementation
     if implementation.removeprefix("lightrft_") in KERNELS.values():
         implementation = implementation.removeprefix("lightrft_")
-    others = sorted(set(getattr(text, "layer_types", None) or LAYER_TYPES) - LAYER_TYPES)
+    named = {layer for names in LAYER_TYPE_NAMES for layer in getattr(text, names, None) or ()}
+    others = sorted(named - LAYER_TYPES)
     if others:
         raise ValueError(
             f"{flag}: {name} has {', '.join(others)} layers, which carry state from one sample of a row to the next; "
@@ -49,12 +52,39 @@ def install(model: Any, flag: str) -> None:
             f"{flag}: {name} computes attention by itself, over whole rows, so that the samples of a row would see "
             "each other; leave the flag away"
         )
+    if any(map(_offsets_positions, model.modules())):
+        raise ValueError(
+            f"{flag}: {name} counts positions from behind its padding token, and not from 0 as they are given here; "
+            "leave the flag away"
+        )
     if implementation not in KERNELS:
         raise ValueError(
             f"{flag}: attention implementation {implementation!r} would let the samples of a row see each other; load "
             f"{name} with one of {', '.join(KERNELS)}, or leave the flag away"
         )
     text._attn_implementation = _register(KERNELS[implementation])
+
+
+def _offsets_positions(module: nn.Module) -> bool:
+    """RoBERTa's kind of embedding: rows of its table of positions belong to padding."""
+    table = getattr(module, "position_embeddings", None)
+    learned = isinstance(table, nn.Embedding) and table.padding_idx is not None
+    return learned or hasattr(module, "create_position_ids_from_input_ids")
+
+
+def check_attended(model: Any, layout: RowLayout | SharedPrompts) -> None:
+    """After a forward pass: has every layer attended by the layout?
+
+    :raises ValueError: some mixed tokens in another way, where samples of a row see each other.
+    """
+    known = len(layout.attended)
+    layers = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", known)
+    if known != layers:
+        raise ValueError(
+            f"{type(model).__name__} has {layers} layers, and attention knew {known} times how its row is laid out: "
+            "other layers carry something from one sample of a row to the next; leave --packing_samples and "
+            "--sp_size away"
+        )
 
 
 def check_heads(model: Any, ranks: SequenceRanks, flag: str = "--sp_size") -> None:
@@ -111,6 +141,7 @@ def attend(
         own = AttentionInterface()[kernel]
         options = {"dropout": dropout, "scaling": scaling, "sliding_window": sliding_window, **kwargs}
         return own(module, query, key, value, attention_mask, **options)
+    row_layout.attended.append(type(module).__name__)
     if wrong := [name for name in REFUSED if kwargs.get(name) is not None]:
         raise ValueError(
             f"{type(module).__name__} attends with {', '.join(wrong)}, which is not computed for packed samples nor "

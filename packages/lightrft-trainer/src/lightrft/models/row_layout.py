@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -45,11 +45,13 @@ class RowLayout:
     equal part of every row; what is missing to a multiple of the ranks is filled up at the end.
 
     :param mask: ``[B, T]``, true at tokens. :param lengths: tokens of each row; None where rows are not packed.
+    :param attended: the layers that have gone by it, as often as they did.
     """
 
     mask: Tensor
     lengths: tuple[int, ...] | None
     ranks: SequenceRanks | None
+    attended: list[str] = field(default_factory=list, init=False, repr=False)
 
     @classmethod
     def of(cls, attention_mask: Tensor, *, packed: bool, ranks: SequenceRanks | None) -> RowLayout:

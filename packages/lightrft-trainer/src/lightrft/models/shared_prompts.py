@@ -121,6 +121,7 @@ class SharedPrompts:
     :param shape: of the rows. :param index: ``[L]`` int64, where each token stands in the flattened rows.
     :param prompts: their lengths. :param own: lengths of the samples' own parts, each of which
         sees the prompt numbered in ``prompt_of``.
+    :param attended: the layers that have gone by it, as often as they did.
     """
 
     shape: torch.Size
@@ -128,6 +129,7 @@ class SharedPrompts:
     prompts: tuple[int, ...]
     own: tuple[int, ...]
     prompt_of: tuple[int, ...]
+    attended: list[str] = field(default_factory=list, init=False, repr=False)
     _masks: dict[Any, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod

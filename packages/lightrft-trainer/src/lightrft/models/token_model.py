@@ -25,7 +25,7 @@ class Question:
     :param inputs: keywords of the model's forward. :param asked: ``[R, L]`` bool over the positions that the model
         sees: true where the *next* token is wanted. :param labels: ``[N]``, those next tokens.
     :param layout: how the model's rows came from the caller's; None: they are the same.
-    :param shape: of the caller's rows, ``[B, T]``.
+    :param shape: of the caller's rows, ``[B, T]``. :param model: who is asked.
     """
 
     inputs: dict[str, Any]
@@ -33,12 +33,17 @@ class Question:
     labels: Tensor
     layout: RowLayout | SharedPrompts | None
     shape: torch.Size
+    model: Any
 
     def answer(self, values: Tensor) -> Tensor:
-        """``[R, L]`` figures at the model's positions as ``[B, T]`` at the tokens that follow, 0 where not asked."""
+        """``[R, L]`` figures at the model's positions as ``[B, T]`` at the tokens that follow, 0 where not asked.
+
+        :raises ValueError: the model's forward has not gone by the layout in every layer.
+        """
         # where(), not a product: a figure at padding may be anything, NaN included
         kept = torch.where(self.asked, values, torch.zeros_like(values))
         if self.layout is not None:
+            row_attention.check_attended(self.model, self.layout)
             kept = self.layout.restore(kept)
         return nn.functional.pad(kept[:, :-1], (1, self.shape[1] - kept.shape[1]))
 
@@ -164,7 +169,7 @@ class TokenModel(nn.Module):
             layout = self._shared(tokens, trimmed, asked)
         if layout is None and not self.packing_samples and self.sequence_ranks is None:
             inputs = {"input_ids": tokens, "attention_mask": trimmed, "use_cache": False, **extras}
-            return Question(inputs, asked, following[asked], None, sequences.shape)
+            return Question(inputs, asked, following[asked], None, sequences.shape, self.model)
         layout = layout or RowLayout.of(trimmed, packed=self.packing_samples, ranks=self.sequence_ranks)
         asked = layout.place(asked)
         inputs = {
@@ -175,7 +180,7 @@ class TokenModel(nn.Module):
             "row_layout": layout,
             **{name: value for name, value in extras.items() if name != "mm_token_type_ids"},
         }
-        return Question(inputs, asked, layout.place(following)[asked], layout, sequences.shape)
+        return Question(inputs, asked, layout.place(following)[asked], layout, sequences.shape, self.model)
 
     def _shared(self, tokens: Tensor, mask: Tensor, asked: Tensor) -> RowLayout | SharedPrompts | None:
         """A layout in which prompts that rows share are computed once; None where that saves too little."""
