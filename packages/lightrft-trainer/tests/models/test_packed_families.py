@@ -18,6 +18,7 @@ CHANGED, NEIGHBOURS = 1, [0, 2, 3]
 
 SHAPE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 GROUPED = {"num_key_value_heads": 1, "head_dim": 32}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "decoder_sparse_step": 1}
 LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
 ROUTED = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 # Values narrower than keys, experts behind a dense layer, rotations of parts, learned positions, windows.
@@ -30,6 +31,14 @@ EQUAL: dict[str, dict[str, Any]] = {
     "gpt_neox": {},
     "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64},
     "phi3": {"pad_token_id": 0, "num_key_value_heads": 1},
+    "qwen2_moe": {
+        **EXPERTS,
+        "num_key_value_heads": 1,
+        "shared_expert_intermediate_size": 64,
+        "sliding_window": 8,
+        "layer_types": ["full_attention", "sliding_attention"],
+        "use_sliding_window": True,
+    },
 }
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "camembert": ({"is_decoder": True}, "CamembertForCausalLM counts positions from behind its padding"),

@@ -147,6 +147,7 @@ def attend(
             f"{type(module).__name__} attends with {', '.join(wrong)}, which is not computed for packed samples nor "
             "for sequence parallelism; leave --packing_samples and --sp_size away"
         )
+    sliding_window = sliding_window or _window_of(module)
     if isinstance(row_layout, SharedPrompts):
         return _over_prompts(query, key, value, row_layout, scaling=scaling, window=sliding_window), None
     ranks = row_layout.ranks
@@ -160,6 +161,16 @@ def attend(
     if ranks is not None:
         (out,) = _Exchange.apply(ranks, 2, 1, out)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _window_of(module: nn.Module) -> int | None:
+    """The window of a layer whose code leaves it to the mask (Qwen2-MoE), and the mask is not read here."""
+    config, layer = getattr(module, "config", None), getattr(module, "layer_idx", None)
+    types = getattr(config, "layer_types", None)
+    if not types or layer is None or types[layer] != "sliding_attention":
+        return None
+    window = getattr(module, "sliding_window", None)
+    return getattr(config, "sliding_window", None) if window is None else window
 
 
 def _over_prompts(
