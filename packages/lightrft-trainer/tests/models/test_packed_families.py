@@ -82,7 +82,9 @@ def test_a_family_that_packs_gives_the_numbers_of_padded_rows_and_keeps_samples_
     other = ROWS.sequences.clone()
     other[CHANGED, :10] = torch.randint(3, 500, (10,), generator=torch.Generator().manual_seed(1))
     moved = logprobs(packed, other)
-    assert torch.equal(moved[NEIGHBOURS], found[NEIGHBOURS]) and not torch.equal(moved[CHANGED], found[CHANGED])
+    # Experts are given as many tokens as the samples send them, and round accordingly.
+    assert torch.allclose(moved[NEIGHBOURS], found[NEIGHBOURS], atol=5e-6, rtol=0)
+    assert not torch.allclose(moved[CHANGED], found[CHANGED], atol=1e-2)
 
 
 @pytest.mark.parametrize("family", REFUSED)

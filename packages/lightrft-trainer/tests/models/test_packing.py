@@ -148,6 +148,16 @@ def varlen(
     return torch.cat(outs)
 
 
+def latent() -> Any:
+    """A model whose values (16) are narrower than its keys (32)."""
+    from transformers import AutoModelForCausalLM, DeepseekV3Config
+
+    shape = {name: getattr(tiny_config("qwen2"), name) for name in SHAPE} | {"num_key_value_heads": 2}
+    widths = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(DeepseekV3Config(**shape, **widths, first_k_dense_replace=2))
+
+
 FLASH_KINDS = ["qwen2", "qwen3", "qwen2_sliding", "mistral"]
 
 
@@ -158,6 +168,39 @@ def test_flash_attention_is_asked_for_each_sample_alone(kind: str, monkeypatch: 
     expected = gradients(Actor(copy.deepcopy(model)).train())
     model.config._attn_implementation = "flash_attention_2"
     assert_same(gradients(Actor(model, packing_samples=True).train()), expected)
+
+
+def test_flash_attention_is_given_values_as_wide_as_keys(monkeypatch: pytest.MonkeyPatch):
+    def equally_wide(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        assert q.shape[-1] == k.shape[-1] == v.shape[-1]
+        return varlen(q, k, v, **options)
+
+    monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_varlen_func=equally_wide))
+    model = latent()
+    expected = gradients(Actor(copy.deepcopy(model)).train())
+    model.config._attn_implementation = "flash_attention_2"
+    assert_same(gradients(Actor(model, packing_samples=True).train()), expected)
+
+
+def test_a_direct_call_asks_transformers_for_flash_attention_by_its_own_name(monkeypatch: pytest.MonkeyPatch):
+    from transformers import AttentionInterface
+
+    asked, own = [], AttentionInterface()["sdpa"]
+
+    def flash(module: Any, *tensors: Any, **options: Any) -> Any:
+        asked.append((module.config._attn_implementation, module.config.hidden_size, module.layer_idx))
+        return own(module, *tensors, **options)
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "flash_attention_2", flash)
+    model = tiny_model("qwen2")
+    tokens = ROWS.sequences[3:4]
+    with torch.no_grad():
+        expected = model(tokens).logits
+        model.config._attn_implementation = "flash_attention_2"
+        packed = Actor(model, packing_samples=True)
+        assert torch.equal(packed.model(tokens).logits, expected)
+    assert asked == [("flash_attention_2", 64, layer) for layer in range(2)]
+    assert packed.config._attn_implementation == "lightrft_flash_attention_2"
 
 
 def test_flash_attention_is_given_16_bit_under_autocast_though_positions_are_fp32(monkeypatch: pytest.MonkeyPatch):
@@ -194,6 +237,16 @@ def test_torchs_own_kernel_is_asked_for_each_sample_alone(kind: str, monkeypatch
     assert not asked
     assert_same(gradients(Actor(model, packing_samples=True).train()), expected)
     assert asked and all(asked)
+
+
+def test_torchs_own_kernel_is_not_asked_for_values_narrower_than_keys(monkeypatch: pytest.MonkeyPatch):
+    from torch.nn.attention import varlen as module
+
+    monkeypatch.setattr(module, "varlen_attn", lambda *_, **__: pytest.fail("it takes one width"))
+    monkeypatch.setattr(segment_attention, "attends_in_segments", lambda device, dtype: True)
+    model = latent()
+    expected = gradients(Actor(copy.deepcopy(model)).train())
+    assert_same(gradients(Actor(model, packing_samples=True).train()), expected)
 
 
 @pytest.mark.gpu

@@ -140,7 +140,10 @@ def attend(
 
         own = AttentionInterface()[kernel]
         options = {"dropout": dropout, "scaling": scaling, "sliding_window": sliding_window, **kwargs}
-        return own(module, query, key, value, attention_mask, **options)
+        seen: Any = module
+        if kernel == "flash_attention_2":  # it loads what the layer's configuration names, which is not our name
+            seen = _Standin(module, config=_Standin(module.config, _attn_implementation=kernel))
+        return own(seen, query, key, value, attention_mask, **options)
     row_layout.attended.append(type(module).__name__)
     if wrong := [name for name in REFUSED if kwargs.get(name) is not None]:
         raise ValueError(
@@ -161,6 +164,16 @@ def attend(
     if ranks is not None:
         (out,) = _Exchange.apply(ranks, 2, 1, out)
     return out.transpose(1, 2).contiguous(), None
+
+
+class _Standin:
+    """An object in all but the attributes given."""
+
+    def __init__(self, behind: Any, **given: Any) -> None:
+        self.__dict__.update(given, _behind=behind)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_behind"], name)
 
 
 def _window_of(module: nn.Module) -> int | None:

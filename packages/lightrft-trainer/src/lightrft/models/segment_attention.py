@@ -26,7 +26,7 @@ def attend_in_segments(
     """
     if kernel == "flash_attention_2":
         return _varied(_flash, query, key, value, segments, dropout=dropout, **options)
-    if _torch_varies(query, segments, dropout):
+    if _torch_varies(query, value, segments, dropout):
         return _varied(_torch_flash, query, key, value, segments, **options)
     return _in_segments(query, key, value, segments, dropout=dropout, **options)
 
@@ -122,7 +122,11 @@ def _flash(
     device = query.device.type
     if torch.is_autocast_enabled(device):  # the rotation has made fp32 of queries and keys, and this casts nothing
         query, key, value = (part.to(torch.get_autocast_dtype(device)) for part in (query, key, value))
-    return flash_attn_varlen_func(
+    # It wants values as wide as keys; zeros add nothing.
+    width, missing = value.shape[-1], query.shape[-1] - value.shape[-1]
+    if missing:
+        value = nn.functional.pad(value, (0, missing))
+    out = flash_attn_varlen_func(
         *(query, key, value),
         cu_seqlens_q=ends,
         cu_seqlens_k=ends,
@@ -133,11 +137,16 @@ def _flash(
         causal=seen[1] == 0,
         window_size=seen,
     )
+    return out[..., :width]
 
 
-def _torch_varies(query: Tensor, segments: tuple[int, ...], dropout: float) -> bool:
-    """Does torch's own kernel of variable lengths compute this? It has no dropout, and no heads wider than 256."""
-    if len(segments) == 1 or dropout or query.shape[-1] > 256 or query.shape[-1] % 8:
+def _torch_varies(query: Tensor, value: Tensor, segments: tuple[int, ...], dropout: float) -> bool:
+    """Does torch's own kernel of variable lengths compute this?
+
+    It has no dropout, no heads wider than 256, and no values of another width than keys.
+    """
+    width = query.shape[-1]
+    if len(segments) == 1 or dropout or width > 256 or width % 8 or value.shape[-1] != width:
         return False
     return attends_in_segments(query.device, query.dtype)
 
