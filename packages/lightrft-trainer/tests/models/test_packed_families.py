@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
 
 from lightrft.models import Actor, pad_rows, row_attention
+from lightrft.models.row_layout import RowLayout
 from lightrft.testing.tiny_models import tiny_config
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [4], [3, 3, 3, 9, 9, 8]]
@@ -101,3 +103,10 @@ def test_a_model_of_which_some_layers_do_not_attend_is_refused_by_name(monkeypat
     packed = Actor(build("recurrent_gemma", options), packing_samples=True)
     with pytest.raises(ValueError, match=r"RecurrentGemmaForCausalLM has 2 layers, and attention knew 1 times"):
         logprobs(packed)
+
+
+def test_copies_of_a_layout_count_together():
+    """FSDP hands a copy to each layer that it shards."""
+    layout = RowLayout.of(ROWS.attention_mask, packed=True, ranks=None)
+    dataclasses.replace(layout, mask=layout.mask.clone()).attended.total += 2
+    assert layout.attended.total == 2

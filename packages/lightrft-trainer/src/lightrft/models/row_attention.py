@@ -77,7 +77,7 @@ def check_attended(model: Any, layout: RowLayout | SharedPrompts) -> None:
 
     :raises ValueError: some mixed tokens in another way, where samples of a row see each other.
     """
-    known = len(layout.attended)
+    known = layout.attended.total
     layers = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", known)
     if known != layers:
         raise ValueError(
@@ -144,7 +144,7 @@ def attend(
         if kernel == "flash_attention_2":  # it loads what the layer's configuration names, which is not our name
             seen = _Standin(module, config=_Standin(module.config, _attn_implementation=kernel))
         return own(seen, query, key, value, attention_mask, **options)
-    row_layout.attended.append(type(module).__name__)
+    row_layout.attended.total += 1
     if wrong := [name for name in REFUSED if kwargs.get(name) is not None]:
         raise ValueError(
             f"{type(module).__name__} attends with {', '.join(wrong)}, which is not computed for packed samples nor "

@@ -37,6 +37,13 @@ class SequenceRanks:
         return self
 
 
+class Tally:
+    """A count that all copies of a layout share: FSDP copies dataclasses and containers that it hands to a layer."""
+
+    def __init__(self) -> None:
+        self.total = 0
+
+
 @dataclass(frozen=True, eq=False)
 class RowLayout:
     """How rows ``[B, T]``, padded on the right, become rows ``[R, L]`` of the model on this rank.
@@ -45,13 +52,13 @@ class RowLayout:
     equal part of every row; what is missing to a multiple of the ranks is filled up at the end.
 
     :param mask: ``[B, T]``, true at tokens. :param lengths: tokens of each row; None where rows are not packed.
-    :param attended: the layers that have gone by it, as often as they did.
+    :param attended: how often layers have gone by it.
     """
 
     mask: Tensor
     lengths: tuple[int, ...] | None
     ranks: SequenceRanks | None
-    attended: list[str] = field(default_factory=list, init=False, repr=False)
+    attended: Tally = field(default_factory=Tally, repr=False)
 
     @classmethod
     def of(cls, attention_mask: Tensor, *, packed: bool, ranks: SequenceRanks | None) -> RowLayout:

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .row_layout import Tally
+
 WORTHWHILE = 0.8
 """Share of the tokens up to which computing prompts once pays for bringing keys to the samples."""
 LARGEST_MASK = 2**24  # elements, for all parts together: 64 MiB in fp32
@@ -121,7 +123,7 @@ class SharedPrompts:
     :param shape: of the rows. :param index: ``[L]`` int64, where each token stands in the flattened rows.
     :param prompts: their lengths. :param own: lengths of the samples' own parts, each of which
         sees the prompt numbered in ``prompt_of``.
-    :param attended: the layers that have gone by it, as often as they did.
+    :param attended: how often layers have gone by it.
     """
 
     shape: torch.Size
@@ -129,7 +131,7 @@ class SharedPrompts:
     prompts: tuple[int, ...]
     own: tuple[int, ...]
     prompt_of: tuple[int, ...]
-    attended: list[str] = field(default_factory=list, init=False, repr=False)
+    attended: Tally = field(default_factory=Tally, repr=False)
     _masks: dict[Any, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
