@@ -5,6 +5,7 @@ backend, in any mixture.
 from __future__ import annotations
 
 import itertools
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -55,21 +56,33 @@ def one_step(
     made = Actor(tiny_model(kind), **adapters, **options).train()
     if layout != "prompts once":
         made.shares_prompts = False
-    seen: list[int] = []
-    made.model.get_input_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0].numel()))
+    seen: list[torch.Size] = []
+    made.model.get_input_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
+    given: list[torch.Size] = []
+    made.model.get_output_embeddings().register_forward_hook(lambda head, args, output: given.append(output.shape))
     actor = strategy.prepare(set_adapters(made))
     optimizer = strategy.create_optimizer(actor)
     logprobs, entropies = actor(
         rows.sequences, rows.attention_mask, rows.response_mask, temperature=0.8, return_entropy=True
     )
     loss = ((logprobs - 0.1 * entropies) * weights[mine, : logprobs.shape[1]]).sum()
-    if layout == "prompts once":
-        prompts = TRAINED[mine]
-        repeated = sum(len(p) - 1 for p in prompts) - sum({tuple(p): len(p) - 1 for p in prompts}.values())
-        assert seen[0] == rows.attention_mask.sum() - len(prompts) - repeated
+    assert seen[0] == expected_shape(rows.attention_mask, TRAINED[mine], layout, strategy.args.sp_size)
+    fused, vocabulary = options.get("fused_linear_logprob", False), made.config.vocab_size
+    assert given[0][-1] == (2 if fused else vocabulary), "logits are made where they are not fused, and only there"
     strategy.backward(loss, actor, optimizer, scale=1 / TOKENS)
     strategy.optimizer_step(optimizer, actor, None)
     return loss.item() / TOKENS, gradients_of(strategy, actor, optimizer)
+
+
+def expected_shape(mask: torch.Tensor, prompts: list[list[int]], layout: str, sp_size: int) -> tuple[int, int]:
+    """Rows and columns that a rank's model is to see: plain would equal plain were the layout passed over."""
+    rows, columns = mask.shape
+    if layout == "packed":
+        rows, columns = 1, int(mask.sum())
+    elif layout == "prompts once":
+        repeated = sum(len(p) - 1 for p in prompts) - sum({tuple(p): len(p) - 1 for p in prompts}.values())
+        rows, columns = 1, int(mask.sum()) - len(prompts) - repeated
+    return rows, math.ceil(columns / sp_size)
 
 
 def settings(ranks: int, sp_size: int, **given: Any) -> StrategyConfig:
