@@ -69,6 +69,42 @@ def test_values_and_gradients_equal_float64(chunk: int | None, bias: bool, entro
         assert torch.allclose(mine, exact, atol=1e-5, rtol=1e-5), (mine - exact).abs().max()
 
 
+@pytest.mark.parametrize("layout", ["slice", "transposed", "expanded", "labels"])
+def test_logits_and_labels_may_lie_in_memory_as_they_like(layout: str):
+    generator = torch.Generator().manual_seed(0)
+    logits = {
+        "slice": torch.randn(9, 40, generator=generator)[:, :32],
+        "transposed": torch.randn(32, 9, generator=generator).t(),
+        "expanded": torch.randn(1, 32, generator=generator).expand(9, 32),
+        "labels": torch.randn(9, 32, generator=generator),
+    }[layout]
+    pairs = torch.randint(32, (9, 2), generator=generator)
+    labels = pairs[:, 1] if layout == "labels" else pairs[:, 1].contiguous()
+    found = []
+    for given, chosen in ((logits, labels), (logits.double().contiguous(), labels.contiguous())):
+        given = given.detach().requires_grad_()
+        logprobs, entropies = token_statistics_from_logits(given, chosen, temperature=0.7, with_entropy=True)
+        assert entropies is not None
+        (logprobs[::2].sum() + entropies.square().sum()).backward()
+        assert given.grad is not None
+        found.append([part.detach().double() for part in (logprobs, entropies, given.grad)])
+    for mine, exact in zip(*found, strict=True):
+        assert torch.allclose(mine, exact, atol=1e-5), (mine - exact).abs().max()
+
+
+def test_labels_of_hidden_states_may_be_a_column_of_others():
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(9, 4, generator=generator), torch.randn(32, 4, generator=generator)
+    labels = torch.randint(32, (9, 2), generator=generator)[:, 1]
+    found = []
+    for chosen in (labels, labels.contiguous()):
+        given = hidden.clone().requires_grad_()
+        logprobs, _ = fused_token_statistics(given, weight, None, chosen, chunk_size=4)
+        found.append((logprobs.detach(), torch.autograd.grad(logprobs.sum(), given)[0]))
+    for strided, dense in zip(*found, strict=True):
+        assert torch.equal(strided, dense)
+
+
 def test_bf16_is_about_as_far_from_float64_as_plain_torch(monkeypatch: pytest.MonkeyPatch):
     options = {"bias": True, "entropy": True, "temperature": 1.0}
     exact = numbers(torch.float64, chunk=None, **options)

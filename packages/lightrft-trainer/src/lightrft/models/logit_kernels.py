@@ -34,6 +34,11 @@ def _block(width: int) -> int:
     return min(LARGEST_BLOCK, 1 << (width - 1).bit_length())
 
 
+def _dense(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """What the kernels assume: neighbours in a row of logits, and labels, lie next to each other. Else a copy."""
+    return logits if logits.stride(1) == 1 else logits.contiguous(), labels.contiguous()
+
+
 def statistics(
     logits: Tensor,
     labels: Tensor,
@@ -45,12 +50,13 @@ def statistics(
 ) -> None:
     """Write the logprob of each label, the log of the sum of exponentials, and the entropy where one is asked for.
 
-    :param logits: ``[N, V]``, rows contiguous; divided by the temperature. :param labels: ``[N]`` int64.
+    :param logits: ``[N, V]``; divided by the temperature. :param labels: ``[N]`` int64. Both of any strides.
     :param logprobs: fp32 ``[N]``, as ``normalizers`` and ``entropies``; written.
     """
     count, vocabulary = logits.shape
     if not count:
         return
+    logits, labels = _dense(logits, labels)
     from .triton_kernels import statistics_kernel
 
     statistics_kernel[(count,)](
@@ -78,7 +84,7 @@ def gradients(
 
     :param logits: ``[N, W]``: columns of the vocabulary from ``first`` on. :param labels: ``[N]``, into all of it.
     :param by_logprob: ``[N]``, the gradient of what is minimised by each logprob; ``by_entropy`` likewise.
-    :param result: ``[N, W]``, strides as the logits', which it may be.
+    :param result: ``[N, W]``, neighbours in a row next to each other; it may be the logits.
     """
     count, width = logits.shape
     if not count:
@@ -88,12 +94,13 @@ def gradients(
         with_entropy, entropies, by_entropy = False, normalizers, by_logprob
     else:
         with_entropy, by_entropy = True, by_entropy.contiguous()
+    logits, labels = _dense(logits, labels)
     from .triton_kernels import gradients_kernel
 
     block = min(1024, _block(width))
     gradients_kernel[(count, -(-width // block))](
         *(logits, result, labels, normalizers, entropies, by_logprob, by_entropy),
-        *(logits.stride(0), width, first, 1.0 / temperature),
+        *(logits.stride(0), result.stride(0), width, first, 1.0 / temperature),
         with_entropy=with_entropy,
         block=block,
         num_warps=4,

@@ -69,7 +69,8 @@ class _TokenStatistics(torch.autograd.Function):
         logits, labels, entropies, normalizers = ctx.saved_tensors
         by_logprob, by_entropy = gradients
         dtype = torch.promote_types(logits.dtype, torch.float32)
-        result = torch.empty_like(logits)
+        # Dense even where the logits are transposed: a kernel writes rows that lie in one piece.
+        result = torch.empty_like(logits, memory_format=torch.contiguous_format)
         if normalizers is not None:
             logit_kernels.gradients(
                 *(logits, labels),

@@ -42,8 +42,8 @@ def statistics_kernel(
 
 @triton.jit
 def gradients_kernel(
-    logits, result, labels, normalizers, entropies, by_logprob, by_entropy, stride, width, first, scale,
-    with_entropy: tl.constexpr, block: tl.constexpr,
+    logits, result, labels, normalizers, entropies, by_logprob, by_entropy, stride, result_stride, width, first,
+    scale, with_entropy: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     """A program writes one block of a row; see :func:`.logit_kernels.gradients`."""
     row = tl.program_id(0).to(tl.int64)
@@ -58,4 +58,4 @@ def gradients_kernel(
         # dH/dx_i = -p_i (log p_i + H)
         spread = tl.where(probabilities > 0.0, probabilities * (logs + tl.load(entropies + row)), 0.0)
         gradient -= tl.load(by_entropy + row) * spread
-    tl.store(result + row * stride + columns, gradient * scale, mask=columns < width)
+    tl.store(result + row * result_stride + columns, gradient * scale, mask=columns < width)
