@@ -131,3 +131,15 @@ def test_parts_of_a_vocabulary_are_even_and_fit_their_memory():
     assert fused_logprob._columns(10**6, 10, 5000) == 5000
     for tokens in (1, 7, 700, 5000):
         assert fused_logprob._columns(10**6, tokens, 151936) * tokens <= 10**6
+
+
+def test_no_tokens_cost_one_turn_and_give_gradients_of_0(monkeypatch: pytest.MonkeyPatch):
+    assert fused_logprob._columns(0, 0, 151936) == 151936
+    turns, product = [], fused_logprob._product
+    monkeypatch.setattr(fused_logprob, "_product", lambda *arguments: (turns.append(1), product(*arguments))[1])
+    leaves = [torch.randn(shape, requires_grad=True) for shape in ((0, 4), (203, 4), (203,))]
+    logprobs, entropies = fused_token_statistics(*leaves, torch.zeros(0, dtype=torch.long), with_entropy=True)
+    assert entropies is not None and logprobs.shape == entropies.shape == (0,)
+    gradients = torch.autograd.grad(logprobs.sum() + entropies.sum(), leaves)
+    assert [part.shape for part in gradients] == [leaf.shape for leaf in leaves]
+    assert not any(part.any() for part in gradients) and len(turns) == 1

@@ -234,7 +234,9 @@ def _product(hidden: Tensor, weight: Tensor, bias: Tensor | None, memory: Tensor
 
 def _columns(elements: int, tokens: int, vocabulary: int) -> int:
     """How much of the vocabulary is taken at a time by all tokens: tiles of products are wasted on crooked widths."""
-    columns = max(1, min(vocabulary, elements // max(tokens, 1)))
+    if not tokens:  # routine: a rank whose part of the sequence is all prompt, a micro-batch that fills up
+        return vocabulary
+    columns = max(1, min(vocabulary, elements // tokens))
     return columns if columns in (1, vocabulary) or columns < 256 else columns // 256 * 256
 
 
