@@ -275,6 +275,12 @@ def test_models_whose_logits_are_not_their_output_layers_are_refused_by_name():
         capped(ROWS.sequences, ROWS.attention_mask, ROWS.response_mask)
 
 
+@pytest.mark.parametrize("fused_linear_logprob", [False, True])
+def test_an_actor_refuses_a_chunk_of_no_tokens_before_it_reads_a_model(fused_linear_logprob: bool):
+    with pytest.raises(ValueError, match=r"chunk_size=0: must be at least 1.*leave it away for 4096"):
+        Actor("a-folder-that-is-not-there", fused_linear_logprob=fused_linear_logprob, chunk_size=0)
+
+
 def test_under_autocast_it_computes_in_16_bit_as_the_layer_does():
     hidden, weight, _, labels = draw(6, 8, 20)
     weight.requires_grad_()

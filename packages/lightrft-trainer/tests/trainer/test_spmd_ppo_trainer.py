@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lightrft.rewards import RewardError, RewardOutput
+from lightrft.strategy.hub_layout import unwrap
 from lightrft.strategy.lifecycle import EngineStatus
 from lightrft.trainer import DriftError, SPMDPPOTrainer
 from lightrft.trainer import policy_update as update_module
@@ -446,6 +447,37 @@ def test_a_fused_logprob_that_the_actor_does_not_compute_is_refused(make: Make) 
 def test_an_overlong_buffer_longer_than_a_response_is_refused(make: Make) -> None:
     with pytest.raises(ValueError, match=r"--overlong_buffer_len 5: must be at most the 4 tokens"):
         make(overlong_buffer=True, overlong_buffer_len=5)
+
+
+def with_policies(make: Make, actor: dict[str, Any], reference: dict[str, Any], **settings: Any) -> SPMDPPOTrainer:
+    """A trainer whose actor and reference have attributes of their own, as a script of one's own may have made them."""
+    t = make(init_kl_coef=0.1, fused_linear_logprob=True, **settings).trainer
+    for model, attributes in ((t.actor, actor), (t.initial_model, reference)):
+        for name, value in attributes.items():
+            setattr(unwrap(model), name, value)
+    models = (t.actor, None, None, t.initial_model, None)
+    options = {"tokenizer": t.tokenizer, "reward_fn": t.grader.rewards[0]}
+    return SPMDPPOTrainer(t.strategy, *models, t.actor_optim, None, None, None, **options)
+
+
+def test_a_reference_that_is_not_fused_is_refused_by_name(make: Make) -> None:
+    with pytest.raises(
+        ValueError, match=r"^--fused_.*: pass fused_linear_logprob=True to Actor\(...\) of initial_model"
+    ):
+        with_policies(make, {}, {"fused_linear_logprob": False})
+
+
+@pytest.mark.parametrize(("chunks", "whose"), [((4096, 64), ""), ((64, 4096), " of initial_model")])
+def test_a_chunk_size_that_a_model_was_not_made_with_is_refused(
+    make: Make, chunks: tuple[int, int], whose: str
+) -> None:
+    message = rf"^--chunk_size 64: the model was made with 4096; pass chunk_size=64 to Actor\(...\){whose} as well$"
+    with pytest.raises(ValueError, match=message):
+        with_policies(make, {"chunk_size": chunks[0]}, {"chunk_size": chunks[1]}, chunk_size=64)
+
+
+def test_a_scripts_own_chunk_size_stands_where_none_was_asked_for(make: Make) -> None:
+    assert with_policies(make, {"chunk_size": 5}, {"chunk_size": 6})
 
 
 def test_packing_that_the_models_do_not_do_is_refused(make: Make) -> None:

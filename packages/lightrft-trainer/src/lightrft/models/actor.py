@@ -19,7 +19,8 @@ class Actor(TokenModel):
     :param fused_linear_logprob: compute logprobs from hidden states, with the logits of ``chunk_size`` tokens at most
         in memory.
     :param options: see :class:`lightrft.models.token_model.TokenModel`.
-    :raises ValueError: ``fused_linear_logprob`` with an output layer that is not a linear one.
+    :raises ValueError: ``fused_linear_logprob`` with an output layer that is not a linear one, or a ``chunk_size``
+        below 1.
     """
 
     def __init__(
@@ -30,6 +31,11 @@ class Actor(TokenModel):
         chunk_size: int = 4096,
         **options: Any,
     ) -> None:
+        if chunk_size < 1:  # before a model is read
+            raise ValueError(
+                f"chunk_size={chunk_size}: must be at least 1, the most tokens whose logits fused_linear_logprob holds "
+                "at one time; leave it away for 4096"
+            )
         super().__init__(pretrain_or_model, "generator", **options)
         if fused_linear_logprob:
             check_plain_head(self.model, self.model.get_output_embeddings())

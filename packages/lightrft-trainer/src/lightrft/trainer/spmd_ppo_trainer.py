@@ -220,20 +220,30 @@ class SPMDPPOTrainer:
             problems.append(
                 f"init_kl_coef is {self.kl_ctl.value} and there is no initial_model; pass one, or set init_kl_coef=0"
             )
-        if config.fused_linear_logprob and not getattr(unwrap(self.actor), "fused_linear_logprob", False):
-            problems.append("--fused_linear_logprob: pass fused_linear_logprob=True to Actor(...) as well")
         if config.overlong_buffer and config.overlong_buffer_len > self.sampling.max_tokens:
             problems.append(
                 f"--overlong_buffer_len {config.overlong_buffer_len}: must be at most the {self.sampling.max_tokens} "
                 "tokens of a response; lower it, or raise --generate_max_len"
             )
-        for name, model in (("Actor", self.actor), ("Critic", self.critic), ("Actor", self.initial_model)):
+        policy, reference = "Actor(...)", "Actor(...) of initial_model"
+        for name, model in ((policy, self.actor), ("Critic(...)", self.critic), (reference, self.initial_model)):
             module = None if model is None else unwrap(model)
-            if config.packing_samples and module is not None and not getattr(module, "packing_samples", False):
-                problems.append(f"--packing_samples: pass packing_samples=True to {name}(...) as well")
-            if config.sp_size > 1 and module is not None and getattr(module, "sequence_ranks", None) is None:
+            if module is None or (name == reference and module is unwrap(self.actor)):  # looked at already
+                continue
+            if config.fused_linear_logprob and name in (policy, reference):
+                made_with = getattr(module, "chunk_size", None)
+                if not getattr(module, "fused_linear_logprob", False):
+                    problems.append(f"--fused_linear_logprob: pass fused_linear_logprob=True to {name} as well")
+                elif config.chunk_size not in (type(config).chunk_size, made_with):  # by default a script's own holds
+                    problems.append(
+                        f"--chunk_size {config.chunk_size}: the model was made with {made_with}; pass "
+                        f"chunk_size={config.chunk_size} to {name} as well"
+                    )
+            if config.packing_samples and not getattr(module, "packing_samples", False):
+                problems.append(f"--packing_samples: pass packing_samples=True to {name} as well")
+            if config.sp_size > 1 and getattr(module, "sequence_ranks", None) is None:
                 problems.append(
-                    f"--sp_size {config.sp_size}: pass sequence_group=strategy.sequence_group to {name}(...) as well"
+                    f"--sp_size {config.sp_size}: pass sequence_group=strategy.sequence_group to {name} as well"
                 )
         if self.tokenizer is None:
             problems.append("no tokenizer was given; pass tokenizer=...")
