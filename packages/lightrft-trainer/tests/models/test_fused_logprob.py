@@ -129,8 +129,9 @@ def test_a_masked_entry_of_the_vocabulary_gives_no_nan():
     bias = torch.zeros(12)
     bias[10:] = -torch.inf
     labels %= 10
-    values, grads = gradients(fused(labels, 1.0, True, 2), hidden, weight, bias, torch.ones(2, 5))
-    cut, cut_grads = gradients(plain(labels, 1.0, True), hidden, weight[:10], None, torch.ones(2, 5))
+    weights = torch.full((2, 5), 3.0)  # more than 1: times the least number of fp32 it would be -inf
+    values, grads = gradients(fused(labels, 1.0, True, 2), hidden, weight, bias, weights)
+    cut, cut_grads = gradients(plain(labels, 1.0, True), hidden, weight[:10], None, weights)
     for ours, theirs in zip(values, cut, strict=True):
         assert torch.allclose(ours, theirs, atol=1e-5)
     assert torch.allclose(grads[1][:10], cut_grads[1], atol=1e-5) and (grads[1][10:] == 0).all()

@@ -24,6 +24,7 @@ from lightrft.strategy.device import multiplies, widens_products
 from lightrft.strategy.wide_products import wide_linear
 
 from . import logit_kernels
+from .logprobs import LOWEST_LOGPROB
 
 BLOCK_BYTES = 64 * 2**20
 """Memory for the matrices of a block on a CPU: its products lose nothing then. An accelerator takes 8 times as much."""
@@ -105,7 +106,7 @@ class _FusedStatistics(torch.autograd.Function):
             else:
                 probabilities = logs.exp()
                 # dH/dx_i = -p_i (log p_i + H)
-                gradient = logs.clamp_min_(torch.finfo(dtype).min).add_(entropies[part, None])
+                gradient = logs.clamp_min_(LOWEST_LOGPROB).add_(entropies[part, None])
                 gradient.mul_(by_entropy[part, None])
                 if by_logprob is not None:
                     gradient.add_(by_logprob[part, None])

@@ -18,6 +18,10 @@ CHUNK_BYTES = 8 * 2**20
 """Size of one chunk in the computing dtype: small enough to stay in a CPU's cache, large enough to fill a GPU."""
 
 
+LOWEST_LOGPROB = -1e30
+"""Stands for a masked token's -inf: its probability is 0, and times that and any gradient this is 0, not nan."""
+
+
 def _rows_in_chunk(vocabulary: int, dtype: torch.dtype, device: torch.device) -> int:
     budget = CHUNK_BYTES if device.type == "cpu" else 64 * CHUNK_BYTES
     return max(1, budget // (vocabulary * dtype.itemsize))
@@ -95,7 +99,7 @@ class _TokenStatistics(torch.autograd.Function):
                 normalized = torch.log_softmax(scaled, dim=-1)
                 probabilities = normalized.exp()
                 # dH/dx_i = -p_i (log p_i + H)
-                gradient = normalized.clamp_min_(torch.finfo(dtype).min).add_(entropies[rows, None])
+                gradient = normalized.clamp_min_(LOWEST_LOGPROB).add_(entropies[rows, None])
                 gradient.mul_(by_entropy[rows, None])
                 if by_logprob is not None:
                     gradient.add_(by_logprob[rows, None])
