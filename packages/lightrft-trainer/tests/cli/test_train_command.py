@@ -190,15 +190,29 @@ def test_the_default_task_is_learned_packed_fused_and_cut(train: Tiny, tmp_path:
 
 
 @pytest.mark.full
-def test_cut_sequences_go_on_whole(tiny: Tiny, tmp_path: Path, uninterrupted: Path) -> None:
-    """Two ranks held the same samples; on one rank each has them once."""
-    first = tiny(tmp_path, *CUT)
+@pytest.mark.parametrize("cut_first", [True, False])
+def test_a_run_goes_on_with_its_sequences_cut_otherwise(
+    rank_pools: Any, tiny_under_torchrun: Tiny, tmp_path: Path, uninterrupted: Path, cut_first: bool
+) -> None:
+    """Two ranks of a cut run hold the same samples; afterwards each has its own, or one rank all; and back."""
+    if cut_first:
+        tiny_under_torchrun(tmp_path, *CUT).results()
+    else:
+        shutil.copytree(uninterrupted, tmp_path / "run")
     metrics = tmp_path / "run" / "metrics.jsonl"
-    assert first.wait_until(lambda: len(read_metrics(metrics)) >= 1)
-    first.process.send_signal(signal.SIGTERM)
-    assert first.finish() in (0, 130), first.output()
-    second = tiny(tmp_path, "--resume", "--nproc_per_node", "1", "--sp_size", "1")
-    assert second.finish() == 0, second.output()
-    cut, plain = read_metrics(metrics), read_metrics(uninterrupted / "metrics.jsonl")
-    assert [line["step"] for line in cut] == list(range(1, 9))
-    assert cut[1]["reward_mean"] == pytest.approx(plain[1]["reward_mean"], abs=1e-9)
+    before = read_metrics(metrics)
+    assert [line["step"] for line in before] == list(range(1, 9))
+    for step in (7, 8):  # as if it had ended after the sixth: neither their checkpoints nor their lines are there
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step_{step:06d}")
+    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:6]))
+    assert [line["step"] for line in read_metrics(metrics)] == list(range(1, 7))
+    pool = rank_pools(1 if cut_first else 2)
+    tiny_under_torchrun(tmp_path, "--resume", *(("--sp_size", "1") if cut_first else CUT), pool=pool).results()
+    assert "step_000006 at step 6" in pool.output(0).replace("\n", "")
+    after = read_metrics(metrics)
+    assert [line["step"] for line in after] == list(range(1, 9)) and after[:6] == before[:6]
+    one, two = after[6], before[6]  # the first line after the resume, and that of the run which nobody interrupted
+    assert one["reward_mean"] == pytest.approx(two["reward_mean"], abs=1e-9)
+    assert one["response_length_mean"] == two["response_length_mean"]
+    for name in ("loss", "grad_norm", "policy_kl"):
+        assert one[name] == pytest.approx(two[name], rel=2e-3, abs=2e-5)
