@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightrft.models import Actor, ActorVL, Critic, pad_rows, segment_attention
+from lightrft.strategy.device import attends_in_segments
 from lightrft.testing.tiny_models import TEXT_KINDS, tiny_config, tiny_model
 
 # The last two are of one length, and computed as a batch.
@@ -252,11 +253,17 @@ def test_torchs_own_kernel_is_not_asked_for_values_narrower_than_keys(monkeypatc
 @pytest.mark.gpu
 @pytest.mark.parametrize("implementation", ["sdpa", "flash_attention_2"])
 @pytest.mark.parametrize("kind", FLASH_KINDS)
-def test_kernels_of_variable_lengths_pack_as_plain_attention_pads(kind: str, implementation: str):
+def test_kernels_of_variable_lengths_pack_as_plain_attention_pads(
+    kind: str, implementation: str, monkeypatch: pytest.MonkeyPatch
+):
     """sdpa: where a device has torch's own kernel, it computes what is packed."""
     if implementation == "flash_attention_2":
         pytest.importorskip("flash_attn", reason="pip install flash-attn: the kernel of --flash_attn is not installed")
     device = torch.accelerator.current_accelerator()
+    ran, own = [], segment_attention._torch_flash
+    monkeypatch.setattr(
+        segment_attention, "_torch_flash", lambda *args, **options: ran.append(1) or own(*args, **options)
+    )
     exact, packing = tiny_model(kind).to(device), tiny_model(kind, dtype=torch.bfloat16).to(device)
     plain = Actor(copy.deepcopy(packing))
     plain.shares_prompts = False
@@ -269,6 +276,14 @@ def test_kernels_of_variable_lengths_pack_as_plain_attention_pads(kind: str, imp
         found.append((logprobs.detach(), gradient))
     for true, padded, packed in zip(*found, strict=True):
         assert (packed - true).norm() < 2 * (padded - true).norm()
+    has_kernel = attends_in_segments(device, torch.bfloat16)
+    assert len(ran) == (packing.config.num_hidden_layers if implementation == "sdpa" and has_kernel else 0)
+    other = ROWS.sequences.clone()
+    other[1, :10] = torch.randint(3, 500, (10,), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():  # `actor` is the packed one
+        moved = actor(*(part.to(device) for part in (other, ROWS.attention_mask, ROWS.response_mask)))
+    neighbours = [0, 2, 3, 4]
+    assert torch.equal(moved[neighbours], found[2][0][neighbours]) and not torch.equal(moved[1], found[2][0][1])
 
 
 def test_attention_that_would_leak_is_refused_by_name():

@@ -69,6 +69,16 @@ def seen_columns(ranks: int) -> list[tuple[int, ...]]:
     return shapes
 
 
+def beside_another(ranks: int) -> tuple[Tensor, Tensor]:
+    """Of packed rows, what is said before and after the second one has become another."""
+    actor = build("qwen2", packing_samples=True, sequence_group=strategy_of(ranks).sequence_group)
+    other = ROWS.sequences.clone()
+    other[1, :10] = torch.arange(60, 70)
+    with torch.no_grad():
+        before, after = (actor(each, ROWS.attention_mask, ROWS.response_mask) for each in (ROWS.sequences, other))
+    return before, after
+
+
 def refused(kind: str, ranks: int, **options: Any) -> str:
     actor = ActorVL if kind == "qwen2_vl" else Actor
     with pytest.raises(ValueError) as error:
@@ -100,6 +110,11 @@ def test_four_ranks_say_and_learn_of_a_sequence_what_one_does(rank_pools: Any):
 
 def test_each_rank_works_on_its_part_of_a_sequence(ranks: Any):
     assert ranks.run(seen_columns, RANKS) == [[(4, 9, 64)]] * RANKS
+
+
+def test_a_packed_sample_moves_none_of_its_neighbours_over_ranks(ranks: Any):
+    for before, after in ranks.run(beside_another, RANKS):
+        assert torch.equal(before[[0, 2, 3]], after[[0, 2, 3]]) and not torch.equal(before[1], after[1])
 
 
 def test_heads_that_cannot_be_shared_are_refused_with_the_sizes_that_can(ranks: Any):
