@@ -70,8 +70,10 @@ def draw_lengths(lengths: Sequence[int], path: Path, step: int) -> Path:
     median, high = numpy.percentile(values, [50, 95])
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    bins = numpy.histogram_bin_edges(values, bins=min(50, max(1, int(values.max() - values.min()) + 1)))
-    axes.hist(values, bins=bins.tolist(), color="#4477aa", edgecolor="white", linewidth=0.5)
+    # At most 50 bars, each over the whole lengths that it counts.
+    width = -(-(int(values.max() - values.min()) + 1) // 50)
+    edges = numpy.arange(values.min(), values.max() + width + 1, width) - 0.5
+    axes.hist(values, bins=edges.tolist(), color="#4477aa", edgecolor="white", linewidth=0.5)
     for value, label, style in ((median, "median", "-"), (high, "95 %", "--")):
         axes.axvline(value, color="#cc6677", linestyle=style, label=f"{label}: {value:.0f}")
     axes.set(
@@ -79,6 +81,7 @@ def draw_lengths(lengths: Sequence[int], path: Path, step: int) -> Path:
         ylabel="responses",
         title=f"Response lengths up to step {step}, n = {len(values)}",
     )
+    axes.locator_params(axis="x", integer=True)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
