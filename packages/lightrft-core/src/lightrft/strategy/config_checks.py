@@ -69,13 +69,13 @@ def only_with(
     return (((name, *parents.split()), refuse(name)) for name in names.split())
 
 
-for _names, _parents, _there, _cure in (
+for _row in (
     ("chunk_size", "fused_linear_logprob", lambda c: c.fused_linear_logprob, "--fused_linear_logprob"),
     ("reward_running_norm_minus_mean", "reward_running_norm", lambda c: c.reward_running_norm, "--reward_running_norm"),
     ("policy_drift_coef", "use_cpg_loss", lambda c: c.use_cpg_loss, "--use_cpg_loss"),
     ("policy_drift_clip_eps", "policy_drift_coef", lambda c: c.policy_drift_coef > 0, "--policy_drift_coef above 0"),
 ):
-    RULES.extend(only_with(_names, _parents, _there, _cure))
+    RULES.extend(only_with(*_row))
 
 
 @between("bf16", "fp16")

@@ -225,9 +225,7 @@ class EngineHost:
             raise problem
         for rank, (_, _, text) in enumerate(told):
             if text is not None:
-                refused = PromptError(f"rank {rank}: {text}")
-                refused.of_another_rank = True
-                raise refused
+                raise PromptError.echo(f"rank {rank}: {text}")
         for group in layout.sequence_groups if layout.sp_size > 1 else ():
             if len({told[rank][:2] for rank in group}) > 1:
                 raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Self
 
 
 class LightRFTError(Exception):
@@ -12,6 +13,13 @@ class LightRFTError(Exception):
     """
 
     of_another_rank: bool = False
+
+    @classmethod
+    def echo(cls, text: str) -> Self:
+        """What a rank raises that did its part; ``text`` begins with the rank that failed."""
+        error = cls(text)
+        error.of_another_rank = True
+        return error
 
 
 class ConfigError(LightRFTError, ValueError):

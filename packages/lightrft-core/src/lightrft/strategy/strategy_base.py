@@ -343,9 +343,7 @@ class StrategyBase(ABC):
                     self._journal.agree(describe(error))
                 raise
             if (problem := self._journal.agree(None)) is not None:
-                told = kind(problem)
-                told.of_another_rank = True
-                raise told
+                raise kind.echo(problem)
 
     def all_are_done(self, seconds: float) -> bool:
         """After :meth:`together` failed here: have the others done their part? Waits for them up to ``seconds``."""
@@ -406,9 +404,7 @@ class StrategyBase(ABC):
         if problem is not None:
             raise problem
         if text is not None:
-            echo = kind(f"rank {self.rank - self.rank % self.layout.sp_size}: {text}")
-            echo.of_another_rank = True
-            raise echo
+            raise kind.echo(f"rank {self.rank - self.rank % self.layout.sp_size}: {text}")
         return shared
 
     @property

@@ -66,10 +66,10 @@ def check_loaded(engine: str, weights: WeightReader, folder: str) -> None:
     names: dict[Path, list[str]] = {}
     for name, file in pretrained_files(folder).items():
         names.setdefault(file, []).append(name)
-    for file in names:
+    for file, held in names.items():
         with safe_open(file, framework="pt") as saved:
             wanted = {}
-            for name in names[file]:
+            for name in held:
                 if name not in weights.manifest.shapes or (shape := weights.manifest.shapes[name]) == ():
                     continue
                 if tuple(saved.get_slice(name).get_shape()) == tuple(shape):

@@ -316,7 +316,7 @@ class SPMDPPOTrainer:
         sinks = self._open_sinks()
         progress = make_progress(total, done=self.state.step, show=self.strategy.is_rank_0())
         try:
-            self._sync()
+            self.strategy.update_engine_weights(self.actor)
             if self.state.training:
                 self.strategy.maybe_sleep_inference_engine()
             if self.state.step == 0 and not self.state.training:
@@ -495,22 +495,18 @@ class SPMDPPOTrainer:
         }
 
     # ---- after training ---------------------------------------------------------------------------------------------
-    def _sync(self) -> float:
-        """Bring the actor's weights to the engine; seconds."""
-        return self.strategy.update_engine_weights(self.actor).seconds
-
     def _sync_and_time(self, training: float, version: int) -> None:
         """Sync, unless an own ``ppo_train`` did so itself, and note the seconds of both on the slowest rank.
 
         :param training: seconds in ``ppo_train``. :param version: the engine's weights before it.
         """
         host, figures = self.strategy.engine_host, self.state.figures
-        if host.weight_version == version:
-            sync = self._sync()
-        else:
-            assert host.last_receipt is not None
-            sync = host.last_receipt.seconds
-            training -= sync
+        synced = host.weight_version != version
+        if not synced:
+            self.strategy.update_engine_weights(self.actor)
+        assert host.last_receipt is not None
+        sync = host.last_receipt.seconds
+        training -= sync if synced else 0.0
         seconds = {"seconds_train": figures.get("seconds_train", 0.0) + training, "seconds_sync": sync}
         figures.update(self.strategy.all_reduce(seconds, "max"))
 
