@@ -396,6 +396,7 @@ def test_the_home_folder_may_be_written_as_a_tilde_wherever_a_setting_comes_from
         config = load(*flags, *more)
         assert (config.pretrain, config.reward_pretrain) == (f"{tmp_path}/model", f"org/rm,{tmp_path}/rm")
         assert (config.output_dir, config.log_dir) == (f"{tmp_path}/run", f"{tmp_path}/logs")
+    assert load("--output_dir", "first, second").output_dir == "first, second", "a folder's own comma is no list"
 
 
 @pytest.mark.parametrize("flags", [(), ("--lora_rank", "8", "--actor_learning_rate", "1e-5")])

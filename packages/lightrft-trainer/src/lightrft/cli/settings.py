@@ -24,7 +24,7 @@ PACKAGES = {
     "use_wandb": ("wandb", 'pip install "lightrft-trainer[wandb]"'),
     "use_trackio": ("trackio", 'pip install "lightrft-trainer[trackio]"'),
 }
-# Settings that name folders, several joined by commas; who reads --prompt_data and --eval_data expands those.
+# Settings that name folders; who reads --prompt_data and --eval_data expands those.
 FOLDERS = ("pretrain", "critic_pretrain", "reward_pretrain", "output_dir", "log_dir")
 TAKEN = "holds a run already; add --resume to go on with it, or name another folder"
 
@@ -105,8 +105,10 @@ def load_settings(namespace: argparse.Namespace) -> StrategyConfig:
 
 def _at_home(given: Mapping[str, Any]) -> dict[str, Any]:
     """The same with ``~`` expanded, which a shell does neither in a file nor in ``--flag=~/folder``."""
-    text = {name: given[name].split(",") for name in FOLDERS if isinstance(given.get(name), str)}
-    return {**given, **{name: ",".join(os.path.expanduser(p.strip()) for p in parts) for name, parts in text.items()}}
+    expanded = {name: os.path.expanduser(value) for name in FOLDERS if isinstance(value := given.get(name), str)}
+    if several := expanded.get("reward_pretrain"):
+        expanded["reward_pretrain"] = ",".join(os.path.expanduser(part.strip()) for part in several.split(","))
+    return {**given, **expanded}
 
 
 def _resumed(merged: Mapping[str, Any], *, typed: Mapping[str, Any], file: Mapping[str, Any]) -> dict[str, Any]:
