@@ -10,7 +10,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,53 +76,58 @@ def test_doctor_examines_vllm_split_over_two_ranks() -> None:
 
 # ---- train -----------------------------------------------------------------------------------------------------------
 @pytest.fixture
-def train(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs the command on a small model without a warm start, in ``tmp_path / "run"``, with further flags."""
+def words(tmp_path: Path) -> list[str]:
+    """The command's words for a small model without a warm start, in ``tmp_path / "run"``."""
     build_model().save_pretrained(tmp_path / "model")
     build_tokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "breaker.py").write_text(BREAKER)
-    flags = f"""
-        --fsdp --engine_type vllm --pretrain {tmp_path / "model"} --prompt_data task:reverse_digits
-        --reward breaker:grade --rollout_batch_size 8 --n_samples_per_prompt 4 --train_batch_size 32
-        --micro_train_batch_size 8 --prompt_max_len 8 --generate_max_len 5 --init_kl_coef 0 --max_steps {STEPS}
-        --save_steps 1 --plot_every -1 --max_model_len 32
+    return f"""
+        train --output_dir {tmp_path / "run"} --fsdp --engine_type vllm --pretrain {tmp_path / "model"}
+        --prompt_data task:reverse_digits --reward breaker:grade --rollout_batch_size 8 --n_samples_per_prompt 4
+        --train_batch_size 32 --micro_train_batch_size 8 --prompt_max_len 8 --generate_max_len 5 --init_kl_coef 0
+        --max_steps {STEPS} --save_steps 1 --plot_every -1 --max_model_len 32
     """.split()
-
-    def run(*further: Any) -> subprocess.CompletedProcess[str]:
-        return lightrft("train", "--output_dir", tmp_path / "run", *further, *flags, PYTHONPATH=str(tmp_path))
-
-    return run
 
 
 @pytest.mark.full
-def test_a_run_ends_quietly(train: Callable[..., subprocess.CompletedProcess[str]]) -> None:
-    done = train()
+def test_a_run_ends_quietly(words: list[str], tmp_path: Path) -> None:
+    done = lightrft(*words, PYTHONPATH=str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
 
 
-def resumed(folder: Path) -> int:
-    """On a rank: the command again, with the modules that lie in the folder."""
+def under_torchrun(folder: Path, words: list[str]) -> int:
+    """On a rank that a launcher has started: the command, with the modules that lie in the folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
-        return main(["train", "--resume", "--output_dir", str(folder / "run")])
+        return main(words)
 
 
-@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    ("launched", "size"),
+    [(False, 1), pytest.param(True, 1, marks=pytest.mark.full), pytest.param(True, 2, marks=pytest.mark.full)],
+)
 def test_an_engine_that_breaks_ends_the_run_and_resume_goes_on(
-    train: Callable[..., subprocess.CompletedProcess[str]], ranks: RankPool, tmp_path: Path, size: int
+    words: list[str], ranks: RankPool, tmp_path: Path, launched: bool, size: int
 ) -> None:
     (tmp_path / "armed").touch()
-    done = train("--engine_tp_size", size)
-    assert done.returncode == 1, done.stdout + done.stderr
+    words += ["--engine_tp_size", str(size)]
+    if launched:
+        done = lightrft(*words, PYTHONPATH=str(tmp_path))
+        assert done.returncode == 1, done.stdout + done.stderr
+        shown = done.stderr
+        assert "lightrft train --resume --output_dir" in shown
+    else:
+        assert ranks.run(under_torchrun, tmp_path, words) == [1, 1], ranks.output(0)
+        shown = ranks.output(0) + ranks.output(1)
     # From rank 1 itself, or from rank 0 that was told, where the launcher ended rank 1 before it had spoken.
-    assert re.search(r'rank 1: (RolloutError: )?engine "vllm" failed while generating: ZeroDivisionError', done.stderr)
-    assert "lightrft train --resume --output_dir" in done.stderr
+    assert re.search(r'rank 1: (RolloutError: )?engine "vllm" failed while generating: ZeroDivisionError', shown)
     reached = [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")]
     assert reached == [1, 2]
 
     (tmp_path / "armed").unlink()
-    assert ranks.run(resumed, tmp_path) == [0, 0]
+    ranks.restart()
+    assert ranks.run(under_torchrun, tmp_path, ["train", "--resume", *words[1:3]]) == [0, 0]
     assert "resumed from" in ranks.output(0)
     assert "Traceback" not in ranks.output(0) + ranks.output(1)
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
