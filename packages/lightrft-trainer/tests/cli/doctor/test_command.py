@@ -14,19 +14,34 @@ from lightrft.cli.doctor.command import DEADLINES, _deadlines
 from lightrft.cli.doctor.findings import CHECKS
 from lightrft.cli.main import main
 from lightrft.strategy.config import StrategyConfig
+from lightrft.testing import RankPool
 
 
-def test_two_ranks_with_fsdp_and_the_embedded_engine_are_fit(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "lightrft.cli.main", "doctor", "--fsdp", "--engine_type", "hf", "--json"]
-    environment = {**os.environ, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    environment.pop("RANK", None)
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=240)
-    assert done.returncode == 0, done.stdout + done.stderr
-    told = json.loads(done.stdout)  # nothing else on standard output
+DOCTOR = ("doctor", "--fsdp", "--engine_type", "hf", "--json")
+
+
+def assert_fit(written: str) -> None:
+    told = json.loads(written)
     assert told["verdict"] == "fit"
     assert (told["backend"], told["engine"], told["ranks"]) == ("fsdp", "hf", 2)
     assert [check["check"] for check in told["checks"]] == list(CHECKS)
     assert all(check["status"] == "ok" for check in told["checks"])
+
+
+def test_two_ranks_under_a_launcher_are_fit(ranks: RankPool) -> None:
+    assert ranks.run(main, DOCTOR) == [0, 0]
+    assert_fit(ranks.output(0)[ranks.output(0).index("{") :])  # standard error is there too
+    assert "{" not in ranks.output(1)
+
+
+@pytest.mark.full
+def test_ranks_that_the_command_starts_are_fit(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "lightrft.cli.main", *DOCTOR]
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    environment.pop("RANK", None)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_fit(done.stdout)  # nothing else on standard output
     assert list(tmp_path.glob("lightrft*")) == [], "it leaves nothing behind"
 
 

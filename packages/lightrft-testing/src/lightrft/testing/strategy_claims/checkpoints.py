@@ -188,30 +188,31 @@ class CheckpointClaims(StrategyClaims):
         with refused(CheckpointError, saying=["nowhere"]):
             strategy.load_ckpt(model, self.folder / "nowhere")
 
-    @pytest.mark.parametrize("damage", ["cut", "flipped", "missing", "no manifest", "garbled manifest"])
     @on_ranks
-    def test_a_damaged_checkpoint_is_refused_by_name_and_passed_over_without(self, damage: str) -> None:
+    def test_a_damaged_checkpoint_is_refused_by_name_and_passed_over_without(self) -> None:
         strategy, model, optimizer, _ = self.fresh()
         self.train(strategy, model, optimizer)
-        strategy.save_ckpt(model, self.folder, client_state={"step": 1})
+        strategy.save_ckpt(model, self.folder / "whole", client_state={"step": 1})
         expected = weights_of(strategy, model)
         self.train(strategy, model, optimizer, first=1)
-        strategy.save_ckpt(model, self.folder, client_state={"step": 2})
-        if strategy.is_rank_0():
-            _damage(self.folder / "step_2", damage)
-        strategy.barrier()
-        other, resumed, its_optimizer, _ = self.fresh(seed=9)
-        other.setup_distributed()
-        before = weights_of(other, resumed)
-        with refused(CheckpointError, saying=["step_2"]):
-            other.load_ckpt(resumed, self.folder, tag="step_2")
-        self.assert_same_weights(weights_of(other, resumed), before, exact=True)
-        loaded = other.load_ckpt(resumed, self.folder)
-        assert loaded.path.name == "step_1"
-        assert loaded.client_state == {"step": 1}
-        assert len(loaded.skipped) == 1 or "manifest" in damage
-        self.assert_same_weights(weights_of(other, resumed), expected, exact=True)
-        assert self.train(other, resumed, its_optimizer, first=1)[0].stepped
+        strategy.save_ckpt(model, self.folder / "whole", client_state={"step": 2})
+        for damage in ("cut", "flipped", "missing", "no manifest", "garbled manifest"):
+            folder = self.folder / damage
+            if strategy.is_rank_0():
+                shutil.copytree(self.folder / "whole", folder)
+                _damage(folder / "step_2", damage)
+            strategy.barrier()
+            other, resumed, its_optimizer, _ = self.fresh(seed=9)
+            before = weights_of(other, resumed)
+            with refused(CheckpointError, saying=["step_2"]):
+                other.load_ckpt(resumed, folder, tag="step_2")
+            self.assert_same_weights(weights_of(other, resumed), before, exact=True)
+            loaded = other.load_ckpt(resumed, folder)
+            assert loaded.path.name == "step_1", damage
+            assert loaded.client_state == {"step": 1}
+            assert len(loaded.skipped) == 1 or "manifest" in damage
+            self.assert_same_weights(weights_of(other, resumed), expected, exact=True)
+            assert self.train(other, resumed, its_optimizer, first=1)[0].stepped
 
     @on_ranks
     def test_when_all_are_damaged_each_is_named(self) -> None:
