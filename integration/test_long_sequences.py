@@ -58,6 +58,8 @@ def one_step(
         made.shares_prompts = False
     seen: list[torch.Size] = []
     made.model.get_input_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
+    passes: list[None] = []
+    made.model.model.layers[0].self_attn.register_forward_pre_hook(lambda *_: passes.append(None))
     given: list[torch.Size] = []
     made.model.get_output_embeddings().register_forward_hook(lambda head, args, output: given.append(output.shape))
     actor = strategy.prepare(set_adapters(made))
@@ -70,6 +72,7 @@ def one_step(
     fused, vocabulary = options.get("fused_linear_logprob", False), made.config.vocab_size
     assert given[0][-1] == (2 if fused else vocabulary), "logits are made where they are not fused, and only there"
     strategy.backward(loss, actor, optimizer, scale=1 / TOKENS)
+    assert len(passes) == 1 + options.get("gradient_checkpointing", False), "activations are made again where asked"
     strategy.optimizer_step(optimizer, actor, None)
     return loss.item() / TOKENS, gradients_of(strategy, actor, optimizer)
 

@@ -57,7 +57,10 @@ def test_the_number_of_ranks_does_not_change_the_run(
     # The same prompts, the same samples, the same optimizer steps; sums over ranks differ in rounding only, which eight
     # optimizer steps at this rate multiply by some thousands.
     for one, two in zip(alone[:2], together[:2], strict=True):
-        assert one["reward_mean"] == pytest.approx(two["reward_mean"], abs=1e-9)
+        rewards = [name for name in two if name.startswith("reward")]
+        assert len(rewards) == 4, "mean, deviation, and each of two parts"
+        for name in (*rewards, "finished_share"):
+            assert one[name] == pytest.approx(two[name], abs=1e-9), name
         assert one["response_length_mean"] == two["response_length_mean"]
         for name in ("loss", "grad_norm", "policy_kl"):
             assert one[name] == pytest.approx(two[name], rel=1e-3, abs=1e-5)

@@ -45,14 +45,16 @@ def even_digits(prompts: list[str], responses: list[str], labels: list[Any], **e
 def make(tmp_path: Path) -> Callable[..., Setup]:
     """Builds a :class:`Setup`; keywords are settings, ``trainer_class`` and ``reward_fn`` are what they say.
 
-    ``model_options`` are those of the models; without them the models get what the settings ask for. Curves are drawn
-    for the tests that ask for ``plots``: a run ends with four of them, which take longer than its steps.
+    ``model_options`` are those of the models; without them the models get what the settings ask for. ``generate`` are
+    the trainer's own sampling settings. Curves are drawn for the tests that ask for ``plots``: a run ends with four of
+    them, which take longer than its steps.
     """
 
     def build(
         trainer_class: type[SPMDPPOTrainer] = SPMDPPOTrainer,
         reward_fn: Any = even_digits,
         model_options: Any = None,
+        generate: Any = None,
         plots: bool = False,
         **settings: Any,
     ) -> Setup:
@@ -111,6 +113,7 @@ def make(tmp_path: Path) -> Callable[..., Setup]:
             critic_schedule,
             tokenizer=tokenizer,
             reward_fn=reward_fn,
+            **(generate or {}),
         )
         if not plots:
             trainer._plot = lambda: None

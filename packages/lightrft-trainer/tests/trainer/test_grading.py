@@ -65,6 +65,28 @@ def test_a_reward_model_scores_alike_as_a_module_and_in_an_engine(folder: str) -
     assert len(set(served)) == 3
 
 
+def test_a_reward_sees_of_each_sample_what_is_its_own() -> None:
+    tokenizer, seen = build_tokenizer(), []
+
+    def reward(prompts: Any, responses: Any, labels: Any, **extras: Any) -> list[float]:
+        named = ("finish_reasons", "response_lengths", "images")
+        seen.extend(zip(prompts, responses, labels, *(extras[name] for name in named), strict=True))
+        return [float(len(text)) for text in responses]
+
+    texts = ["1=1", "1=22", "2=333", "2=4444"]
+    rows = [torch.tensor(tokenizer(text)["input_ids"]) for text in texts]
+    samples = [Experience(i, i // 2, row, response_length=i + 1, finished=i < 3) for i, row in enumerate(rows)]
+    prompts = [SimpleNamespace(prompt=text, label=text * 2, images=[text]) for text in ("1=", "2=")]
+    grades = Grader(FakeStrategy(), tokenizer, [reward])(prompts, samples, 2, 0)
+    assert seen == [
+        ("1=", "1", "1=1=", "stop", 1, ["1="]),
+        ("1=", "22", "1=1=", "stop", 2, ["1="]),
+        ("2=", "333", "2=2=", "stop", 3, ["2="]),
+        ("2=", "4444", "2=2=", "length", 4, ["2="]),
+    ]
+    assert grades.rewards == [1.0, 2.0, 3.0, 4.0]
+
+
 def test_a_score_that_is_no_number_names_its_sample(folder: str) -> None:
     model = RewardModel(folder)
     torch.nn.init.constant_(model.model.score.weight, math.nan)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -11,12 +12,14 @@ import pytest
 import torch
 
 from lightrft.rewards import RewardError, RewardOutput
+from lightrft.strategy.fake_strategy import FakeStrategy
 from lightrft.strategy.hub_layout import unwrap
 from lightrft.strategy.lifecycle import EngineStatus
-from lightrft.trainer import DriftError, SPMDPPOTrainer
+from lightrft.trainer import DriftError, SPMDPPOTrainer, experience_maker, minibatches, replay_buffer
 from lightrft.trainer import policy_update as update_module
 from lightrft.trainer.losses import PolicyLoss
 from lightrft.trainer.metrics import STEP_KEYS, read_metrics
+from lightrft.trainer.prompt_stream import PromptStream
 
 Make = Callable[..., Any]
 
@@ -40,6 +43,8 @@ def test_a_run_learns_and_writes_a_line_a_step_with_every_key(make: Make) -> Non
     assert [line["weight_version"] for line in written] == [written[0]["weight_version"] + i for i in range(12)]
     # Each step's samples were written by the weights that the step before had left.
     assert [line["sample_versions"] for line in written] == [{str(line["weight_version"] - 1): 32} for line in written]
+    # One optimizer step a rollout looks at the samples with the weights that the engine was left with.
+    assert max(line["logprob_drift_max"] for line in written) < 1e-4
     rewards = [line["reward_mean"] for line in written]
     assert sum(rewards[-3:]) > sum(rewards[:3])
 
@@ -89,8 +94,9 @@ def test_names_that_the_documents_read_are_there(make: Make) -> None:
         assert hasattr(trainer, name)
 
 
-def test_a_learning_rate_of_zero_leaves_no_drift(make: Make) -> None:
-    setup = make(actor_learning_rate=0.0, max_epochs=2)
+@pytest.mark.parametrize("generate", [{}, {"temperature": 0.5}], ids=["settings", "trainer's own temperature"])
+def test_a_learning_rate_of_zero_leaves_no_drift(make: Make, generate: dict[str, float]) -> None:
+    setup = make(actor_learning_rate=0.0, max_epochs=2, generate=generate)
     before = setup.weights()
     setup.fit()
     assert same(before, setup.weights())
@@ -200,7 +206,8 @@ def test_kl_to_the_reference_grows_from_zero_and_steers_its_weight(make: Make) -
     setup.fit()
     written = lines(setup)
     assert written[0]["kl"] < written[-1]["kl"]
-    assert written[-1]["kl_coef"] > 0.1
+    # 16 samples a step, each above the target by more than the fifth that counts.
+    assert written[-1]["kl_coef"] / written[-2]["kl_coef"] == pytest.approx(1 + 0.2 * 16 / 100)
 
 
 def test_the_average_follows_the_actor_slowly(make: Make) -> None:
@@ -217,9 +224,19 @@ def test_a_frozen_actor_waits_while_the_critic_learns(make: Make) -> None:
     setup = make(advantage_estimator="gae", freezing_actor_steps=2, max_steps=2)
     before = setup.weights()
     critic = {name: value.clone() for name, value in setup.trainer.critic.state_dict().items()}
-    setup.fit()
+    state = setup.fit()
     assert same(before, setup.weights())
     assert not same(critic, setup.trainer.critic.state_dict())
+    moved = [scheduler.last_epoch for scheduler in (setup.trainer.actor_scheduler, setup.trainer.critic_scheduler)]
+    assert moved == [0, state.optimizer_steps]
+
+
+def test_a_prompt_that_comes_again_is_answered_with_other_noise(make: Make) -> None:
+    maker, prompts = (setup := make()).trainer.experience_maker, [setup.prompts[0]]
+    first, again, later = (
+        [output.output_token_ids for output in maker.generate(prompts, maker.sampling, step)] for step in (0, 0, 1)
+    )
+    assert first == again != later
 
 
 def test_dynamic_sampling_that_finds_nothing_trains_nothing(make: Make) -> None:
@@ -295,15 +312,27 @@ def test_an_engine_that_drops_its_weights_serves_every_draw_and_evaluation(make:
 
 
 def test_evaluation_is_greedy_and_comes_before_and_after(make: Make) -> None:
-    setup = make(eval_steps=2, max_steps=3, plots=True)
+    setup = make(eval_steps=2, max_steps=3, plots=True, temperature=2.0)
     held_out = [setup.prompts[i] for i in range(10)]
     state = setup.fit(eval_prompts=held_out)
     assert list(state.evaluation) == ["0", "2", "3"]
-    assert setup.trainer.evaluate(held_out).accuracy == setup.trainer.evaluate(held_out).accuracy
+    model, tokenizer = setup.trainer.actor.model, setup.trainer.tokenizer
+    for answer in setup.trainer.evaluate(held_out).answers:
+        ids = tokenizer(answer["prompt"], return_tensors="pt")["input_ids"]
+        greedy = model.generate(ids, max_new_tokens=4, do_sample=False)[0, ids.shape[1] :]
+        assert answer["response"] == tokenizer.decode(greedy, skip_special_tokens=True)
     saved = json.loads((setup.trainer.output_dir / "evaluation.json").read_text())
     assert saved == state.evaluation
     assert lines(setup)[1]["eval_accuracy"] == state.evaluation["2"]
     assert (setup.trainer.output_dir / "plots" / "accuracy.png").exists()
+
+
+def test_an_evaluation_counts_the_answers_of_all_ranks(make: Make) -> None:
+    setup = make()
+    alone = setup.trainer.evaluate([setup.prompts[i] for i in range(3)])
+    with mock.patch.object(setup.strategy, "reduce_over_data", lambda data, op: {k: 4 * v for k, v in data.items()}):
+        of_four = setup.trainer.evaluate([setup.prompts[i] for i in range(3)])
+    assert (of_four.count, of_four.reward) == (12, pytest.approx(alone.reward))
 
 
 def test_every_evaluation_reaches_the_trackers(make: Make) -> None:
@@ -340,6 +369,7 @@ def test_trajectories_show_prompt_response_and_reward(make: Make) -> None:
         ({"max_length": 5}, "use max_new_tokens"),
         ({"do_sample": True}, "has no meaning here"),
         ({"tempreature": 1.0}, "unknown tempreature"),
+        ({"temperature": 0.0}, "temperature=0: greedy answers come from no distribution"),
     ],
 )
 def test_generation_settings_that_mean_nothing_are_refused(make: Make, options: dict[str, Any], said: str) -> None:
@@ -488,14 +518,25 @@ def test_packing_that_the_models_do_not_do_is_refused(make: Make) -> None:
 LONG: dict[str, dict[str, Any]] = {
     "fused": {"fused_linear_logprob": True, "chunk_size": 5},
     "packed": {"packing_samples": True},
-    "by tokens": {"max_tokens_per_micro_batch": 36},
-    "packed by tokens": {"packing_samples": True, "max_tokens_per_micro_batch": 36},
+    # Of samples of 7 tokens and more, fewer than the 4 that --micro_train_batch_size would take.
+    "by tokens": {"max_tokens_per_micro_batch": 27},
+    "packed by tokens": {"packing_samples": True, "max_tokens_per_micro_batch": 27},
     "prompts once": {},
 }
 
 
 @pytest.mark.parametrize("flags", LONG.values(), ids=LONG)
-def test_how_samples_are_laid_out_does_not_change_the_step(make: Make, flags: dict[str, Any]) -> None:
+def test_how_samples_are_laid_out_does_not_change_the_step(
+    make: Make, flags: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuts: list[tuple[Any, ...]] = []
+
+    def recorded(*args: Any, cut: Any = minibatches.cut_microbatches, **options: Any) -> Any:
+        cuts.append(tuple(options[name] for name in ("max_tokens", "packed", "n_samples")))
+        return cut(*args, **options)
+
+    for module in (experience_maker, replay_buffer):
+        monkeypatch.setattr(module, "cut_microbatches", recorded)
     options = {"max_steps": 1, "actor_learning_rate": 1e-3, "advantage_estimator": "gae", "critic_learning_rate": 1e-3}
     seen: dict[str, list[tuple[int, ...]]] = {}
     weights = []
@@ -506,17 +547,46 @@ def test_how_samples_are_laid_out_does_not_change_the_step(make: Make, flags: di
         seen[name] = []
         embed = setup.trainer.actor.model.get_input_embeddings()
         embed.register_forward_hook(lambda module, args, output, to=seen[name]: to.append(tuple(args[0].shape)))
+        cuts.clear()
         setup.fit()
         weights.append(setup.weights())
+    limit = flags.get("max_tokens_per_micro_batch")
+    # The rollout's forward passes, and those of two optimizer steps.
+    assert cuts == [(limit, "packing_samples" in flags, 1 if flags else 4)] * 3
     # Adam amplifies rounding where a gradient is nearly zero; a different weighting of tokens would show at 1e-3.
     assert max((weights[0][name] - weights[1][name]).abs().max() for name in weights[0]) < 5e-5
     assert (seen["plain"] == seen["other"]) is (flags == LONG["fused"])
     if "packing_samples" in flags or not flags:
         assert {rows for rows, _ in seen["other"]} == {1}
-    if "max_tokens_per_micro_batch" in flags:
-        assert max(rows * columns for rows, columns in seen["other"]) <= 36 < max(r * c for r, c in seen["plain"])
+    if limit is not None:
+        assert max(rows * columns for rows, columns in seen["other"]) <= limit
+
+
+@pytest.mark.parametrize("flags", [{"packing_samples": True}, {"max_tokens_per_micro_batch": 64}, {}], ids=str)
+def test_samples_change_ranks_where_micro_batches_go_by_tokens(make: Make, flags: dict[str, Any]) -> None:
+    trainer = (setup := make(**flags)).trainer
+    assert trainer._roll_out(PromptStream(setup.loader, episodes=1, batch_size=4))
+    records = trainer.replay_buffer.records
+    with (  # another rank that has brought nothing
+        mock.patch.object(FakeStrategy, "data_parallel_size", 2),
+        mock.patch.object(setup.strategy, "gather_over_data", lambda mine: [mine]),
+    ):
+        plan = trainer._plan_epoch(0, 0)
+    assert trainer.replay_buffer.records == records if not flags else trainer.replay_buffer.records != records
+    for batch in plan if flags else []:
+        mine = [trainer.replay_buffer.records[index] for index in batch.indices]
+        tokens = [sum(record.length for record in mine if record.owner == rank) for rank in (0, 1)]
+        assert abs(tokens[0] - tokens[1]) <= max(record.length for record in mine)
 
 
 def test_a_sample_that_is_longer_than_a_micro_batch_may_be_ends_the_run_with_its_length(make: Make) -> None:
     with pytest.raises(ValueError, match=r"--max_tokens_per_micro_batch 6: sample \d+ of this step has (7|8|9) tokens"):
         make(max_tokens_per_micro_batch=6).fit()
+
+
+def test_each_pass_over_a_buffer_meets_its_samples_in_another_order(make: Make) -> None:
+    trainer = (setup := make()).trainer
+    assert trainer._roll_out(PromptStream(setup.loader, episodes=1, batch_size=4))
+    passes = ((0, 0), (0, 1), (1, 0))
+    orders = [[batch.indices for batch in trainer._plan_epoch(step, epoch)] for step, epoch in passes]
+    assert all(one != other for one, other in itertools.combinations(orders, 2))

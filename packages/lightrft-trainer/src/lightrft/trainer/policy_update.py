@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 class PolicyUpdater:
     """Takes optimizer steps on batches of a replay buffer.
 
+    :param temperature: that the samples were drawn at.
     :param comparable: engine and trainer logprobs are those of the same distribution, so that their difference is
         drift.
     """
@@ -53,6 +54,7 @@ class PolicyUpdater:
     eps_clip: float
     value_clip: float
     kl_controller: FixedKLController
+    temperature: float
     comparable: bool
 
     def __post_init__(self) -> None:
@@ -90,7 +92,7 @@ class PolicyUpdater:
     def _actor_loss(self, rows: ExperienceBatch, threshold: float | None, sums: DeviceSums) -> Tensor:
         """Sum over the micro-batch; divided by the global count later."""
         config, fields, mask = self.config, rows.per_token, rows.mask
-        statistics = token_statistics(self.actor, rows, config.temperature, entropy=config.entropy_coef > 0)
+        statistics = token_statistics(self.actor, rows, self.temperature, entropy=config.entropy_coef > 0)
         logprobs = statistics.logprobs
         # With a single optimizer step a rollout the weights are still those that wrote it: the ratio is 1.
         old = fields.get("old_logprobs", logprobs.detach())

@@ -157,6 +157,7 @@ class SPMDPPOTrainer:
             eps_clip=self.eps_clip,
             value_clip=self.value_clip,
             kl_controller=self.kl_ctl,
+            temperature=self.sampling.temperature,
             comparable=self.sampling.full_support,
         )
         self._stopping = False
@@ -220,6 +221,8 @@ class SPMDPPOTrainer:
             problems.append(
                 f"init_kl_coef is {self.kl_ctl.value} and there is no initial_model; pass one, or set init_kl_coef=0"
             )
+        if self.sampling.greedy:
+            problems.append("temperature=0: greedy answers come from no distribution to train; give one above 0")
         if config.overlong_buffer and config.overlong_buffer_len > self.sampling.max_tokens:
             problems.append(
                 f"--overlong_buffer_len {config.overlong_buffer_len}: must be at most the {self.sampling.max_tokens} "
