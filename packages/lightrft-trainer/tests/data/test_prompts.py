@@ -160,6 +160,14 @@ def test_everything_comes_from_the_configuration(tokenizer: Any, tmp_path: Path)
         prompt_dataset_from_config(StrategyConfig(prompt_data=train, engine_type="hf"), tokenizer, evaluation=True)
 
 
+def test_chats_are_rendered_as_the_configuration_says(tokenizer: Any, tmp_path: Path):
+    data = write(tmp_path / "train.jsonl", [{"input": "hi", "label": ""}])
+    config = StrategyConfig(prompt_data=data, apply_chat_template=True, system_prompt="Be brief.", engine_type="hf")
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert [prompt.prompt for prompt in prompt_dataset_from_config(config, tokenizer)] == [rendered]
+
+
 def test_training_and_held_out_prompts_come_from_their_splits(tokenizer: Any):
     def prompts(split: str, **settings: Any) -> list[str]:
         config = StrategyConfig(prompt_data=TASK, eval_data=TASK, max_samples=8, max_eval_samples=8, **settings)

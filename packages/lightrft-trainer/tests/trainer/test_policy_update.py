@@ -5,6 +5,7 @@ A term with the wrong sign, at another temperature, or of other logprobs trains 
 
 from __future__ import annotations
 
+import collections
 import copy
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -112,22 +113,34 @@ def test_the_actor_follows_the_objective_written_out(make: Make, weighing: str, 
     old = [tuple(part.detach() for part in said(trainer.writer, sample)) for sample in samples]
     ranked = torch.cat([entropies for _, entropies in old]).sort(descending=True).values
     threshold = ranked[round(share * len(ranked)) - 1] - 1e-6  # the last of all where no share is asked for
-    losses, clipped = [], [0, 0]
+    losses, cuts = [], []
+    measured: dict[str, list[Tensor]] = collections.defaultdict(list)
     for sample, (before, entropies) in zip(samples, old, strict=True):
         logprobs, uncertain = said(trainer.actor, sample)
         reference = said(trainer.initial_model, sample)[0].detach()
         weights = (before - sample.engine_logprobs).exp().clamp(max=cap)
         ratio, advantages = (logprobs - before).exp(), sample.advantages
         surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
-        each = -weights * surrogate + kl_coef * KL[estimator](reference - logprobs) - bonus * uncertain
-        losses.append(each[entropies >= threshold])
-        clipped[0] += int(((ratio < 1 - low) & (advantages < 0)).sum())
-        clipped[1] += int(((ratio > 1 + high) & (advantages > 0)).sum())
-    assert min(clipped) > 0, "both ends of the range are in use"
+        kl, trained = KL[estimator](reference - logprobs), entropies >= threshold
+        losses.append((-weights * surrogate + kl_coef * kl - bonus * uncertain)[trained])
+        cuts.append(torch.stack([(ratio < 1 - low) & (advantages < 0), (ratio > 1 + high) & (advantages > 0)]))
+        for name, figure in {
+            "kl": kl,
+            "policy_kl": ratio - 1 - (logprobs - before),
+            "entropy": uncertain,
+            "clip_fraction": (trained & cuts[-1].any(dim=0)).double(),
+            "importance_weight": weights,
+            "logprob_drift": (before - sample.engine_logprobs).abs(),
+        }.items():
+            measured[name].append(figure.detach())
+    assert torch.cat(cuts, dim=1).any(dim=1).all(), "both ends of the range are in use"
     means = torch.stack([each.mean() if len(each) else each.sum() for each in losses])
     loss = torch.cat(losses).mean() if weighing == "token-mean" else means.mean()
     assert_same_gradient(found, loss, trainer.actor)
-    assert figures["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    expected = {name: torch.cat(values).mean().item() for name, values in measured.items()}
+    expected |= {"loss": loss.item(), "grad_norm": torch.cat([part.flatten() for part in found]).norm().item()}
+    expected |= {"logprob_drift_max": torch.cat(measured["logprob_drift"]).max().item(), "skipped": 0.0}
+    assert figures == pytest.approx(expected, rel=1e-3)
 
 
 def test_nothing_is_dropped_out_of_the_policy_that_wrote_the_samples(make: Make) -> None:
@@ -150,7 +163,7 @@ def test_the_critic_follows_its_objective_written_out(make: Make) -> None:
     assert_same_gradient(found, torch.cat(losses).mean(), trainer.critic)
 
 
-# Estimator, and whether the advantages are whitened and clipped afterwards.
+# Estimator, and whether rewards and advantages are whitened and clipped.
 @pytest.mark.parametrize(("estimator", "whitened"), [("dr_grpo", False), ("gae", True)])
 def test_advantages_are_what_rewards_and_kl_make_them(make: Make, estimator: str, whitened: bool) -> None:
     gamma, lambd, kl_coef, penalty, limit = 0.9, 0.8, 0.2, 0.5, 1.5
@@ -165,23 +178,28 @@ def test_advantages_are_what_rewards_and_kl_make_them(make: Make, estimator: str
             overlong_buffer=True,
             overlong_buffer_len=2,
             overlong_buffer_penalty_factor=penalty,
+            reward_running_norm=whitened,
+            reward_running_norm_minus_mean=whitened,
+            reward_clip=1.0 if whitened else 0.0,
             advantages_norm=whitened,
             advantage_clip=limit if whitened else 0.0,
         )
     )
     samples = trainer.replay_buffer.items
-    texts = trainer.tokenizer.batch_decode([s.tokens[-s.response_length :] for s in samples], skip_special_tokens=True)
-    assert [sample.finished for sample in samples] == [
-        int(s.tokens[-1]) == trainer.tokenizer.eos_token_id for s in samples
-    ]
+    tokenizer, responses = trainer.tokenizer, [sample.tokens[-sample.response_length :] for sample in samples]
+    assert [sample.finished for sample in samples] == [int(ids[-1]) == tokenizer.eos_token_id for ids in responses]
+    texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
     rewards = [sum(c in "02468" for c in text) / max(1, len(text)) for text in texts]
     assert [sample.reward for sample in samples] == pytest.approx(rewards)
     # Of 4 tokens at most, those after the second begin to cost.
-    shaped = [r - penalty * max(0, s.response_length - 2) / 2 for r, s in zip(rewards, samples, strict=True)]
+    shaped = torch.tensor([r - penalty * max(0, len(ids) - 2) / 2 for r, ids in zip(rewards, responses, strict=True)])
+    if whitened:
+        shaped = ((shaped - shaped.mean()) / shaped.std()).clamp(-1.0, 1.0)
+        assert shaped.max() == 1.0
     advantages, returns = [], []
     for place, sample in enumerate(samples):
         group = shaped[place // N * N : place // N * N + N]
-        score = shaped[place] - (sum(group) / N if estimator == "dr_grpo" else 0.0)
+        score = shaped[place] - (group.mean() if estimator == "dr_grpo" else 0.0)
         kl = said(trainer.writer, sample)[0] - said(trainer.initial_model, sample)[0]
         ahead, following = torch.zeros(2).double()
         values = values_of(trainer.valued_by, sample) if estimator == "gae" else torch.zeros(len(kl))

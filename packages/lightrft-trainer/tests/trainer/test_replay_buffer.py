@@ -135,5 +135,5 @@ def test_samples_go_to_their_new_owners_whole() -> None:
     for rank, buffer in enumerate(buffers):
         buffer.exchange(owners, rank=rank, gather=lambda mine: leaving)
         assert list(buffer.samples) == [index for index in sorted(everything) if owners[index] == rank]
-        assert all(same(s, everything[s.index]) for s in buffer.items)
+        assert all(same(s, everything[index]) for index, s in buffer.samples.items())
         assert {index: record.owner for index, record in buffer.records.items()} == owners

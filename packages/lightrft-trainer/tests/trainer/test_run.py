@@ -106,6 +106,12 @@ def test_each_flag_reaches_the_models_that_it_is_for(folder: Path, flag: str) ->
     assert differ == set(concerned.split())
 
 
+def test_a_critic_begins_where_it_was_told(folder: Path, tmp_path: Path) -> None:
+    build_model(seed=7).save_pretrained(tmp_path)
+    critic = models(folder, critic_pretrain=str(tmp_path))["critic"].model
+    assert torch.equal(critic.embed_tokens.weight, build_model(seed=7).model.embed_tokens.weight)
+
+
 def test_with_adapters_no_reference_is_loaded(folder: Path) -> None:
     assert models(folder)["reference"] is not None
     assert models(folder, lora_rank=2)["reference"] is None

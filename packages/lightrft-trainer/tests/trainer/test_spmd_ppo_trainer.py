@@ -105,8 +105,9 @@ def test_a_learning_rate_of_zero_leaves_no_drift(make: Make, generate: dict[str,
         assert abs(line["policy_kl"]) < 1e-10
 
 
-def test_drift_is_not_measured_between_different_distributions(make: Make) -> None:
-    setup = make(top_k=3)
+@pytest.mark.parametrize("truncation", [{"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.2}], ids=str)
+def test_drift_is_not_measured_between_different_distributions(make: Make, truncation: dict[str, Any]) -> None:
+    setup = make(**truncation, max_steps=1)
     setup.fit()
     assert all(line["logprob_drift"] is None for line in lines(setup))
 
@@ -182,6 +183,8 @@ def test_every_algorithm_trains(make: Make, name: str) -> None:
 
 # Each flag with a value far from its default, and what it works with.
 STRENGTHS: dict[str, tuple[float, dict[str, Any]]] = {
+    "use_gspo": (True, {"max_epochs": 2}),
+    "use_cpg_loss": (True, {"max_epochs": 2}),
     "value_clip": (1e-4, {"advantage_estimator": "gae", "max_epochs": 2}),
     "policy_drift_clip_eps": (1e-4, {"use_cpg_loss": True, "policy_drift_coef": 1.0, "max_epochs": 2}),
     "overlong_buffer_penalty_factor": (9.0, {"overlong_buffer": True, "overlong_buffer_len": 3}),
@@ -278,6 +281,15 @@ def test_a_reward_s_parts_are_means_over_all_that_was_graded(make: Make) -> None
     setup.fit()
     (line,) = lines(setup)
     assert (line["groups_dropped"], line["reward/length"]) == (4, 3.0)
+
+
+def test_rewards_are_those_that_the_settings_name(make: Make) -> None:
+    settings = {"reward": "format=0.5", "remote_rm_url": "http://localhost:1", "reward_timeout": 3.0}
+    (reward,) = make(reward_fn=None, **settings).trainer.grader.rewards
+    assert [(part.name, weight, part.timeout) for part, weight in reward.parts] == [
+        ("format", 0.5, 3.0),
+        ("remote", 1.0, 8.0),  # its own deadline comes first
+    ]
 
 
 def test_a_reward_that_raises_ends_the_run_and_names_the_sample(make: Make) -> None:
@@ -425,6 +437,10 @@ def test_the_constructors_values_win_over_the_configuration(make: Make) -> None:
     assert (other.sampling.temperature, other.sampling.max_tokens) == (0.7, 3)
 
 
+def test_a_run_lasts_as_many_episodes_as_asked_for(make: Make) -> None:
+    assert make(max_steps=None, num_episodes=2, rollout_batch_size=12, train_batch_size=48).fit().step == 4
+
+
 def test_consumed_samples_skip_what_earlier_runs_have_used(make: Make) -> None:
     seen: list[str] = []
 
@@ -532,12 +548,13 @@ def test_how_samples_are_laid_out_does_not_change_the_step(
     cuts: list[tuple[Any, ...]] = []
 
     def recorded(*args: Any, cut: Any = minibatches.cut_microbatches, **options: Any) -> Any:
-        cuts.append(tuple(options[name] for name in ("max_tokens", "packed", "n_samples")))
+        cuts.append(tuple(options[name] for name in ("size", "max_tokens", "packed", "n_samples")))
         return cut(*args, **options)
 
     for module in (experience_maker, replay_buffer):
         monkeypatch.setattr(module, "cut_microbatches", recorded)
     options = {"max_steps": 1, "actor_learning_rate": 1e-3, "advantage_estimator": "gae", "critic_learning_rate": 1e-3}
+    options |= {"micro_rollout_batch_size": 5, "micro_train_batch_size": 4}
     seen: dict[str, list[tuple[int, ...]]] = {}
     weights = []
     for name, more in (("plain", {}), ("other", flags)):
@@ -552,7 +569,7 @@ def test_how_samples_are_laid_out_does_not_change_the_step(
         weights.append(setup.weights())
     limit = flags.get("max_tokens_per_micro_batch")
     # The rollout's forward passes, and those of two optimizer steps.
-    assert cuts == [(limit, "packing_samples" in flags, 1 if flags else 4)] * 3
+    assert cuts == [(size, limit, "packing_samples" in flags, 1 if flags else 4) for size in (5, 4, 4)]
     # Adam amplifies rounding where a gradient is nearly zero; a different weighting of tokens would show at 1e-3.
     assert max((weights[0][name] - weights[1][name]).abs().max() for name in weights[0]) < 5e-5
     assert (seen["plain"] == seen["other"]) is (flags == LONG["fused"])

@@ -6,6 +6,7 @@ import copy
 import gc
 import weakref
 
+import pytest
 import torch
 
 from lightrft.strategy.hub_layout import HubLayout, hub_sources
@@ -129,15 +130,27 @@ class PreparingClaims(StrategyClaims):
 
     @on_ranks
     def test_everything_that_ppo_needs_comes_in_the_order_that_scripts_unpack(self) -> None:
-        strategy = self.strategy(lr_scheduler="constant")
+        strategy = self.strategy()
+        settings = {
+            "actor_learning_rate": 6e-3,
+            "critic_learning_rate": 9e-3,
+            "adam_betas": [0.8, 0.97],
+            "l2": 0.3,
+            "lr_scheduler": "constant_with_warmup",
+            "lr_warmup_ratio": 0.2,
+        }
         actor, critic = self.model(), self.model(seed=1)
         rewards, reference = [self.model(seed=2), self.model(seed=3)], self.model(seed=4)
-        prepared = strategy.prepare_models_and_optimizers(actor, critic, rewards, reference, None, 10)
+        prepared = strategy.prepare_models_and_optimizers(actor, critic, rewards, reference, settings, 10)
         (actor, actor_optim, actor_schedule), (critic, critic_optim, critic_schedule), rewards, reference = prepared
         assert len(rewards) == 2
         assert actor_optim is not critic_optim
         assert actor_schedule.optimizer is actor_optim
         assert critic_schedule.optimizer is critic_optim
+        for optimizer, peak in ((actor_optim, 6e-3), (critic_optim, 9e-3)):
+            matrices = optimizer.param_groups[0]
+            assert matrices["lr"] == pytest.approx(peak / 3), "two of ten steps rise to the peak"
+            assert (tuple(matrices["betas"]), matrices["weight_decay"]) == ((0.8, 0.97), 0.3)
         assert not any(p.requires_grad for model in (*rewards, reference) for p in model.parameters())
         assert self.train(strategy, actor, actor_optim, scheduler=actor_schedule)[0].stepped
         assert self.train(strategy, critic, critic_optim, scheduler=critic_schedule)[0].stepped
