@@ -269,6 +269,19 @@ def test_dynamic_sampling_keeps_drawing_until_the_batch_is_full(make: Make) -> N
     assert (line["groups_dropped"], line["reward_mean"]) == (4, 0.5)
 
 
+def test_dynamic_sampling_trains_on_the_first_prompts_that_it_can_use(make: Make) -> None:
+    draws: list[list[str]] = []
+
+    def half_of_the_first_draw(prompts: list[str], responses: list[str], labels: list[Any]) -> list[float]:
+        draws.append(prompts[::4])
+        return [float(i % 2 and (i < 8 or len(draws) > 1)) for i in range(len(responses))]
+
+    setup = make(dynamic_sampling=True, reward_fn=half_of_the_first_draw)
+    assert setup.trainer._roll_out(PromptStream(setup.loader, episodes=1, batch_size=4))
+    held = [setup.prompts[sample.prompt_index].prompt for sample in setup.trainer.replay_buffer.items]
+    assert held[::4] == [*draws[0][:2], *draws[1][:2]] and len(held) == 16
+
+
 def test_a_reward_s_parts_are_means_over_all_that_was_graded(make: Make) -> None:
     draws: list[int] = []
 
