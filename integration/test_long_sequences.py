@@ -222,5 +222,20 @@ def test_ranks_that_share_sequences_count_once_and_grade_once(rank_pools: Any) -
         assert once == f"graded on {rank - rank % 2}" and calls == (rank % 2 == 0)
 
 
+def norm_of_a_step(backend: dict[str, Any]) -> float | None:
+    """Of the gradient of a sum over all data, of which ranks that share a sequence hold the same."""
+    strategy = get_strategy(settings(4, 2, **backend))
+    model = strategy.prepare(torch.nn.Linear(2, 1, bias=False))
+    optimizer = strategy.create_optimizer(model)
+    loss = model(torch.full((1, 2), strategy.data_parallel_rank + 1.0)).sum()
+    strategy.backward(loss, model, optimizer, scale=1.0)
+    return strategy.optimizer_step(optimizer, model, None).grad_norm
+
+
+@pytest.mark.parametrize("backend", ["FSDP2", "ZeRO 3"])
+def test_gradients_are_summed_over_data_and_not_over_the_ranks_of_a_sequence(rank_pools: Any, backend: str) -> None:
+    assert rank_pools(4).run(norm_of_a_step, BACKENDS[backend]) == [pytest.approx(math.hypot(1 + 2, 1 + 2))] * 4
+
+
 def test_a_failure_on_the_rank_that_grades_fails_on_all(ranks: Any) -> None:
     assert ranks.run(grading_fails) == ["'grade'", "rank 0: KeyError: 'grade'"]
