@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from lightrft.strategy import checkpoint_folders
 from lightrft.strategy.checkpoint_folders import MANIFEST, whole_checkpoints
 from lightrft.strategy.errors import CheckpointError
 from lightrft.strategy.fake_strategy import FakeStrategy
+from lightrft.strategy.sealed_file import SealedFile
 from lightrft.testing.faults import calling_first, cut, flip_bit
 
 
@@ -170,6 +172,39 @@ def test_every_file_is_flushed_before_the_folder_gets_its_name(tmp_path: Path, m
     partial = tmp_path / ".step_1.partial"
     assert {str(partial / path) for path in written} <= flushed
     assert {str(partial), str(tmp_path)} <= flushed
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_folder_is_whole_when_it_gets_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asynchronous: bool
+) -> None:
+    """The run may be killed right then: a manifest that comes before what it lists would call half a save whole."""
+
+    def sizes(folder: Path) -> dict[str, int]:
+        return {str(p.relative_to(folder)): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
+
+    found: list[tuple[dict[str, int], set[str], str | None]] = []
+    replace, write, late = checkpoint_folders.replace_folder, SealedFile.write, threading.Event()
+
+    def named(staging: Path, final: Path) -> None:
+        listed = json.loads((staging / MANIFEST).read_text())["files"]
+        found.append((sizes(staging), {*listed, MANIFEST}, checkpoint_folders.damage(staging)))
+        replace(staging, final)
+
+    def written(file: SealedFile, data: Any) -> int:
+        if threading.current_thread() is not threading.main_thread():
+            late.wait(0.2)  # a background writer is slow to begin
+            late.set()
+        return write(file, data)
+
+    saved(tmp_path / "other")
+    monkeypatch.setattr(checkpoint_folders, "replace_folder", named)
+    monkeypatch.setattr(SealedFile, "write", written)
+    saved(tmp_path / "run", asynchronous=asynchronous)[0].finish_checkpoint()
+    ((there, listed, problem),) = found
+    assert (set(there), problem) == (listed, None)
+    expected = {name: size for name, size in sizes(tmp_path / "other" / "step_1").items() if "state-" in name}
+    assert {name: size for name, size in there.items() if "state-" in name} == expected != {}
 
 
 def test_a_checkpoint_that_is_a_file_is_named(tmp_path: Path) -> None:
