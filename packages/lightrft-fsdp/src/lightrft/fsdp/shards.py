@@ -6,7 +6,7 @@ to that size, in rank order, are the whole tensor followed by padding: so one al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -14,9 +14,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate, Shard
-
-# torch 2.13 renames the collective.
-_all_gather_single: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +93,7 @@ def start_all_gather(slot: torch.Tensor, cut: Cut, tag: int = 0) -> list[Any]:
     """
     parts = slot.chunk(cut.ranks)
     if slot.device.type != "cpu":
-        return [_all_gather_single(slot, parts[cut.index], group=cut.group, async_op=True)]
+        return [dist.all_gather_single(slot, parts[cut.index], group=cut.group, async_op=True)]
     # gloo's all-gather goes through a second copy of everything; sending to each other directly does not, and is two to
     # four times as fast.
     others = [rank for rank in range(cut.ranks) if rank != cut.index]

@@ -51,16 +51,11 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def die_at_file_event(folder: Path, nth: int) -> None:
-    """End this process as ``kill -9`` would at its ``nth`` file operation (from 1) below ``folder``, from now on.
+def watch_file_events(folder: Path, action: Callable[[int], Any]) -> None:
+    """Call ``action(count)`` before each of this process's file operations below ``folder``, to the process's end.
 
     Opening, renaming, removing and creating count; so every moment of a save can be hit, whatever the backend writes.
     """
-    watch_file_events(folder, lambda count: die() if count == nth else None)
-
-
-def watch_file_events(folder: Path, action: Callable[[int], Any]) -> None:
-    """Call ``action(count)`` before each of this process's file operations below ``folder``, to the process's end."""
     below = str(folder.resolve())
     count = 0
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import logging
 import os
@@ -112,6 +111,8 @@ def _launch_config(options: argparse.Namespace, ranks: int) -> Any:
         "nproc_per_node": ranks,
         "max_restarts": 0,
         "monitor_interval": 0.1,
+        # Ctrl-C is ours: the launcher's own way gives the ranks 30 seconds, which a large checkpoint exceeds.
+        "signals_to_handle": "SIGQUIT",
     }
     if options.rdzv_endpoint:
         settings |= {"rdzv_backend": "c10d", "rdzv_endpoint": options.rdzv_endpoint, "run_id": options.rdzv_id}
@@ -131,9 +132,6 @@ def _launch_config(options: argparse.Namespace, ranks: int) -> Any:
             "run_id": uuid.uuid4().hex,
             "local_addr": "localhost",
         }
-    # Ctrl-C is ours: the launcher's own way gives the ranks 30 seconds, which a large checkpoint exceeds.
-    if "signals_to_handle" in {field.name for field in dataclasses.fields(LaunchConfig)}:
-        settings["signals_to_handle"] = "SIGQUIT"
     return LaunchConfig(**settings)
 
 
