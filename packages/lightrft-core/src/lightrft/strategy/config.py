@@ -24,10 +24,7 @@ def option(default: T, help: str, *, group: str, rule: tuple[Callable[[T], bool]
 
     :param rule: a predicate of the value, and the words that complete "must be ...".
     """
-    metadata = {"help": help, "group": group, "rule": rule}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)  # type: ignore[return-value]
-    return field(default=default, metadata=metadata)
+    return field(default=default, metadata={"help": help, "group": group, "rule": rule})
 
 
 positive = (lambda value: value is None or value > 0, "above 0")
@@ -37,7 +34,7 @@ share = (lambda value: value is None or 0 <= value <= 1, "between 0 and 1")
 above_0_share = (lambda value: value is None or 0 < value <= 1, "above 0 and at most 1")
 every = (lambda value: value == -1 or value >= 1, "-1 (never) or a positive count")
 a_seed = (lambda value: 0 <= value < 2**32, f"between 0 and {2**32 - 1}, which torch and numpy both take")
-shares = (config_checks.are_shares, "positive numbers with commas between them, for example 0.7,0.3")
+shares = (config_checks.are_shares, "positive numbers separated by commas, for example 0.7,0.3")
 
 RUN, BACKEND, ENGINE = "run", "training backend", "inference engine"
 MODEL, DATA, ROLLOUT = "models", "data", "rollout"
@@ -385,7 +382,7 @@ class StrategyConfig:
     wandb_run_name: str | None = option(None, "Run name of wandb and trackio.", group=OUTPUT)
 
     # What from_args did not know; read it with get_extra_arg.
-    extra_args: dict[str, Any] = field(default_factory=dict, metadata={})
+    extra_args: dict[str, Any] = field(default_factory=dict)
 
     # ---- making one --------------------------------------------------------------------------------------------------
     @classmethod
@@ -465,7 +462,7 @@ class StrategyConfig:
         """
         clean, unconverted = config_checks.convert(type(self), self.to_dict())
         config = StrategyConfig(**clean, extra_args=dict(self.extra_args))
-        if problems := config_checks.find_faults(config, FIELDS, unconverted, world_size):
+        if problems := config_checks.find_faults(config, unconverted, world_size):
             raise ConfigError(problems)
         return config
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from .config_checks import indivisible
 from .errors import ConfigError
 
 
@@ -40,14 +41,10 @@ class RankLayout:
     sp_size: int = 1
 
     def __post_init__(self) -> None:
-        divisors = [str(d) for d in range(1, self.world_size + 1) if self.world_size % d == 0]
-        problems = [
-            f"--{name} {size}: must divide the world size {self.world_size}; possible are {', '.join(divisors)}"
-            for name, size in (("engine_tp_size", self.engine_tp_size), ("sp_size", self.sp_size))
-            if size < 1 or self.world_size % size
-        ]
-        if problems:
-            raise ConfigError(problems)
+        sizes = {"engine_tp_size": self.engine_tp_size, "sp_size": self.sp_size}
+        problems = [indivisible(name, size, self.world_size) for name, size in sizes.items()]
+        if any(problems):
+            raise ConfigError([problem for problem in problems if problem])
 
     @property
     def engine_groups(self) -> tuple[tuple[int, ...], ...]:
