@@ -125,7 +125,7 @@ def test_all_faults_come_at_once(tmp_path: Path) -> None:
         (("--kl_target", "0.1"), "give it a start above 0"),
         (("--use_kl_loss",), "give it a value above 0"),
         (("--critic_pretrain", "org/model"), "works only with --advantage_estimator gae"),
-        (("--prompt_data_probs", "x"), "--prompt_data_probs 'x': must be positive numbers with commas between them"),
+        (("--prompt_data_probs", "x"), "--prompt_data_probs 'x': must be positive numbers separated by commas"),
         (("--prompt_data_probs", "-1"), "--prompt_data_probs '-1': must be positive numbers"),
         (("--input_template", "Q:"), "--input_template 'Q:': must be a text with {} where the input belongs"),
         (("--system_prompt", "Be brief."), "--system_prompt 'Be brief.': works only with --apply_chat_template"),

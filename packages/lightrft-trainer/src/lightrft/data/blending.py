@@ -6,6 +6,8 @@ import math
 import random
 from collections.abc import Sequence
 
+from lightrft.strategy.config_checks import are_shares
+
 from .records import TRAINING_FLAGS, DataError, DataFlags
 
 
@@ -16,16 +18,14 @@ def parse_shares(text: str | None, count: int) -> list[float] | None:
     """
     if text is None:
         return None
-    try:
-        shares = [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise DataError(f"--prompt_data_probs {text}: numbers with commas between them, for example 0.7,0.3") from error
+    if not are_shares(text):
+        raise DataError(
+            f"--prompt_data_probs {text}: must be positive numbers separated by commas, for example 0.7,0.3; "
+            "leave out a dataset instead of giving it 0"
+        )
+    shares = [float(part) for part in text.split(",")]
     if len(shares) != count:
         raise DataError(f"--prompt_data_probs {text}: {len(shares)} shares for {count} datasets")
-    if not all(math.isfinite(share) and share > 0 for share in shares):
-        raise DataError(
-            f"--prompt_data_probs {text}: every share must be positive; leave a dataset away instead of giving it 0"
-        )
     return [share / math.fsum(shares) for share in shares]
 
 

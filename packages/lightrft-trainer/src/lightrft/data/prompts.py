@@ -174,7 +174,7 @@ def build_prompt_dataset(
     flags: DataFlags = TRAINING_FLAGS,
     **options: Any,
 ) -> PromptDataset:
-    """The dataset that ``--prompt_data`` names: one source, or several with commas between them.
+    """The dataset that ``--prompt_data`` names: one source, or several separated by commas.
 
     :param prompt_data_probs: shares of several sources (see :func:`lightrft.data.blending.blend_counts`).
     :param max_samples: most prompts, over all sources. :param seed: decides which prompts of a source a blend takes.
