@@ -91,8 +91,7 @@ def parse_reward_spec(spec: str) -> list[tuple[str, float]]:
         name, equals, weight = (piece.strip() for piece in part.partition("="))
         if not name:
             raise RewardError(
-                f"--reward {spec!r}: an empty part; write names separated by commas, for example "
-                "exact_match,format=0.1"
+                f"--reward {spec!r}: an empty part; write names separated by commas, for example exact_match,format=0.1"
             )
         try:
             parsed.append((name, float(weight) if equals else 1.0))
