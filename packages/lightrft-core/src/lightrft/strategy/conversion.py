@@ -212,9 +212,9 @@ def _find(source: Path, tag: str | None) -> _Input:
     if not source.is_dir():
         raise CheckpointError(f"{source}: no such folder")
     folder = source / tag if tag is not None else source
-    if tag is None and not (source / folders.MANIFEST).is_file() and (tags := folders.whole_checkpoints(source)):
-        newest = (source / folders.LATEST).read_text().strip() if (source / folders.LATEST).is_file() else ""
-        folder = source / (newest if newest in tags else tags[0])
+    if tag is None and not (source / folders.MANIFEST).is_file():
+        whole = (source / name for name in folders.candidates(source, None) if folders.is_ours(source / name))
+        folder = next(whole, source)
     if (folder / folders.MANIFEST).is_file():
         if problem := folders.damage(folder):
             raise CheckpointError(f"{folder}: {problem}")

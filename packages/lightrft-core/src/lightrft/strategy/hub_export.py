@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,18 +13,12 @@ from torch import nn
 
 from .disk import explain_write, replace_folder
 from .errors import CheckpointError
+from .hub_files import shard_names, write_shard_index
 from .hub_layout import hub_models, unwrap
 from .weights import DEFAULT_BUCKET_BYTES, TensorSpec, UpdatePlan, WeightBucket, plan_buckets
 
 if TYPE_CHECKING:
     from .strategy_base import StrategyBase
-
-
-def shard_names(buckets: list[list[TensorSpec]]) -> list[str]:
-    """The hub's file names: one plain file, or numbered ones."""
-    if len(buckets) == 1:
-        return ["model.safetensors"]
-    return [f"model-{i + 1:05d}-of-{len(buckets):05d}.safetensors" for i in range(len(buckets))]
 
 
 def save_hub_model(
@@ -44,7 +37,7 @@ def save_hub_model(
     specs = tuple(spec.cast(dtype) for spec in strategy.export_spec(model))
     plan = UpdatePlan(version=0, specs=specs, dtype=dtype, bucket_bytes=bucket_bytes)
     buckets = plan_buckets(plan)
-    names = shard_names(buckets)
+    names = shard_names(len(buckets))
     output_dir = output_dir.resolve()
     staging = output_dir.with_name(f".{output_dir.name}.partial")
     writer = strategy.is_rank_0()
@@ -89,11 +82,8 @@ def _write_rest(
     model: nn.Module, tokenizer: Any, folder: Path, names: list[str], buckets: list[list[TensorSpec]]
 ) -> None:
     """The index of several files, the configuration and the tokenizer."""
-    if len(names) > 1:
-        weight_map = {spec.name: name for name, specs in zip(names, buckets, strict=True) for spec in specs}
-        total = sum(spec.nbytes for specs in buckets for spec in specs)
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    weight_map = {spec.name: name for name, specs in zip(names, buckets, strict=True) for spec in specs}
+    write_shard_index(folder, weight_map, sum(spec.nbytes for specs in buckets for spec in specs))
     save_configuration(model, folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

@@ -15,7 +15,7 @@ from .hub_layout import HubTensor
 from .state_source import WEIGHT, FilledByReading, StateSource, TensorEntry, read_json
 from .tensor_files import StoredTensor, TensorFileWriter, stored_tensors
 
-WEIGHTS_INDEX, CONFIG = "model.safetensors.index.json", "config.json"
+WEIGHTS, WEIGHTS_INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 
 
 def is_hub_folder(folder: Path) -> bool:
@@ -72,7 +72,7 @@ def pretrained_files(name: str) -> dict[str, Path]:
         from transformers.utils.hub import cached_file
 
         found = None
-        for file in ("model.safetensors.index.json", "model.safetensors"):
+        for file in (WEIGHTS_INDEX, WEIGHTS):
             try:
                 found = found or cached_file(name, file, local_files_only=True)
             except OSError:  # not in the cache
@@ -143,6 +143,21 @@ def open_hub(folder: Path, tensors: Sequence[HubTensor], shapes: Mapping[str, Se
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
+def shard_names(count: int) -> list[str]:
+    """The hub's names for ``count`` weight files: one plain file, or numbered ones."""
+    return [WEIGHTS] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+
+
+def write_shard_index(folder: Path, weight_map: Mapping[str, str], total_bytes: int) -> None:
+    """Write the index of several weight files; one file needs none.
+
+    :param weight_map: file by hub name.
+    """
+    if len(set(weight_map.values())) > 1:
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        (folder / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2))
+
+
 def plan_files(
     tensors: Sequence[HubTensor], max_bytes: int, dtypes: Mapping[str, torch.dtype]
 ) -> dict[str, list[HubTensor]]:
@@ -159,9 +174,7 @@ def plan_files(
             room = max_bytes
         groups[-1].append(tensor)
         room -= size
-    if len(groups) == 1:
-        return {"model.safetensors": groups[0]}
-    return {f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups)}
+    return dict(zip(shard_names(len(groups)), groups, strict=True))
 
 
 def write_hub(
@@ -196,11 +209,8 @@ def write_hub(
                 tensor = hub.view(held).to(dtypes[hub.source]).contiguous()
                 writer.write(key, tensor)
                 progress(key, tensor.nbytes)
-    if len(files) > 1:
-        weight_map = {hub.name: name for name, group in files.items() for hub in group}
-        total = sum(torch.Size(hub.shape).numel() * dtypes[hub.source].itemsize for hub in tensors)
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2))
+    total = sum(torch.Size(hub.shape).numel() * dtypes[hub.source].itemsize for hub in tensors)
+    write_shard_index(folder, {hub.name: name for name, group in files.items() for hub in group}, total)
 
 
 def cast_dtype(own: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:

@@ -135,6 +135,15 @@ def hub_models(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return found
 
 
+def inner_prefix(model: nn.Module) -> str:
+    """Where the one transformers model stands inside ``model``: "model." in an actor, "" where it is the module itself.
+
+    "" also where there is none, or several.
+    """
+    inner = hub_models(model)
+    return inner[0][0] if len(inner) == 1 else ""
+
+
 def hub_sources(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Parameters, each once (tied ones under their first name), then persistent buffers, with their module names."""
     model = unwrap(model)
@@ -152,8 +161,7 @@ def _peft_names(
     model: nn.Module, adapters: Iterable[Adapter], sources: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """The adapters' own tensors under the names that peft gives them in a file."""
-    inner = hub_models(model)
-    prefix = inner[0][0] if len(inner) == 1 else ""  # an actor's own level is not the model's
+    prefix = inner_prefix(model)  # an actor's own level is not the model's
     return {
         f"{PEFT_PREFIX}{adapter.layer.removeprefix(prefix)}.{factor}.weight": sources[name]
         for adapter in adapters

@@ -20,7 +20,7 @@ from torch import nn
 from .adapters import Adapter, with_adapter
 from .errors import CheckpointError, HubLayoutError
 from .hub_export import save_configuration
-from .hub_layout import HubLayout, HubTensor, hub_models
+from .hub_layout import HubLayout, HubTensor, inner_prefix
 from .state_source import StateSource, read_json
 
 if TYPE_CHECKING:
@@ -96,12 +96,6 @@ def write_record(strategy: StrategyBase, model: nn.Module, folder: Path, tokeniz
     save_configuration(model, folder / HUB)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder / HUB)
-
-
-def inner_prefix(model: nn.Module) -> str:
-    """Where the one transformers model stands inside a module: "model." in an actor, "" where it is the module."""
-    inner = hub_models(model)
-    return inner[0][0] if len(inner) == 1 else ""
 
 
 def copy_companions(sources: Iterable[Path], folder: Path) -> None:

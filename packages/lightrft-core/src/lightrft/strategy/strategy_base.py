@@ -35,8 +35,7 @@ from .errors import CheckpointError, ConfigError, LightRFTError, RankTimeoutErro
 from .groups import ProcessGroups, RankLayout
 from .host_copies import HostCopies
 from .hub_export import save_hub_model
-from .hub_layout import HubLayout, hub_sources, unwrap
-from .hub_record import inner_prefix
+from .hub_layout import HubLayout, hub_sources, inner_prefix, unwrap
 from .journal import RankJournal
 from .lifecycle import EngineStatus
 from .memory import MoveReport, memory_figures

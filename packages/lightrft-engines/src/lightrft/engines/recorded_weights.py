@@ -234,9 +234,7 @@ def find_in_piece(piece: Piece, shape: tuple[int, ...], at: torch.Tensor) -> tor
 
     :param shape: of the whole tensor. :param at: int64 ``[n]``. :return: int64 ``[n]``.
     """
-    numel = 1
-    for size in shape:
-        numel *= size
+    numel = math.prod(shape)
     if piece.target.numel() == numel and piece.offset == 0 and _is_contiguous(piece):
         return at
     own = [(size, stride) for size, stride in zip(piece.shape, piece.stride, strict=True) if size > 1]
