@@ -18,7 +18,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +33,7 @@ from . import hub_files, hub_record
 from .checkpoint_folders import CLIENT, FORMAT, MANIFEST, RANKS
 from .disk import explain_write
 from .errors import CheckpointError
-from .hub_layout import hub_sources
+from .hub_layout import hub_sources, inner_prefix
 from .rng import restore_rng, rng_state
 from .sealed_file import Seal, Seals
 from .state_formats import format_of, open_state
@@ -73,16 +73,20 @@ class LoadedCheckpoint:
 
 @dataclass(kw_only=True)
 class PendingSave:
-    """A save whose files may still be on their way."""
+    """A save whose files may still be on their way.
+
+    :param staging: the folder that is filled, to become ``final``. :param needed: bytes that it will take, about.
+    :param written: what this rank may still be writing.
+    """
 
     staging: Path
     final: Path
+    needed: int
+    manifest: dict[str, Any]
     save_latest: bool
     max_num: int | None
     max_mem: float | None
-    manifest: dict[str, Any]
-    written: list[Future[Seals]]
-    needed: int
+    written: list[Future[Seals]] = field(default_factory=list)
 
 
 # ---- saving ----------------------------------------------------------------------------------------------------------
@@ -134,29 +138,10 @@ def save(
                 record.micro_steps,
             )
     name = str(strategy.all_gather_object(tag or folders.default_tag(save_dir, client_state))[0])
-    final, staging = save_dir / name, save_dir / f".{name}.partial"
-    needed = sum(_bytes_needed(record) for record in records.values())
-    written: list[Future[Seals]] = []
-    with _discarding(strategy, staging, written):
-        with _writing(strategy, staging, final, needed):
-            if strategy.is_rank_0():
-                shutil.rmtree(staging, ignore_errors=True)
-                for folder in (*records, RANKS):
-                    (staging / folder).mkdir(parents=True)
-                (staging / CLIENT).write_text(client_text)
-        with _writing(strategy, staging, final, needed):
-            for key, record in records.items():
-                written.append(_future(strategy.write_state(record, staging / key, asynchronous=asynchronous)))
-                if strategy.is_rank_0():
-                    _write_scalars(record, staging / key)
-                    hub_record.write_record(strategy, record.model, staging / key, tokenizer)
-            _write_rank(strategy, staging / RANKS, rank_state or {})
-    strategy._pending_save = PendingSave(
-        staging=staging,
-        final=final,
-        save_latest=save_latest,
-        max_num=max_num,
-        max_mem=max_mem,
+    pending = PendingSave(
+        staging=save_dir / f".{name}.partial",
+        final=save_dir / name,
+        needed=sum(_bytes_needed(record) for record in records.values()),
         manifest={
             "format": FORMAT,
             "tag": name,
@@ -164,9 +149,26 @@ def save(
             "world_size": strategy.world_size,
             "models": {key: _shapes(record.model) for key, record in records.items()},
         },
-        written=written,
-        needed=needed,
+        save_latest=save_latest,
+        max_num=max_num,
+        max_mem=max_mem,
     )
+    staging = pending.staging
+    with _discarding(strategy, pending):
+        with _writing(strategy, pending):
+            if strategy.is_rank_0():
+                shutil.rmtree(staging, ignore_errors=True)
+                for folder in (*records, RANKS):
+                    (staging / folder).mkdir(parents=True)
+                (staging / CLIENT).write_text(client_text)
+        with _writing(strategy, pending):
+            for key, record in records.items():
+                pending.written.append(_future(strategy.write_state(record, staging / key, asynchronous=asynchronous)))
+                if strategy.is_rank_0():
+                    _write_scalars(record, staging / key)
+                    hub_record.write_record(strategy, record.model, staging / key, tokenizer)
+            _write_rank(strategy, staging / RANKS, rank_state or {})
+    strategy._pending_save = pending
     if not asynchronous:
         finish(strategy)
 
@@ -184,21 +186,21 @@ def finish(strategy: StrategyBase, *, block: bool = True) -> bool:
         if not strategy.all_reduce(int(done), "min"):
             return False
     strategy._pending_save = None
-    staging, final = pending.staging, pending.final
-    with _discarding(strategy, staging, pending.written):
+    staging = pending.staging
+    with _discarding(strategy, pending):
         mine: dict[str, Seal] = {}
-        with _writing(strategy, staging, final, pending.needed):
+        with _writing(strategy, pending):
             for future in pending.written:
                 mine |= folders.named(future.result() or {}, staging)
         sealed = _merged(strategy.all_gather_object(mine))
-        with _writing(strategy, staging, final, pending.needed):  # all files of all ranks are there
+        with _writing(strategy, pending):  # all files of all ranks are there
             rest = folders.seal_files(staging, strategy.rank, strategy.world_size, flush=True, known=sealed)
         files = sealed | _merged(strategy.all_gather_object(rest))
-        with _writing(strategy, staging, final, pending.needed):
+        with _writing(strategy, pending):
             if strategy.is_rank_0():
                 folders.publish_save(
                     staging,
-                    final,
+                    pending.final,
                     pending.manifest,
                     files,
                     latest=pending.save_latest,
@@ -222,27 +224,24 @@ def _merged(parts: Iterable[Mapping[str, Seal]]) -> dict[str, Seal]:
 
 
 @contextlib.contextmanager
-def _writing(strategy: StrategyBase, staging: Path, final: Path, needed: int) -> Iterator[None]:
+def _writing(strategy: StrategyBase, save: PendingSave) -> Iterator[None]:
     """A part of a save that all ranks do together: where one fails, all raise; a full disk is explained."""
-    with strategy.together("save_ckpt", CheckpointError), explain_write(staging, final, needed):
+    with strategy.together("save_ckpt", CheckpointError), explain_write(save.staging, save.final, save.needed):
         yield
 
 
 @contextlib.contextmanager
-def _discarding(strategy: StrategyBase, staging: Path, written: Sequence[Future[Any]]) -> Iterator[None]:
-    """Where the save fails, remove what it has staged, once no rank writes there any more.
-
-    :param written: what this rank may still be writing.
-    """
+def _discarding(strategy: StrategyBase, save: PendingSave) -> Iterator[None]:
+    """Where the save fails, remove what it has staged, once no rank writes there any more."""
     try:
         yield
     except Exception:
-        for future in written:
+        for future in save.written:
             with contextlib.suppress(Exception):  # the save has failed already, for the reason that is raised below
                 future.result()
         if strategy.is_rank_0():
             strategy.all_are_done(PATIENCE)
-            shutil.rmtree(staging, ignore_errors=True)
+            shutil.rmtree(save.staging, ignore_errors=True)
         raise
 
 
@@ -303,9 +302,9 @@ def load(
                     records,
                     folder,
                     skipped,
-                    load_optimizer_states,
-                    load_lr_scheduler_states,
-                    load_module_only,
+                    optimizer=load_optimizer_states,
+                    scheduler=load_lr_scheduler_states,
+                    module_only=load_module_only,
                 )
         skipped.append(f"{name}: {problems[0]}")
         if tag is None:
@@ -318,6 +317,7 @@ def _read(
     records: Mapping[str, ModelRecord],
     folder: Path,
     skipped: list[str],
+    *,
     optimizer: bool,
     scheduler: bool,
     module_only: bool,
@@ -452,7 +452,7 @@ def _check_same_model(folder: Path, name: str, saved: Mapping[str, Any], model: 
         raise CheckpointError(f"{folder}: holds no model {name!r}; it holds {', '.join(saved)}")
     stored = hub_record.HubRecord.read(folder / name)
     prefix = stored.prefix if stored is not None else None
-    match_names(folder, saved[name], prefix, _shapes(model), hub_record.inner_prefix(model))
+    match_names(folder, saved[name], prefix, _shapes(model), inner_prefix(model))
 
 
 def _foreign(load_dir: Path, tag: str | None) -> Path | None:
