@@ -80,8 +80,7 @@ class BackendStrategy(StrategyBase):
         if model is None:
             return item
         record = self.record(model)
-        record.optimizer = optimizer if optimizer is not None else record.optimizer
-        record.scheduler = scheduler if scheduler is not None else record.scheduler
+        record.remember(optimizer, scheduler)
         return (self._prepare(model, self.layout.world_size), *item[1:])
 
     # ---- training ----------------------------------------------------------------------------------------------------
@@ -109,7 +108,7 @@ class BackendStrategy(StrategyBase):
     ) -> StepResult:
         _refuse_unknown("optimizer_step", kwargs)
         record = self._trained_record(model, optimizer, "optimizer_step")
-        record.scheduler = scheduler if scheduler is not None else record.scheduler
+        record.remember(scheduler=scheduler)
         if not record.at_boundary:
             return StepResult(stepped=False)
         record.at_boundary, record.micro_steps = False, 0

@@ -376,8 +376,7 @@ def _records(
     if isinstance(model, Mapping):
         return {name: strategy.record(module) for name, module in model.items()}
     record = strategy.record(model)
-    record.optimizer = optimizer if optimizer is not None else record.optimizer
-    record.scheduler = scheduler if scheduler is not None else record.scheduler
+    record.remember(optimizer, scheduler)
     return {DEFAULT_NAME: record}
 
 

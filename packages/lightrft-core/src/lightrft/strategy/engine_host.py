@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from .blame import describe
 from .collectives import ALONE, all_gather_object
 from .config import StrategyConfig
 from .engine import EngineSpec, GenerationOutput, RolloutEngine
@@ -220,7 +221,8 @@ class EngineHost:
         layout = self.strategy.layout
         shared = _fingerprint(prompts) if layout.sp_size > 1 else ""
         with self.strategy.waits_for_ranks("gather_and_generate"):
-            told = self.strategy.all_gather_object((len(prompts), shared, _describe(problem)))
+            refusal = None if problem is None else describe(problem)
+            told = self.strategy.all_gather_object((len(prompts), shared, refusal))
         if problem is not None:
             raise problem
         for rank, (_, _, text) in enumerate(told):
@@ -433,7 +435,3 @@ def _fingerprint(prompts: Sequence[Prompt]) -> str:
     """Tells whether two ranks brought the same prompts."""
     named = repr([(prompt.prompt_token_ids, prompt.prompt, len(prompt.images), prompt.index) for prompt in prompts])
     return hashlib.blake2b(named.encode(), digest_size=16).hexdigest()
-
-
-def _describe(problem: Exception | None) -> str | None:
-    return None if problem is None else f"{type(problem).__name__}: {problem}"

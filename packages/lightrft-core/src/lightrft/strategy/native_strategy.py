@@ -14,9 +14,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from . import plain_state
 from .backend_strategy import BackendStrategy
-from .checkpoint import import_by_name
-from .hub_layout import hub_sources
 from .optimizers import rebind
 from .strategy_base import ModelRecord
 from .training_state import StateItem
@@ -53,24 +52,10 @@ class NativeStrategy(BackendStrategy):
         super().load_state(model, optimizer, items)
         self._unfilled.filled(model)
 
-    @torch.no_grad()
     def _import(
         self, model: nn.Module, specs: Mapping[str, TensorSpec], source: Iterable[tuple[str, torch.Tensor]]
     ) -> None:
-        layout, tensors = self.hub_layout(model), dict(hub_sources(model))
-
-        def whole(name: str) -> torch.Tensor:
-            hub = layout.by_name[name]
-            return hub.view(tensors[hub.source].detach())
-
-        import_by_name(specs, source, whole)
-        self._clear_adapters(model)
-
-    def _clear_adapters(self, model: nn.Module) -> None:
-        """The weights are whole without them: let every LoRA adapter add nothing."""
-        tensors = dict(hub_sources(model))
-        for adapter in self.hub_layout(model).adapters.values():
-            self._local(tensors[adapter.b]).zero_()
+        plain_state.import_weights(model, self.hub_layout(model), specs, source)
 
     # ---- training ----------------------------------------------------------------------------------------------------
     def _backpropagate(self, record: ModelRecord, loss: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Training state of plain (unsharded) modules."""
+"""Weights and training state of plain (unsharded) modules."""
 
 from __future__ import annotations
 
@@ -9,11 +9,32 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from .hub_layout import hub_sources
+from .checkpoint import import_by_name
+from .hub_layout import HubLayout, hub_sources
 from .state_source import WEIGHT, Fragment, TensorEntry, share_of
 from .training_state import StateItem, receive_items
+from .weights import TensorSpec
 
 STEP = "step"
+
+
+@torch.no_grad()
+def import_weights(
+    model: nn.Module, layout: HubLayout, specs: Mapping[str, TensorSpec], source: Iterable[tuple[str, torch.Tensor]]
+) -> None:
+    """See :meth:`StrategyBase.import_weights`.
+
+    :param specs: the hub tensors that must come, by name.
+    """
+    tensors = dict(hub_sources(model))
+
+    def target(name: str) -> torch.Tensor:
+        hub = layout.by_name[name]
+        return hub.view(tensors[hub.source].detach())
+
+    import_by_name(specs, source, target)
+    for adapter in layout.adapters.values():  # the weights that came are whole without them
+        tensors[adapter.b].zero_()
 
 
 def iter_state(model: nn.Module, optimizer: Optimizer | None = None) -> Iterator[StateItem]:
@@ -23,9 +44,9 @@ def iter_state(model: nn.Module, optimizer: Optimizer | None = None) -> Iterator
         moments = {
             k: _copy(v)
             for k, v in state.items()
-            if isinstance(v, torch.Tensor) and v.shape == tensor.shape and k != "step"
+            if isinstance(v, torch.Tensor) and v.shape == tensor.shape and k != STEP
         }
-        yield StateItem(name=name, weight=_copy(tensor), moments=moments, step=int(state.get("step", 0)))
+        yield StateItem(name=name, weight=_copy(tensor), moments=moments, step=int(state.get(STEP, 0)))
 
 
 @torch.no_grad()

@@ -101,6 +101,11 @@ class ModelRecord:
     def model(self, model: nn.Module) -> None:
         self.reference = weakref.ref(model)
 
+    def remember(self, optimizer: Optimizer | None = None, scheduler: Any = None) -> None:
+        """Take these from now on; None keeps what is known."""
+        self.optimizer = self.optimizer if optimizer is None else optimizer
+        self.scheduler = self.scheduler if scheduler is None else scheduler
+
 
 class StrategyBase(ABC):
     """One object that trains, samples and saves, on whichever backend and engine were chosen.
@@ -397,7 +402,7 @@ class StrategyBase(ABC):
                 result = act()
             except Exception as error:  # noqa: BLE001 - raised again once the group's other ranks know of it
                 problem = error
-        told = None if problem is None else f"{type(problem).__name__}: {problem}"
+        told = None if problem is None else describe(problem)
         with self.waits_for_ranks("once_a_sequence"):
             shared, text = collectives.all_gather_object((result, told), self.sequence_group)[0]
         if problem is not None:
@@ -599,21 +604,13 @@ class StrategyBase(ABC):
             views = {hub.name: hub.view(merged[hub.source]) for hub in hubs}
             yield WeightBucket(index, {spec.name: views[spec.name].to(spec.dtype) for spec in specs})
 
-    @torch.no_grad()
     def import_weights(self, model: nn.Module, source: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Copy whole tensors, by hub name, into the model. LoRA adapters begin anew: B becomes 0.
 
         :raises CheckpointError: a name or shape is not the model's, or one of the model's is missing.
         """
-        layout, tensors = self.hub_layout(model), dict(hub_sources(model))
-
-        def whole(name: str) -> torch.Tensor:
-            hub = layout.by_name[name]
-            return hub.view(tensors[hub.source].detach())
-
-        checkpoint.import_by_name({spec.name: spec for spec in layout.specs}, source, whole)
-        for adapter in layout.adapters.values():
-            tensors[adapter.b].zero_()
+        layout = self.hub_layout(model)
+        plain_state.import_weights(model, layout, {spec.name: spec for spec in layout.specs}, source)
 
     def iter_state(self, model: nn.Module, optimizer: Optimizer | None = None) -> Iterator[StateItem]:
         """Stream the training state, one whole parameter at a time, in module order, on every rank."""

@@ -205,10 +205,11 @@ class FSDPV2Strategy(NativeStrategy):
         self, model: nn.Module, specs: Mapping[str, TensorSpec], source: Iterable[tuple[str, torch.Tensor]]
     ) -> None:
         self._settle(model)
-        assembler = state.Assembler(model, self.hub_layout(model))
+        layout = self.hub_layout(model)
+        assembler = state.Assembler(model, layout)
         import_by_name(specs, source, assembler.target)
         assembler.keep_rows()
-        self._clear_adapters(model)
+        state.clear_adapters(model, layout)
         self._renew_masters(model)
 
     def _renew_masters(self, model: nn.Module) -> None:

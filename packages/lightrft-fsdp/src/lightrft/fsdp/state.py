@@ -119,6 +119,14 @@ def make_states(model: nn.Module, optimizer: Optimizer, entries: Mapping[str, Te
             state[STEP].fill_(float(entry.step))
 
 
+@torch.no_grad()
+def clear_adapters(model: nn.Module, layout: HubLayout) -> None:
+    """Let every LoRA adapter add nothing. No communication."""
+    tensors = dict(hub_sources(model))
+    for adapter in layout.adapters.values():
+        local(tensors[adapter.b]).zero_()
+
+
 class Assembler:
     """Puts whole hub tensors together into module tensors, of which each rank keeps its rows.
 
