@@ -168,7 +168,7 @@ def test_a_request_that_is_late_is_given_up_and_nothing_runs_on() -> None:
         loop=loop,
         tokenizer_manager=SimpleNamespace(abort_request=lambda abort_all: aborted.append(abort_all)),
     )
-    with pytest.raises(TimeoutError, match="2 samples were not written within"):
+    with pytest.raises(TimeoutError, match="2 samples were not generated within"):
         host.generate([[1], [2]], [{}, {}], [None, None], 0.05)
     assert host.generate([[1]], [{}], [None], None) == [{}]
     assert aborted == [True]

@@ -99,7 +99,7 @@ RULES.only_with(
     "policy_drift_clip_eps", "policy_drift_coef", lambda c: c.policy_drift_coef > 0, "--policy_drift_coef above 0"
 )
 RULES.only_with("lora_alpha lora_dropout target_modules", "lora_rank", lambda c: c.lora_rank > 0, "--lora_rank above 0")
-# A zero_stage that is left over from a DeepSpeed run is no fault.
+# zero_stage is not listed: with FSDP a value left over from a DeepSpeed run does no harm.
 RULES.only_with(
     "use_mp_opt fsdp_cpu_offload mixed_mm_data",
     "strategy fsdp",
@@ -133,7 +133,7 @@ def _whole_micro_batches(c: StrategyConfig) -> str | None:
 def _adapters_are_made_in_memory(c: StrategyConfig) -> str | None:
     if c.lora_rank == 0 or not c.meta_init:
         return None
-    return f"--lora_rank {c.lora_rank} with --meta_init: adapters cannot be put into models without memory; choose one"
+    return f"--lora_rank {c.lora_rank} with --meta_init: no adapters for models on the meta device; choose one"
 
 
 @RULES.between("use_gspo", "use_cpg_loss")
@@ -147,7 +147,7 @@ def _groups_to_compare(c: StrategyConfig) -> str | None:
         return None
     return (
         f"--n_samples_per_prompt {c.n_samples_per_prompt}: --advantage_estimator {c.advantage_estimator} compares "
-        "samples of one prompt and needs at least 2"
+        "the samples of a prompt and needs at least 2"
     )
 
 
@@ -158,14 +158,16 @@ def _one_share_a_dataset(c: StrategyConfig) -> str | None:
     shares, datasets = len(c.prompt_data_probs.split(",")), len((c.prompt_data or "").split(","))
     if shares == datasets:
         return None
-    return f"--prompt_data_probs {c.prompt_data_probs}: {shares} shares for {datasets} datasets"
+    return f"--prompt_data_probs {c.prompt_data_probs}: names {shares} shares for {datasets} datasets"
 
 
 @RULES.between("max_model_len", "prompt_max_len")
 def _room_for_a_response(c: StrategyConfig) -> str | None:
     if c.max_model_len is None or c.max_model_len > c.prompt_max_len:
         return None
-    return f"--max_model_len {c.max_model_len}: must exceed --prompt_max_len {c.prompt_max_len} to leave room to answer"
+    return (
+        f"--max_model_len {c.max_model_len}: must exceed --prompt_max_len {c.prompt_max_len} to leave room to respond"
+    )
 
 
 @RULES.between("zpg", "zero_stage")
@@ -179,7 +181,7 @@ def _gradients_accumulate_in_a_dtype_that_is_there(c: StrategyConfig) -> str | N
     if c.backend != "deepspeed" or c.grad_accum_dtype in (None, "fp32", computed):
         return None
     return (
-        f"--grad_accum_dtype {c.grad_accum_dtype}: must be fp32, or {computed}, in which this run computes"
+        f"--grad_accum_dtype {c.grad_accum_dtype}: must be fp32 or {computed}, the dtype of this run"
         if computed != "fp32"
         else f"--grad_accum_dtype {c.grad_accum_dtype}: works only with --{c.grad_accum_dtype}; an fp32 run needs fp32"
     )
@@ -191,8 +193,8 @@ def _overlap_needs_a_reduction_during_backward(c: StrategyConfig) -> str | None:
     if not c.overlap_comm or c.backend != "deepspeed" or c.zero_stage != 1 or not widens:
         return None
     return (
-        "--overlap_comm with --zero_stage 1 --bf16: DeepSpeed reduces gradients that accumulate in fp32 after the "
-        "backward pass there; use --zero_stage 2 or --grad_accum_dtype bf16"
+        "--overlap_comm with --zero_stage 1 --bf16: with gradients in fp32, DeepSpeed reduces them only after "
+        "the backward pass; use --zero_stage 2 or --grad_accum_dtype bf16"
     )
 
 
@@ -242,7 +244,7 @@ def _adapter(cls: type[StrategyConfig]) -> Any:
 
 
 def are_shares(text: str | None) -> bool:
-    """Whether a text is positive numbers separated by commas. None is right: nothing was asked for."""
+    """Whether a text is positive numbers separated by commas. None passes: no shares were given."""
     try:
         return text is None or all(0 < float(part) < math.inf for part in text.split(","))
     except ValueError:

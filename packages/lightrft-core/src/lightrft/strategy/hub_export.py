@@ -30,7 +30,7 @@ def save_hub_model(
     bucket_bytes: int = DEFAULT_BUCKET_BYTES,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """See :meth:`StrategyBase.save_model`. The folder appears whole or not at all.
+    """See :meth:`StrategyBase.save_model`. The folder appears only when complete.
 
     :raises CheckpointError: rank 0 could not write it; raised on every rank.
     """
@@ -49,7 +49,7 @@ def save_hub_model(
             try:
                 with explain_write(staging, output_dir, needed):
                     work(*arguments, **keywords)
-            except Exception as error:  # noqa: BLE001 - raised below, once every rank can hear of it
+            except Exception as error:  # noqa: BLE001 - raised below, when every rank can learn of it
                 problems.append(error)
 
     problems: list[Exception] = []
@@ -90,7 +90,7 @@ def _write_rest(
 
 
 def save_configuration(model: nn.Module, folder: Path) -> None:
-    """The configuration and generation defaults of the transformers model inside, where there is one."""
+    """The configuration and generation defaults of the transformers model inside, if there is one."""
     for _, inner in hub_models(unwrap(model))[:1]:
         config: Any = inner.config
         if getattr(config, "architectures", None) is None:

@@ -33,7 +33,7 @@ def import_weights(
         return hub.view(tensors[hub.source].detach())
 
     import_by_name(specs, source, target)
-    for adapter in layout.adapters.values():  # the weights that came are whole without them
+    for adapter in layout.adapters.values():  # the imported weights include them
         tensors[adapter.b].zero_()
 
 
@@ -59,14 +59,14 @@ def load_state(model: nn.Module, optimizer: Optimizer | None, items: Iterable[St
         tensor.copy_(item.weight)
         if optimizer is None:
             continue
-        optimizer.state.pop(tensor, None)  # a parameter that had not stepped yet must not keep what it has seen since
+        optimizer.state.pop(tensor, None)  # had not stepped when it was saved: drop the present state
         if item.moments:
             state: dict[str, Any] = {k: v.to(tensor.device, copy=True) for k, v in item.moments.items()}
             optimizer.state[tensor] = {STEP: step_count(optimizer, tensor, item.step), **state}
 
 
 def local_state(model: nn.Module, optimizer: Optimizer | None, index: int = 0, replicas: int = 1) -> Iterator[Fragment]:
-    """See :meth:`StrategyBase.local_state`, where every rank holds everything.
+    """See :meth:`StrategyBase.local_state`; here every rank has everything.
 
     :param index: this rank's place among the ``replicas``, each of which writes its share.
     """
@@ -88,11 +88,11 @@ def state_entries(model: nn.Module, optimizer: Optimizer | None) -> dict[str, tu
 
 
 def make_states(model: nn.Module, optimizer: Optimizer, entries: Mapping[str, TensorEntry]) -> None:
-    """Give the optimizer, for each parameter, the states that a checkpoint holds, as zeros, and its step."""
+    """Allocate, as zeros, the optimizer states that a checkpoint has for each parameter, and set its step."""
     for name, tensor in hub_sources(model):
         entry = entries[name]
         if not entry.moments:
-            optimizer.state.pop(tensor, None)  # it had not stepped yet, and must not keep what it has seen since
+            optimizer.state.pop(tensor, None)  # had not stepped when it was saved: drop the present state
             continue
         state = optimizer.state[tensor]
         for kind in entry.moments:
@@ -104,7 +104,7 @@ def make_states(model: nn.Module, optimizer: Optimizer, entries: Mapping[str, Te
 
 
 def step_count(optimizer: Optimizer, tensor: torch.Tensor, steps: int = 0) -> torch.Tensor:
-    """0-d fp32, as torch's own optimizers count: a fused kernel wants it beside the moments of ``tensor``."""
+    """0-d fp32, as torch's optimizers count; a fused kernel needs it on the device of ``tensor``."""
     fused = any(group.get("fused") for group in optimizer.param_groups)
     return torch.tensor(float(steps), dtype=torch.float32, device=tensor.device if fused else "cpu")
 

@@ -47,11 +47,11 @@ def require_dtype(dtype_name: str) -> None:
     accelerator: Any = get_accelerator()
     if dtype_name == "float16" and not accelerator.is_fp16_supported():
         raise ConfigError(
-            [f"--fp16: DeepSpeed does not compute in it on this {accelerator.device_name()}; use --bf16, or --fsdp"]
+            [f"--fp16: DeepSpeed does not support it on this {accelerator.device_name()}; use --bf16, or --fsdp"]
         )
     if dtype_name == "bfloat16" and not accelerator.is_bf16_supported():
         raise ConfigError(
-            [f"--bf16: DeepSpeed does not compute in it on this {accelerator.device_name()}; use --fp16, or --fsdp"]
+            [f"--bf16: DeepSpeed does not support it on this {accelerator.device_name()}; use --fp16, or --fsdp"]
         )
 
 

@@ -45,17 +45,17 @@ def open_native(folder: Path) -> StateSource:
     stage = int(getattr(states[0]["zero_stage"], "value", states[0]["zero_stage"]) if "zero_stage" in states[0] else 1)
     ranks = states[0].get("partition_count", len(states))
     if (ranks := max(ranks) if isinstance(ranks, list) else int(ranks)) != len(states):
-        raise CheckpointError(f"{folder}: {ranks} ranks wrote it, and optimizer states of {len(states)} are here")
+        raise CheckpointError(f"{folder}: {ranks} ranks wrote it, but there are optimizer states of {len(states)}")
     models = [_load(path) for path in _by_rank(folder, MODEL_FILES)]
     try:
         files = optimizers, states, models
         if stage == 3:
             if len(models) != ranks:
-                raise CheckpointError(f"{folder}: {ranks} ranks wrote it, and model states of {len(models)} are here")
+                raise CheckpointError(f"{folder}: {ranks} ranks wrote it, but there are model states of {len(models)}")
             return _stage_3(folder, *files)
         return _stage_1_2(folder, *files)
     except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder}: not a ZeRO checkpoint as DeepSpeed 0.19 writes it: {error!r}") from error
+        raise CheckpointError(f"{folder}: not a ZeRO checkpoint in the form of DeepSpeed 0.19: {error!r}") from error
 
 
 def recognises(folder: Path) -> bool:
@@ -194,7 +194,7 @@ def _tag_folder(folder: Path) -> Path:
         return folder
     tag = (folder / LATEST).read_text().strip()
     if Path(tag).name != tag or not (folder / tag).is_dir():
-        raise CheckpointError(f"{folder / LATEST}: names {tag!r}, which is no folder here")
+        raise CheckpointError(f"{folder / LATEST}: names {tag!r}, which is not a folder here")
     return folder / tag
 
 
@@ -206,7 +206,7 @@ def _by_rank(folder: Path, pattern: str) -> list[Path]:
     found: dict[int, Path] = {}
     for path in folder.glob(pattern):
         if not re.search(r"mp_rank_00_", path.name) or "expert" in path.name:
-            raise CheckpointError(f"{path}: written with model or expert parallelism, which is not read")
+            raise CheckpointError(f"{path}: written with model or expert parallelism, which is not supported")
         rank = re.search(r"zero_pp_rank_(\d+)_", path.name)
         found[int(rank[1]) if rank else 0] = path
     for rank in range(max(found, default=0) + 1):
@@ -229,7 +229,7 @@ def _load(path: Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path}: not loaded, it names what no checkpoint needs: {_first_line(error)}") from error
     except (OSError, RuntimeError, EOFError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read, it is damaged or cut short: {_first_line(error)}") from error
+        raise CheckpointError(f"{path}: cannot be read, it is damaged or truncated: {_first_line(error)}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a checkpoint's dict")
     return content
@@ -238,7 +238,7 @@ def _load(path: Path) -> dict[str, Any]:
 def _optimizer_state(path: Path, content: Mapping[str, Any]) -> Mapping[str, Any]:
     state = content.get("optimizer_state_dict")
     if not isinstance(state, dict):
-        raise CheckpointError(f"{path}: holds no optimizer state")
+        raise CheckpointError(f"{path}: has no optimizer state")
     return state
 
 

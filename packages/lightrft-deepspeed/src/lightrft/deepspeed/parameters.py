@@ -330,7 +330,7 @@ def make_states(model: nn.Module, zero: Any, entries: Mapping[str, TensorEntry])
     for name, entry in trained.items():
         if strange := set(entry.moments) - set(MOMENTS):
             lacking = ", ".join(sorted(strange))
-            raise CheckpointError(f"{name}: the checkpoint holds {lacking}, which this optimizer does not keep")
+            raise CheckpointError(f"{name}: the checkpoint has {lacking}, which this optimizer does not use")
     if any(entry.moments for entry in trained.values()):
         _make_states(zero, max(entry.step for entry in trained.values()))
     else:

@@ -220,7 +220,7 @@ class DeepspeedStrategy(BackendStrategy):
         if isinstance(target, nn.Module):
             nbytes = residence.move_parameters(target, self._zero(target), device, pin=pin)
         elif self.config.adam_offload:
-            note = "with --adam_offload DeepSpeed keeps these states on the host, where they stay"
+            note = "with --adam_offload these states are always on the host"
             logger.info("optimizer states: %s", note)
             return MoveReport(nbytes=0, seconds=0.0, note=note)
         else:

@@ -78,6 +78,6 @@ def check_loaded(engine: str, weights: WeightReader, folder: str) -> None:
             for name, held in weights.sample(mine).items():
                 if not torch.equal(held, wanted[name][mine[name]].to(held.dtype)):
                     raise NotBuiltError(
-                        f'engine "{engine}" keeps {name} in another form than the checkpoint on this device; weights '
-                        "cannot be streamed into it: take --engine_type hf for this model"
+                        f'engine "{engine}" stores {name} on this device in another form than the checkpoint; weights '
+                        "cannot be streamed into it: use --engine_type hf for this model"
                     )

@@ -32,7 +32,7 @@ def from_hub(spec: EngineSpec, loader: str) -> Any:
 
     if spec.pretrain is None:
         raise ValueError(
-            "a prompt as text, or with images, needs the model's tokenizer and processor, and this engine was "
+            "a prompt as text, or with images, needs the model's tokenizer and processor, but this engine was "
             "built from a configuration: send prompt_token_ids, or start it from a folder (pretrain)"
         )
     return getattr(transformers, loader).from_pretrained(spec.pretrain, trust_remote_code=spec.trust_remote_code)
@@ -132,17 +132,19 @@ def check_length(length: int, context: int | None) -> None:
     if context is not None and length >= context:
         raise ValueError(
             f"a prompt of {length} tokens leaves no room for a response in a context of {context}: shorten it "
-            "(--prompt_max_len) or give the engine a longer context (--max_model_len)"
+            "(--prompt_max_len) or extend the context (--max_model_len)"
         )
 
 
 def check_images(model_name: str, images: int, takes_images: bool, most: int | None) -> None:
     """:raises ValueError: a prompt brings images to a text model, or more than ``most`` (None: any number)."""
     if not takes_images:
-        raise ValueError(f"{model_name} takes no images: send text only, or set --pretrain to a vision-language model")
+        raise ValueError(
+            f"{model_name} does not support images: send only text, or set --pretrain to a vision-language model"
+        )
     if most is not None and images > most:
         raise ValueError(
-            f"a prompt brings {images} images, at most {most} are allowed: send fewer, or raise max_images"
+            f"a prompt has {images} images, but at most {most} are allowed: send fewer, or raise max_images"
         )
 
 

@@ -130,7 +130,7 @@ class WeightMap:
                 values[inside] = part
                 here[inside] = True
             if not here.all():
-                raise WeightSyncError(f"{name}: {int((~here).sum())} of the elements asked for lie on another rank")
+                raise WeightSyncError(f"{name}: {int((~here).sum())} of the requested elements are on another rank")
         # An engine keeps a few weights in float32 whatever was asked; what came for them was in the engine's dtype.
         return values.to(self._dtype) if values.is_floating_point() else values
 
@@ -148,14 +148,14 @@ class WeightMap:
         if not reached <= live:
             problems.append("some weights were repacked after loading")
         problems += [
-            f"its {name} is filled by no tensor of the hub"
+            f"its {name} is not filled by any tensor of the hub"
             for name, parameter in model.named_parameters()
             if parameter.untyped_storage()._cdata not in reached | padding
         ]
         if problems:
             raise NotBuiltError(
                 f'engine "{self._engine}": the weights of {type(model).__name__} cannot be streamed: '
-                f"{'; '.join(problems[:5])}; take --engine_type hf for this model"
+                f"{'; '.join(problems[:5])}; use --engine_type hf for this model"
             )
 
 
@@ -179,8 +179,8 @@ def check_whole(engine: str, shapes: Mapping[str, tuple[int, ...]], held: Sequen
     sizes = [math.prod(shape) for shape in shapes.values()]
     if lost := [name for name, count, size in zip(shapes, held, sizes, strict=True) if count < size]:
         raise NotBuiltError(
-            f'engine "{engine}" holds only a part of {", ".join(lost[:5])}; weights cannot be streamed into it: '
-            "take --engine_type hf for this model"
+            f'engine "{engine}" loads only a part of {", ".join(lost[:5])}; weights cannot be streamed into it: '
+            "use --engine_type hf for this model"
         )
 
 
@@ -216,7 +216,7 @@ class _CopyRecorder(TorchDispatchMode):
         name = self._owner.get(source.untyped_storage()._cdata)
         if name is None:
             raise NotBuiltError(
-                f'engine "{self._engine}": a weight is computed from others while it loads; it cannot be streamed'
+                f'engine "{self._engine}": a weight is computed from others while loading, so it cannot be streamed'
             )
         source = source.expand(target.shape)
         piece = Piece(

@@ -29,5 +29,5 @@ def check_extra(engine: str, spec: EngineSpec, ours: Iterable[str]) -> None:
     """
     if said := sorted(set(spec.extra) & set(ours)):
         raise ValueError(
-            f'engine "{engine}": {", ".join(said)} follow from the flags; leave them out of the extra options'
+            f'engine "{engine}": {", ".join(said)} are set by the flags; leave them out of the extra options'
         )

@@ -164,8 +164,8 @@ class FSDPV2Strategy(NativeStrategy):
             rows, average = local(value), local(target[name])
             if rows.shape != average.shape:
                 raise ValueError(
-                    f"moving_average: {name} is cut otherwise in the two models; prepare both over as many ranks "
-                    "(prepare_model(ema) without shard_size)"
+                    f"moving_average: {name} is sharded differently in the two models; prepare both over the same "
+                    "ranks (prepare_model(ema) without shard_size)"
                 )
             if average.dtype.is_floating_point:
                 average.lerp_(rows.to(average.device, average.dtype), 1 - beta)

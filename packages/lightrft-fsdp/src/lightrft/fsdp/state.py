@@ -54,7 +54,7 @@ def load_state(model: nn.Module, optimizer: Optimizer | None, items: Iterable[St
             state[MASTER].copy_(take_rows(tensor, item.weight))
         for kind, value in item.moments.items():
             if kind not in state:
-                raise CheckpointError(f"{item.name}: the checkpoint holds {kind}, which this optimizer does not keep")
+                raise CheckpointError(f"{item.name}: the checkpoint has {kind}, which this optimizer does not use")
             local(state[kind]).copy_(take_rows(tensor, value))
         if STEP in state:
             state[STEP].fill_(float(item.step))
@@ -114,7 +114,7 @@ def make_states(model: nn.Module, optimizer: Optimizer, entries: Mapping[str, Te
         state = state_for(optimizer, tensor, [*entry.moments, *([STEP] if entry.step else [])])
         if strange := set(entry.moments) - set(state):
             lacking = ", ".join(sorted(strange))
-            raise CheckpointError(f"{name}: the checkpoint holds {lacking}, which this optimizer does not keep")
+            raise CheckpointError(f"{name}: the checkpoint has {lacking}, which this optimizer does not use")
         if STEP in state:
             state[STEP].fill_(float(entry.step))
 

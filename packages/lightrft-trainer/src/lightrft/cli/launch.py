@@ -173,7 +173,7 @@ def _forwarded_signals(folder: Path, stopping: str) -> Iterator[None]:
                 os.kill(pid, signal.SIGTERM if first else signal.SIGKILL)
         if first:
             with contextlib.suppress(OSError):  # the terminal may be gone
-                sys.stderr.write(f"\nlightrft: stopping: {stopping} (again: stop at once)\n")
+                sys.stderr.write(f"\nlightrft: stopping: {stopping} (press again to stop at once)\n")
 
     heeded = [n for n in FORWARDED if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
     before = {number: signal.signal(number, forward) for number in heeded}
@@ -210,7 +210,7 @@ def _report(folder: Path, failures: dict[int, Any] | None) -> int:
         return 0
     if outcome.get("interrupted"):
         sys.stderr.write(
-            f"lightrft: stopped at step {outcome['step']}; a checkpoint was written. Go on with:\n  {resume}\n"
+            f"lightrft: stopped at step {outcome['step']}; a checkpoint was written. Continue with:\n  {resume}\n"
         )
         return EXIT_INTERRUPTED
     if (folder / ASKED_FILE).exists():
@@ -218,14 +218,14 @@ def _report(folder: Path, failures: dict[int, Any] | None) -> int:
         sys.stderr.write(
             "lightrft: stopped before there was anything to save\n"
             if not saved
-            else f"lightrft: stopped. Go on from the last checkpoint with:\n  {resume}\n"
+            else f"lightrft: stopped. Continue from the last checkpoint with:\n  {resume}\n"
         )
         return EXIT_INTERRUPTED
     sys.stderr.write(f"lightrft: {describe_failures(failures or {})}\n")
     if outcome.get("wrong_use"):
         return 2
     if resume is not None:
-        sys.stderr.write(f"Go on from the last checkpoint with:\n  {resume}\n")
+        sys.stderr.write(f"Continue from the last checkpoint with:\n  {resume}\n")
     return EXIT_FAILED
 
 
@@ -258,7 +258,7 @@ def describe_failures(failures: dict[int, Any]) -> str:
     rank, failure = min(failures.items(), key=order)
     if failure.exitcode < 0:
         name = signal.Signals(-failure.exitcode).name
-        hint = " (out of memory? or it stalled, and was ended)" if -failure.exitcode == signal.SIGKILL else ""
+        hint = " (out of memory? or it stalled and was killed)" if -failure.exitcode == signal.SIGKILL else ""
         # A rank that had stalled is killed like one that dies: those that waited for it tell which it was.
         seen = next((f"\n{f.message['message']}" for f in failures.values() if _extra(f).get("secondary")), "")
         return f"rank {rank} was killed by {name}{hint}{seen}"

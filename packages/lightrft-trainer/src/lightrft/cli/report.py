@@ -45,8 +45,8 @@ def show_report(
             )
         console.print(table)
     console.print(f"{steps} steps in {seconds:.0f} s. Everything is in {output_dir}:", markup=False)
-    console.print("  model/         transformers loads it", markup=False)
-    console.print("  metrics.jsonl  one line a step;  plots/  the curves;  checkpoints/  for --resume", markup=False)
+    console.print("  model/         the model, for transformers", markup=False)
+    console.print("  metrics.jsonl  one line per step;  plots/  curves;  checkpoints/  for --resume", markup=False)
 
 
 def _short(text: str) -> str:

@@ -8,7 +8,7 @@ from lightrft.strategy.config import StrategyConfig
 from lightrft.strategy.config_checks import Rules, out_of_range
 from lightrft.strategy.engine_checks import one_rank_only
 
-# Settings that are read only beside others: their names, what is asked about the others, and how to have it.
+# Settings that only others bring into effect: their names, the others, whether they do, and what to give.
 ONLY_WITH: tuple[tuple[str, str, Callable[[StrategyConfig], bool], str], ...] = (
     (
         "lambd value_clip critic_learning_rate critic_pretrain",
@@ -49,7 +49,7 @@ def run_faults(config: StrategyConfig, *, multimodal: bool = False, world_size: 
             "--pretrain and --prompt_data: train-vl has no built-in task; name a vision-language model and its data"
         )
     if multimodal and config.sp_size > 1:
-        found.append(f"--sp_size {config.sp_size}: sequences with images cannot be cut over ranks; leave it at 1")
+        found.append(f"--sp_size {config.sp_size}: sequences with images cannot be split over ranks; use 1")
     if world_size is not None and not wrong.keys() & {"rollout_batch_size", "sp_size"}:
         ranks = max(1, world_size // config.sp_size)
         if config.rollout_batch_size % ranks:
@@ -74,7 +74,7 @@ def _an_engine_that_splits(c: StrategyConfig) -> str | None:
 def _flash_attention_in_16_bit(c: StrategyConfig) -> str | None:
     if not c.flash_attn or c.dtype_name != "float32":
         return None
-    return "--flash_attn: computes in 16 bit, and this run in fp32; add --bf16, or leave the flag away (SDPA is used)"
+    return "--flash_attn: needs 16 bits and this run computes in fp32; add --bf16, or drop the flag (SDPA is used)"
 
 
 @RULES.between("train_batch_size", "rollout_batch_size", "n_samples_per_prompt")
@@ -83,7 +83,7 @@ def _whole_optimizer_steps(c: StrategyConfig) -> str | None:
     if samples % c.train_batch_size == 0:
         return None
     return (
-        f"--train_batch_size {c.train_batch_size}: must divide a step's samples, "
+        f"--train_batch_size {c.train_batch_size}: must divide the number of samples per step, "
         f"rollout_batch_size × n_samples_per_prompt = {c.rollout_batch_size} × {c.n_samples_per_prompt} = {samples}"
     )
 
@@ -94,8 +94,8 @@ def _room_for_a_sample(c: StrategyConfig) -> str | None:
     if c.max_tokens_per_micro_batch is None or c.max_tokens_per_micro_batch >= longest:
         return None
     return (
-        f"--max_tokens_per_micro_batch {c.max_tokens_per_micro_batch}: a sample may have prompt_max_len + "
-        f"generate_max_len = {c.prompt_max_len} + {c.generate_max_len} = {longest} tokens; raise it, or lower those"
+        f"--max_tokens_per_micro_batch {c.max_tokens_per_micro_batch}: a sample can have prompt_max_len + "
+        f"generate_max_len = {c.prompt_max_len} + {c.generate_max_len} = {longest} tokens; raise it, or lower those two"
     )
 
 
@@ -104,7 +104,7 @@ def _model_and_data_together(c: StrategyConfig) -> str | None:
     if (c.pretrain is None) == (c.prompt_data is None):
         return None
     given, missing = ("--pretrain", "--prompt_data") if c.prompt_data is None else ("--prompt_data", "--pretrain")
-    return f"{missing}: needed with {given}; leave both away for the built-in task and model"
+    return f"{missing}: needed with {given}; drop both for the built-in task and model"
 
 
 @RULES.between("prompt_data", "reward", "remote_rm_url", "reward_pretrain")
@@ -113,7 +113,7 @@ def _something_that_grades(c: StrategyConfig) -> str | None:
         return None
     return (
         "--reward: needed with --prompt_data: a rule such as exact_match or numeric_answer, or module:function; "
-        "or give --remote_rm_url"
+        "--remote_rm_url and --reward_pretrain also grade"
     )
 
 
@@ -121,14 +121,14 @@ def _something_that_grades(c: StrategyConfig) -> str | None:
 def _a_reward_model_to_serve(c: StrategyConfig) -> str | None:
     if not c.rm_use_engine or c.reward_pretrain:
         return None
-    return "--rm_use_engine: serves the model of --reward_pretrain, which is not given; name one, or leave it away"
+    return "--rm_use_engine: runs the model of --reward_pretrain, which is not given; add it, or drop --rm_use_engine"
 
 
 @RULES.between("eval_data", "prompt_data")
 def _held_out_of_something(c: StrategyConfig) -> str | None:
     if c.eval_data is None or c.prompt_data is not None:
         return None
-    return "--eval_data: works only with --prompt_data; the built-in task has its own held-out part"
+    return "--eval_data: works only with --prompt_data; the built-in task has its own held-out prompts"
 
 
 @RULES.between("use_gspo", "loss_agg_mode")
@@ -145,14 +145,14 @@ def _gspo_averages_sequences(c: StrategyConfig) -> str | None:
 def _a_weight_to_adapt(c: StrategyConfig) -> str | None:
     if c.kl_target is None or c.init_kl_coef > 0:
         return None
-    return "--kl_target: adapts --init_kl_coef, which is 0; give it a start above 0"
+    return "--kl_target: adapts --init_kl_coef, which is 0; start it above 0"
 
 
 @RULES.between("use_kl_loss", "init_kl_coef")
 def _a_weight_for_the_kl(c: StrategyConfig) -> str | None:
     if not c.use_kl_loss or c.init_kl_coef > 0:
         return None
-    return "--use_kl_loss: weighs the KL by --init_kl_coef, which is 0; give it a value above 0"
+    return "--use_kl_loss: weighs the KL by --init_kl_coef, which is 0; set it above 0"
 
 
 @RULES.between("freezing_actor_steps", "advantage_estimator")

@@ -21,7 +21,7 @@ def parse_shares(text: str | None, count: int) -> list[float] | None:
     if not are_shares(text):
         raise DataError(
             f"--prompt_data_probs {text}: must be positive numbers separated by commas, for example 0.7,0.3; "
-            "leave out a dataset instead of giving it 0"
+            "drop a dataset instead of giving it 0"
         )
     shares = [float(part) for part in text.split(",")]
     if len(shares) != count:

@@ -29,7 +29,7 @@ def _reference(item: Any, folder: str | None) -> Any:
     if isinstance(item, (str, pathlib.Path)):
         path = pathlib.Path(folder or "", item).expanduser().absolute()
         if not path.is_file():
-            raise DataError(f"there is no image {path}")
+            raise DataError(f"no image {path}")
         return str(path)
     if isinstance(item, bytes) or hasattr(item, "convert"):
         return item

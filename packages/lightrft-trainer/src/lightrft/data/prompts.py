@@ -119,7 +119,7 @@ class PromptDataset(Dataset[Prompt]):
         found = f"{len(self.dropped)} of {total} prompts are longer than --prompt_max_len {prompt_max_len}: {named}"
         if overlong == "refuse" or not self._prompts:
             raise DataError(f"{found}; raise --prompt_max_len")
-        logger.warning("%s; they are left out", found)
+        logger.warning("%s; they are skipped", found)
 
     def __len__(self) -> int:
         return len(self._prompts)

@@ -37,7 +37,7 @@ class PromptFormat:
             raise DataError(
                 f"--apply_chat_template: {type(tokenizer).__name__} of "
                 f"{getattr(tokenizer, 'name_or_path', '') or 'this model'} "
-                "has no chat template; leave the flag away and use --input_template"
+                "has no chat template; drop the flag and use --input_template"
             )
 
     def render(self, value: Any, tokenizer: Any, *, images: int = 0) -> str:
@@ -57,7 +57,7 @@ class PromptFormat:
             if not self.apply_chat_template:
                 raise DataError("the input is a list of messages; add --apply_chat_template")
             if self.input_template is not None:
-                raise DataError("the input is a list of messages, which --input_template cannot wrap; leave it away")
+                raise DataError("the input is a list of messages, which --input_template cannot wrap; drop it")
             messages = [dict(message) for message in value]
         else:
             raise DataError(

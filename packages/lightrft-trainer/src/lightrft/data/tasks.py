@@ -46,7 +46,7 @@ def reverse_digits(*, length: int = 4, held_out: int = 512, seed: int = 42) -> T
     :raises ValueError: for a length or a held-out count outside those bounds.
     """
     if not 2 <= length <= 6:
-        raise ValueError(f"reverse_digits was asked for {length} digits; it makes strings of 2 to 6 digits")
+        raise ValueError(f"reverse_digits makes strings of 2 to 6 digits, not of {length}")
     total = 10**length
     if not 1 <= held_out < total:
         raise ValueError(f"held_out={held_out} of {total} strings: choose between 1 and {total - 1}")

@@ -102,7 +102,7 @@ def warm_start(
     steps = 0
     while accuracy < low:
         if steps == max_steps:
-            raise RuntimeError(f"warm start: held-out accuracy {accuracy:.3f} after {steps} steps; {low} was wanted")
+            raise RuntimeError(f"warm start: held-out accuracy {accuracy:.3f} after {steps} steps; {low} was required")
         before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
         rows = train[torch.randint(len(train), (batch_size,), generator=generator)]
         logits = model(input_ids=rows, use_cache=False).logits[:, prompt_length - 1 : -1]

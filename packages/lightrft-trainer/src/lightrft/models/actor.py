@@ -34,7 +34,7 @@ class Actor(TokenModel):
         if chunk_size < 1:  # before a model is read
             raise ValueError(
                 f"chunk_size={chunk_size}: must be at least 1, the most tokens whose logits fused_linear_logprob holds "
-                "at one time; leave it away for 4096"
+                "at one time; drop it for 4096"
             )
         super().__init__(pretrain_or_model, "generator", **options)
         if fused_linear_logprob:
@@ -129,7 +129,7 @@ class Actor(TokenModel):
         if len(given) != 1 or output.shape != given[0].shape or output.data_ptr() != given[0].data_ptr():
             raise ValueError(
                 f"--fused_linear_logprob: {type(self.model).__name__} changes its logits after the output layer (a "
-                "softcap, a scale); leave the flag away"
+                "softcap, a scale); drop the flag"
             )
         return output[0, :, 0], output[0, :, 1] if with_entropy else None
 
@@ -141,13 +141,13 @@ class ActorLanguage(Actor):
 class ActorVL(Actor):
     """An actor for text and images; see :class:`Actor`.
 
-    :raises ValueError: the model takes no images.
+    :raises ValueError: the model does not support images.
     """
 
     def __init__(self, pretrain_or_model: Any, **kwargs: Any) -> None:
         super().__init__(pretrain_or_model, **kwargs)
         if not hasattr(self.config, "vision_config"):
             raise ValueError(
-                f"--pretrain: {type(self.model).__name__} takes no images; choose a vision-language model, or "
+                f"--pretrain: {type(self.model).__name__} does not support images; choose a vision-language model, or "
                 "`lightrft train`"
             )

@@ -307,5 +307,5 @@ def check_plain_head(model: nn.Module, head: nn.Module | None) -> None:
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
         what = "has no output layer of its own" if head is None else f"ends in a {type(head).__name__}"
         raise ValueError(
-            f"--fused_linear_logprob: {type(model).__name__} {what}, and a linear layer is needed; leave the flag away"
+            f"--fused_linear_logprob: {type(model).__name__} {what}, and a linear layer is needed; drop the flag"
         )

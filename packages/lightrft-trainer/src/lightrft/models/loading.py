@@ -21,10 +21,10 @@ def attention_implementation(use_flash_attention_2: bool, dtype: torch.dtype) ->
         return None
     if importlib.util.find_spec("flash_attn") is None:
         raise ValueError(
-            "--flash_attn: the package is not installed; pip install flash-attn, or leave the flag away (SDPA is used)"
+            "--flash_attn: the package is not installed; pip install flash-attn, or drop the flag (SDPA is used)"
         )
     if dtype not in (torch.bfloat16, torch.float16):
-        raise ValueError(f"--flash_attn computes in bf16 or fp16, not in {dtype}; add --bf16, or leave the flag away")
+        raise ValueError(f"--flash_attn computes in bf16 or fp16, not in {dtype}; add --bf16, or drop the flag")
     return "flash_attention_2"
 
 

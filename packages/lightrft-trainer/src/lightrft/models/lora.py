@@ -45,11 +45,11 @@ def add_adapters(
     """
     if importlib.util.find_spec("peft") is None:
         raise ValueError(
-            f"--lora_rank {rank}: LoRA comes with peft, which is not installed; pip install 'lightrft-trainer[lora]'"
+            f"--lora_rank {rank}: LoRA needs peft, which is not installed; pip install 'lightrft-trainer[lora]'"
         )
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError(
-            f"--lora_rank {rank}: adapters cannot be put into a model on the meta device; leave --meta_init away"
+            f"--lora_rank {rank}: adapters cannot be added to a model on the meta device; drop --meta_init"
         )
     from peft import LoraConfig, TaskType, inject_adapter_in_model
 
@@ -131,7 +131,7 @@ def save_adapter(strategy: StrategyBase, model: nn.Module, folder: str | Path) -
     """
     specs = tuple(strategy.export_spec(model, "adapter"))
     if not specs:
-        raise ValueError("save_adapter: the model has no LoRA adapters; save_model writes it whole")
+        raise ValueError("save_adapter: the model has no LoRA adapters; use save_model")
     folder = Path(folder).resolve()
     staging = folder.with_name(f".{folder.name}.partial")
     plan = UpdatePlan(version=0, kind="adapter", specs=specs)

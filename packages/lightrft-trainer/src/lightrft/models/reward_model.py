@@ -67,7 +67,7 @@ class RewardModel(nn.Module):
         check_right_padded(mask)
         last = mask.long().sum(dim=1) - 1
         if bool((last < 0).any()):
-            raise ValueError("reward model: a row has no token")
+            raise ValueError("reward model: a row has no tokens")
         with _scored_at(self.model.score, last):
             output = self.model(input_ids=sequences, attention_mask=mask, use_cache=False)
         return output.logits[:, 0].float()

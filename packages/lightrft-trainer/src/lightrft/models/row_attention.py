@@ -45,22 +45,22 @@ def install(model: Any, flag: str) -> None:
     if others:
         raise ValueError(
             f"{flag}: {name} has {', '.join(others)} layers, which carry state from one sample of a row to the next; "
-            "leave the flag away"
+            "drop the flag"
         )
     if not getattr(model, "_supports_attention_backend", False):
         raise ValueError(
-            f"{flag}: {name} computes attention by itself, over whole rows, so that the samples of a row would see "
-            "each other; leave the flag away"
+            f"{flag}: {name} computes attention itself, over whole rows, so that the samples of a row would see "
+            "each other; drop the flag"
         )
     if any(map(_offsets_positions, model.modules())):
         raise ValueError(
-            f"{flag}: {name} counts positions from behind its padding token, and not from 0 as they are given here; "
-            "leave the flag away"
+            f"{flag}: {name} counts positions from its padding token, and not from 0 as they are given here; "
+            "drop the flag"
         )
     if implementation not in KERNELS:
         raise ValueError(
             f"{flag}: attention implementation {implementation!r} would let the samples of a row see each other; load "
-            f"{name} with one of {', '.join(KERNELS)}, or leave the flag away"
+            f"{name} with one of {', '.join(KERNELS)}, or drop the flag"
         )
     text._attn_implementation = _register(KERNELS[implementation])
 
@@ -82,8 +82,8 @@ def check_attended(model: Any, layout: RowLayout | SharedPrompts) -> None:
     if known != layers:
         raise ValueError(
             f"{type(model).__name__} has {layers} layers, and attention knew {known} times how its row is laid out: "
-            "other layers carry something from one sample of a row to the next; leave --packing_samples and "
-            "--sp_size away"
+            "other layers carry something from one sample of a row to the next; drop --packing_samples and "
+            "--sp_size"
         )
 
 
@@ -134,7 +134,7 @@ def attend(
             raise ValueError(
                 f"{type(module).__name__} was not told how its row is laid out, because the model's own code keeps "
                 "keywords from it, so that packed samples would see each other and ranks would not share a sequence; "
-                "leave --packing_samples and --sp_size away"
+                "drop --packing_samples and --sp_size"
             )
         from transformers import AttentionInterface
 
@@ -148,7 +148,7 @@ def attend(
     if wrong := [name for name in REFUSED if kwargs.get(name) is not None]:
         raise ValueError(
             f"{type(module).__name__} attends with {', '.join(wrong)}, which is not computed for packed samples nor "
-            "for sequence parallelism; leave --packing_samples and --sp_size away"
+            "for sequence parallelism; drop --packing_samples and --sp_size"
         )
     sliding_window = sliding_window or _window_of(module)
     if isinstance(row_layout, SharedPrompts):

@@ -117,7 +117,7 @@ class TokenModel(nn.Module):
             if is_vision_language(self.config):
                 raise ValueError(
                     f"--sp_size {self.sequence_ranks.size}: {type(self.model).__name__} takes images, which cannot be "
-                    "cut over ranks; leave it at 1"
+                    "split over ranks; use 1"
                 )
         if packing_samples or self.sequence_ranks is not None:
             row_attention.install(self.model, "--packing_samples" if packing_samples else "--sp_size")

@@ -100,8 +100,8 @@ class CheckedReward:
         count = len(responses)
         if not len(prompts) == len(labels) == count:
             raise RewardError(
-                f"reward {self.name}: {len(prompts)} prompts, {count} responses and {len(labels)} labels; they "
-                "must be as many"
+                f"reward {self.name}: {len(prompts)} prompts, {count} responses and {len(labels)} labels; the "
+                "numbers must be equal"
             )
         if count == 0:
             return RewardOutput(rewards=[])
@@ -132,7 +132,7 @@ class CheckedReward:
 
     def _late(self, late: LateCallError, prompts: Sequence[str]) -> RewardTimeoutError:
         return RewardTimeoutError(
-            f"reward {self.name} was not back after {self.timeout:g} s for {len(prompts)} sample(s), "
+            f"reward {self.name} did not return within {self.timeout:g} s for {len(prompts)} sample(s), "
             f"the first with prompt {excerpt(prompts[0])}; it was at {late.where}. "
             "Give it more time with --reward_timeout, or a time limit of its own"
         )
@@ -175,6 +175,6 @@ class CheckedReward:
         return RewardError(
             f"reward {self.name} raised {cause} for sample {culprit} of {count} (prompt {excerpt(prompts[culprit])}, "
             f"response {excerpt(responses[culprit])}, label {str(labels[culprit])[:80]!r}); "
-            "mend the function, or let it return 0 for what it cannot judge",
+            "correct the function, or let it return 0 for what it cannot judge",
             sample=culprit,
         )

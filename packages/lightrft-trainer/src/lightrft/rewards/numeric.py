@@ -117,7 +117,7 @@ def numeric_answer(
         rewards.append(float(right))
     if _shared_worker.left_out > left_out:
         logger.warning(
-            "%d comparisons were left out for want of time and count as unequal; give the batch of %d responses more "
+            "%d comparisons were skipped for lack of time and count as unequal; give the batch of %d responses more "
             "with --reward_timeout",
             _shared_worker.left_out - left_out,
             len(responses),

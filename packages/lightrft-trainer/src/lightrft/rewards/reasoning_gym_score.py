@@ -39,7 +39,7 @@ def reasoning_gym_score(
         source = label.get("metadata", {}).get("source_dataset") if isinstance(label, Mapping) else None
         if not source:
             raise RewardError(
-                f"sample {index} (prompt {excerpt(prompt)}): its label is no reasoning-gym entry, it is "
+                f"sample {index} (prompt {excerpt(prompt)}): its label is not a reasoning-gym entry but "
                 f"{str(label)[:80]!r}; "
                 "use --prompt_data reasoning_gym:NAME, or another --reward",
                 sample=index,

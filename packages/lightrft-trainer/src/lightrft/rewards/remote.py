@@ -40,7 +40,7 @@ def check_url(url: str) -> str:
         )
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise RewardError(
-            f"--remote_rm_url {url!r}: write the whole address, for example http://localhost:5000/get_reward"
+            f"--remote_rm_url {url!r}: give the whole address, for example http://localhost:5000/get_reward"
         )
     return url
 
@@ -200,7 +200,7 @@ class RemoteReward:
         rewards = answer.get("rewards") if isinstance(answer, dict) else None
         if not isinstance(rewards, list):
             raise RewardError(
-                f'the reward server answered {str(answer)[:80]!r}; expected {{"rewards": [one number a response]}}'
+                f'the reward server answered {str(answer)[:80]!r}; expected {{"rewards": [one number per response]}}'
             )
         if len(rewards) != count:
             raise RewardError(f"the reward server gave {len(rewards)} rewards for {count} responses")

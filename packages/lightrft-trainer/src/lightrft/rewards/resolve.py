@@ -96,7 +96,7 @@ def parse_reward_spec(spec: str) -> list[tuple[str, float]]:
         try:
             parsed.append((name, float(weight) if equals else 1.0))
         except ValueError as error:
-            raise RewardError(f"--reward {spec!r}: {weight!r} is no weight; write {name}=0.5") from error
+            raise RewardError(f"--reward {spec!r}: {weight!r} is not a weight; write {name}=0.5") from error
     return parsed
 
 

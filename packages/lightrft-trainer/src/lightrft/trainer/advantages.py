@@ -44,11 +44,11 @@ def group_scores(rewards: Tensor, estimator: Estimator, sum_over_ranks: SumOverR
     :raises ValueError: a group estimator with fewer than two samples a prompt.
     """
     if rewards.dim() != 2:
-        raise ValueError(f"rewards have shape {tuple(rewards.shape)}; group_scores needs [prompts, samples a prompt]")
+        raise ValueError(f"rewards have shape {tuple(rewards.shape)}; group_scores needs [prompts, samples per prompt]")
     n = rewards.shape[1]
     if estimator in GROUP_ESTIMATORS and n < 2:
         raise ValueError(
-            f"{estimator} compares samples of one prompt; set n_samples_per_prompt to at least 2, found {n}"
+            f"{estimator} compares the samples of a prompt; n_samples_per_prompt must be at least 2, not {n}"
         )
     if estimator in ("reinforce", "gae"):
         return rewards.clone()

@@ -130,7 +130,9 @@ class Grader:
             scores = self._score_here(model, samples)
         for number, score in enumerate(scores):
             if not math.isfinite(score):
-                raise RewardError(f"reward model: sample {number} of this rank scored {score}; are its weights whole?")
+                raise RewardError(
+                    f"reward model: sample {number} of this rank scored {score}; are its weights damaged?"
+                )
         return scores
 
     def _score_here(self, model: nn.Module, samples: Sequence[Experience]) -> list[float]:

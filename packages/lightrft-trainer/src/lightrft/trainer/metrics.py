@@ -144,7 +144,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
         try:
             line = json.loads(text)
         except json.JSONDecodeError:
-            logger.warning("%s: dropped a line that was cut off", path)
+            logger.warning("%s: dropped a truncated line", path)
             continue
         if isinstance(line, dict):
             yield line

@@ -116,7 +116,7 @@ def claim_output_dir(strategy: StrategyBase, config: StrategyConfig) -> Path:
             _point(folder.parent / Path(config.output_dir).name, folder.name)
         problem = None
         if not config.resume and (folder / CONFIG_FILE).exists():
-            problem = f"--output_dir {str(folder)!r}: holds a run already; add --resume to go on with it"
+            problem = f"--output_dir {str(folder)!r}: already holds a run; add --resume to continue it"
         else:
             folder.mkdir(parents=True, exist_ok=True)
             saved = dataclasses.replace(config, output_dir=str(folder), resume=False)
@@ -216,7 +216,9 @@ def built_in_task(strategy: StrategyBase, config: StrategyConfig, output_dir: Pa
     if strategy.is_rank_0() and not folder.exists():
         from lightrft.data.warm_start import build_warm_model
 
-        strategy.print("building a small model, with a short supervised warm start so that some answers are right")
+        strategy.print(
+            "building a small model, with a short supervised warm start so that some of its answers are correct"
+        )
         scratch = folder.with_name(f".{folder.name}")
         report = build_warm_model(scratch, seed=config.seed)
         scratch.rename(folder)

@@ -218,7 +218,7 @@ class SPMDPPOTrainer:
             problems.append("a critic was given without critic_optim; make one with strategy.create_optimizer(critic)")
         if self.initial_model is None and self.kl_ctl.value:
             problems.append(
-                f"init_kl_coef is {self.kl_ctl.value} and there is no initial_model; pass one, or set init_kl_coef=0"
+                f"init_kl_coef is {self.kl_ctl.value} but there is no initial_model; pass one, or set init_kl_coef=0"
             )
         if config.overlong_buffer and config.overlong_buffer_len > self.sampling.max_tokens:
             problems.append(
@@ -296,7 +296,7 @@ class SPMDPPOTrainer:
         :raises DriftError: the engine drifted further than allowed.
         """
         if pretrain_dataloader is not None:
-            raise ValueError("fit: pretrain_dataloader: mixing in a supervised loss is not possible; pass None")
+            raise ValueError("fit: pretrain_dataloader: a supervised loss cannot be mixed in; pass None")
         config = self.config
         stream = PromptStream(prompts_dataloader, episodes=config.num_episodes, batch_size=config.rollout_batch_size)
         per_episode = num_update_steps_per_episodes or max(1, len(stream))
@@ -684,8 +684,8 @@ def sampling_from(config: Any, generate_kwargs: dict[str, Any]) -> SamplingParam
                 "num_return_sequences": "n_samples_per_prompt",
                 "eos_token_id": "stop_token_ids",
             }
-            cure = f"; use {hint[name]}" if name in hint else "; leave it away"
-            raise ValueError(f"generate_kwargs: {name} has no meaning here{cure}")
+            cure = f"; use {hint[name]}" if name in hint else "; drop it"
+            raise ValueError(f"generate_kwargs: {name} is not supported here{cure}")
     named = {
         "n": config.n_samples_per_prompt,
         "temperature": config.temperature,

@@ -104,7 +104,7 @@ class Host:
                 self._engine.tokenizer_manager.abort_request(abort_all=True)
                 done, _ = await asyncio.wait({task}, timeout=0.2)
             task.exception()  # whichever: nothing is left running
-            raise TimeoutError(f"{len(input_ids)} samples were not written within {seconds:g} s")
+            raise TimeoutError(f"{len(input_ids)} samples were not generated within {seconds:g} s")
         return list(task.result())
 
     # ---- weights ----------------------------------------------------------------------------------------------------
@@ -145,7 +145,7 @@ class Host:
         """Forget the KV cache."""
         answer = self._run(self._flush())
         if not answer.success:
-            raise RuntimeError("SGLang did not empty its cache: requests are still running")
+            raise RuntimeError("SGLang did not clear its cache: requests are still running")
 
     async def _flush(self) -> Any:
         """It is refused until the scheduler has put away the batch whose answers it gave just now."""

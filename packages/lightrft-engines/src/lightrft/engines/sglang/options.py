@@ -46,12 +46,12 @@ def check_spec(spec: EngineSpec, own: Mapping[str, str]) -> None:
     if spec.pretrain is None and takes_images(spec.model_config):
         raise NotBuiltError(
             'engine "sglang" reads the processor of a vision-language model from its folder, and was given a '
-            "configuration alone: set --pretrain, or take --engine_type hf or vllm"
+            "configuration alone: set --pretrain, or use --engine_type hf or vllm"
         )
     ranks_here = int(own.get("LOCAL_WORLD_SIZE", spec.tensor_parallel_size))
     if ranks_here % spec.tensor_parallel_size:
         raise NotBuiltError(
-            f'engine "sglang" keeps all parts of an engine on one node, which has {ranks_here} ranks: --engine_tp_size '
+            f'engine "sglang" runs all parts of an engine on one node, which has {ranks_here} ranks: --engine_tp_size '
             f"{spec.tensor_parallel_size} must divide them"
         )
     check_dtype("sglang", spec)

@@ -77,7 +77,7 @@ class _Worker:
     @property
     def weights(self) -> WeightMap:
         if self._weights is None:
-            raise WeightSyncError('engine "sglang": the places of its weights are not known yet')
+            raise WeightSyncError('engine "sglang": the locations of its weights are not known yet')
         return self._weights
 
     def learn(self, folder: str, dtype: str, trust_remote_code: bool, split: bool, answer: int) -> None:

@@ -137,5 +137,5 @@ class RemoteWeights:
                 values[here] = part
                 seen |= here
             if values is None or not bool(seen.all()):
-                raise WeightSyncError(f"{name}: {int((~seen).sum())} of the elements asked for lie on no rank")
+                raise WeightSyncError(f"{name}: {int((~seen).sum())} of the requested elements are on no rank")
             found[name].append(values)

@@ -115,7 +115,7 @@ def _know_in_this_process(names: list[str]) -> None:
     known = [name for name in names if name in supported]
     if names and not known:
         raise NotBuiltError(
-            f'engine "vllm" has no model class for {", ".join(names)}; take --engine_type hf, which serves any causal '
+            f'engine "vllm" has no model class for {", ".join(names)}; use --engine_type hf, which serves any causal '
             "language model of transformers"
         )
     for name in known:

@@ -102,7 +102,7 @@ def classifier_arguments(
         raise NotBuiltError(
             f'--rm_use_engine: engine "vllm" serves sequence classifiers with one output; {folder} is '
             f"{', '.join(architectures) or config.model_type} with {config.num_labels} outputs: name another "
-            "--reward_pretrain, or leave --rm_use_engine away"
+            "--reward_pretrain, or drop --rm_use_engine"
         )
     arguments = engine_arguments(spec, folder, config, known, distributed=distributed)
     arguments.pop("logprobs_mode", None)

@@ -56,7 +56,7 @@ class VLLMScoringEngine(ScoringEngine):
         for number, tokens in enumerate(sequences):
             if not 0 < len(tokens) <= (self._context or len(tokens)):
                 raise ValueError(
-                    f"reward model: sample {number} has {len(tokens)} tokens, the engine takes 1 to {self._context}: "
+                    f"reward model: sample {number} has {len(tokens)} tokens, the engine accepts 1 to {self._context}: "
                     "shorten it, or raise --max_model_len"
                 )
         try:

@@ -53,7 +53,7 @@ class FailingSaveClaims(StrategyClaims):
         strategy, model, optimizer = self.trained()
         strategy.save_ckpt(model, self.folder, client_state={"step": 1})
         limit = limited_file_size(4096) if self.is_hit(strategy, whom) else contextlib.nullcontext()
-        saying = ["could not be written", "ulimit -f", "untouched"]
+        saying = ["could not be written", "ulimit -f", "unchanged"]
         with refused(CheckpointError, saying=saying), limit:
             strategy.save_ckpt(model, self.folder, client_state={"step": 2}, asynchronous=asynchronous)
             strategy.finish_checkpoint()

@@ -69,7 +69,7 @@ class ScoringClaims(StrategyClaims):
     @on_ranks
     def test_what_cannot_serve_a_reward_model_is_refused(self) -> None:
         strategy = self.strategy()
-        with refused(PluginError, saying=["--rm_use_engine", "leave --rm_use_engine away"]):
+        with refused(PluginError, saying=["--rm_use_engine", "drop --rm_use_engine"]):
             strategy.setup_reward_engine("rm", "hf")
         if strategy.device.type == "cpu":
             with refused(ConfigError, saying=["--rm_engine_cudagraph", "no CUDA graphs on cpu"]):
