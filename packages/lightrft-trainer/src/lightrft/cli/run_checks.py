@@ -1,4 +1,4 @@
-"""What a run needs of its settings beyond what a strategy needs: pure, without torch."""
+"""Checks of a run's settings in addition to those of a strategy: pure, without torch."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ ONLY_WITH: tuple[tuple[str, str, Callable[[StrategyConfig], bool], str], ...] = 
 def run_faults(config: StrategyConfig, *, multimodal: bool = False, world_size: int | None = None) -> list[str]:
     """One sentence for each fault: which flag, which value, what would be right.
 
-    A setting that is out of its own range is not named: the strategy's own check does that.
+    Settings that are out of their own range are not reported here: the strategy's check does that.
     """
     wrong = out_of_range(config)
     found = RULES.faults(config, wrong)
@@ -66,7 +66,7 @@ for _row in ONLY_WITH:
 
 @RULES.between("engine_type", "engine_tp_size")
 def _an_engine_that_splits(c: StrategyConfig) -> str | None:
-    """Others tell by their capabilities, which cannot be read without torch."""
+    """Other engines declare it in their capabilities, which cannot be read without torch."""
     return one_rank_only("hf", c.engine_tp_size) if c.engine_type == "hf" and c.engine_tp_size > 1 else None
 
 
@@ -164,7 +164,7 @@ def _a_critic_to_train_first(c: StrategyConfig) -> str | None:
 
 @RULES.between("importance_sampling_cap", "max_logprob_drift", "top_p", "top_k", "min_p")
 def _comparable_distributions(c: StrategyConfig) -> str | None:
-    """Engine and trainer logprobs are compared under temperature alone: a truncated distribution is another one."""
+    """Trainer logprobs know only the temperature: those of a truncated distribution cannot be compared."""
     flag = "importance_sampling_cap" if c.importance_sampling_cap > 0 else "max_logprob_drift"
     if getattr(c, flag) in (None, 0.0) or (c.top_p == 1 and c.top_k <= 0 and c.min_p == 0):
         return None
