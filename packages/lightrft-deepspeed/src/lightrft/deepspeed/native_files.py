@@ -1,4 +1,4 @@
-"""What ``engine.save_checkpoint`` wrote under ZeRO 1, 2 or 3, read without its engine, its loader or its pickles.
+"""Read what ``engine.save_checkpoint`` wrote with ZeRO 1, 2 or 3, without its engine, its loader or its pickles.
 
 ::
 
@@ -8,7 +8,7 @@
     TAG/*zero_pp_rank_R_mp_rank_00_optim_states.pt  fp32 weights and moments of rank R, in flat groups
 
 Files are opened weights-only, with the few classes allowed that DeepSpeed pickles into them, and without their tensors:
-of these only the places in the file are noted, and each flat range is read when it is asked for.
+only their places in the file are noted, and each flat range is read when it is needed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def open_native(folder: Path) -> StateSource:
     """Read a checkpoint's index.
 
     :raises CheckpointError: a file is missing, damaged, names a class that no checkpoint needs, or was written with
-        model or expert parallelism, which are not read.
+        model or expert parallelism, which are not supported.
     """
     folder = _tag_folder(folder)
     optimizers = _by_rank(folder, OPTIMIZER_FILES)
@@ -59,7 +59,7 @@ def open_native(folder: Path) -> StateSource:
 
 
 def recognises(folder: Path) -> bool:
-    """Is it a tag's folder, or one whose ``latest`` names such a folder?"""
+    """Whether it is a tag's folder, or one whose ``latest`` names such a folder."""
     try:
         return next(_tag_folder(folder).glob(OPTIMIZER_FILES), None) is not None
     except (OSError, CheckpointError):
@@ -78,7 +78,8 @@ NATIVE = StateFormat(
 def _stage_1_2(
     folder: Path, paths: Sequence[Path], states: Sequence[Mapping[str, Any]], models: Sequence[Mapping[str, Any]]
 ) -> StateSource:
-    """Each group's parameters lie one after the other in a flat vector, which the ranks have cut into partitions."""
+    """Stages 1 and 2: each group's parameters are concatenated into a flat vector, which is split into the ranks'
+    partitions."""
     model, model_path = models[0], _by_rank(folder, MODEL_FILES)[0]
     pieces: dict[tuple[str, str], list[Placed]] = {}
     done: dict[str, int] = {}
@@ -87,7 +88,7 @@ def _stage_1_2(
         for group, fragments in enumerate(state["param_slice_mappings"]):
             flats = {WEIGHT: state["single_partition_of_fp32_groups"][group], **_moments(base, group)}
             for name, address in fragments.items():
-                start = done.get(name, 0)  # ranks follow each other in the vector, and so do a parameter's parts
+                start = done.get(name, 0)  # the partitions are in rank order, and so are a parameter's parts
                 done[name] = start + address.numel
                 for kind, flat in flats.items():
                     part = PieceOf(piece=_stored(path, kind, flat), start=address.start, numel=address.numel)
@@ -102,7 +103,7 @@ def _stage_1_2(
 def _stage_3(
     folder: Path, paths: Sequence[Path], states: Sequence[Mapping[str, Any]], models: Sequence[Mapping[str, Any]]
 ) -> StateSource:
-    """Each parameter is cut into equal padded parts; a rank's parts lie one after the other, in flat groups."""
+    """Stage 3: each parameter is split into equal padded parts; a rank's parts are concatenated in flat groups."""
     model, ranks = models[0], len(states)
     shapes = {name: shape for group in model["param_shapes"] for name, shape in group.items()}
     pieces: dict[tuple[str, str], list[Placed]] = {}
@@ -134,7 +135,7 @@ def _stage_3(
 
 
 def _spans(begins: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-    """The flat groups that ``[start, stop)`` lies in: (group, from, to)."""
+    """The flat groups that overlap ``[start, stop)``: (group, from, to)."""
     for group, (low, high) in enumerate(pairwise(begins)):
         if max(low, start) < min(high, stop):
             yield group, max(low, start), min(high, stop)
@@ -148,7 +149,7 @@ def _source(
     pieces: dict[tuple[str, str], list[Placed]],
     untrained: Mapping[str, tuple[int, ...]],
 ) -> StateSource:
-    """Put it together.
+    """Build the source.
 
     :param path: of the first rank's optimizer file. :param base: the optimizer's state in it.
     :param untrained: shapes of frozen parameters and buffers.
@@ -177,7 +178,7 @@ def _moments(base: Mapping[str, Any], group: int) -> dict[str, Any]:
 
 
 def _untrained(model: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Frozen parameters and buffers, which stages 1 and 2 keep whole (stage 1 does not list the frozen ones)."""
+    """Frozen parameters and buffers, which stages 1 and 2 store whole (stage 1 does not list the frozen ones)."""
     trained = {name for group in model["param_shapes"] for name in group}
     tied = model.get("shared_params") or {}
     return {name: tensor for name, tensor in model["module"].items() if name not in trained and name not in tied}
@@ -199,7 +200,7 @@ def _tag_folder(folder: Path) -> Path:
 
 
 def _by_rank(folder: Path, pattern: str) -> list[Path]:
-    """A kind of file, in rank order.
+    """All files of a kind, in rank order.
 
     :raises CheckpointError: one is missing.
     """
@@ -243,7 +244,7 @@ def _optimizer_state(path: Path, content: Mapping[str, Any]) -> Mapping[str, Any
 
 
 def _stored(path: Path, name: str, tensor: torch.Tensor) -> StoredTensor:
-    """Where in its file a loaded tensor lies."""
+    """The place of a loaded tensor in its file."""
     begin: Any = tensor.untyped_storage()._checkpoint_offset
     offset = int(begin) + int(tensor.storage_offset()) * tensor.dtype.itemsize
     return StoredTensor(path=path, name=name, dtype=tensor.dtype, shape=tuple(tensor.shape), offset=offset)
