@@ -11,7 +11,7 @@ import torch
 from lightrft.strategy.engine import EngineSpec, GenerationRequest, RequestId
 
 
-@dataclass(eq=False)  # equal prompts are one object; hashing thousands of ids again would be waste
+@dataclass(eq=False)  # equal prompts are one object: no need to hash thousands of ids again
 class Prompt:
     """One distinct prompt.
 
@@ -24,7 +24,7 @@ class Prompt:
 
 
 def from_hub(spec: EngineSpec, loader: str) -> Any:
-    """What one of transformers' auto classes makes of the model's folder.
+    """Load the model's folder with one of transformers' auto classes.
 
     :raises ValueError: there is none.
     """
@@ -46,9 +46,9 @@ def prompt_key(request: GenerationRequest) -> tuple[Any, ...]:
 class PromptReader:
     """Turns a request into a :class:`Prompt`.
 
-    The tokenizer and the processor are loaded when the first prompt asks for them: token ids alone need neither.
+    The tokenizer and the processor are loaded when a prompt first needs them; token ids need neither.
 
-    :param load_tokenizer: gives a tokenizer. :param load_processor: gives a multimodal processor, or None.
+    :param load_tokenizer: returns a tokenizer. :param load_processor: returns a multimodal processor, or None.
     :param model_name: for messages.
     """
 
@@ -86,7 +86,7 @@ class PromptReader:
         return self._prompt(batch["input_ids"][0].tolist(), batch)
 
     def _expand(self, ids: Sequence[int], images: Sequence[Any]) -> Prompt:
-        """Ids with one placeholder for each image: what the processor writes for each takes its place."""
+        """Replace each image's placeholder in the ids by what the processor writes for the image."""
         placeholder = self._processor.image_token_id
         self._check_count(sum(token == placeholder for token in ids), len(images))
         text = [self._processor.image_token] * len(images)
@@ -137,7 +137,7 @@ def check_length(length: int, context: int | None) -> None:
 
 
 def check_images(model_name: str, images: int, takes_images: bool, most: int | None) -> None:
-    """:raises ValueError: a prompt brings images to a text model, or more than ``most`` (None: any number)."""
+    """:raises ValueError: a prompt has images for a text model, or more than ``most`` (None: any number)."""
     if not takes_images:
         raise ValueError(
             f"{model_name} does not support images: send only text, or set --pretrain to a vision-language model"

@@ -56,7 +56,7 @@ class WeightStore:
 
 
 class WeightMemory:
-    """The storages behind a model's weights: emptied and filled again without touching the tensors that use them."""
+    """The storages of a model's weights, freed and allocated again without changing the tensors that use them."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         storages = {t.untyped_storage()._cdata: t.untyped_storage() for _, t in hub_sources(model)}
@@ -65,7 +65,7 @@ class WeightMemory:
         self._host: list[torch.UntypedStorage] | None = None
 
     def drop(self) -> int:
-        """Free the memory and forget the values; returns the bytes."""
+        """Free the memory and drop the values; returns the bytes."""
         self._host = None
         freed = sum(storage.nbytes() for storage in self._storages)
         for storage in self._storages:
@@ -73,7 +73,7 @@ class WeightMemory:
         return freed
 
     def to_host(self) -> int:
-        """Keep the values on the host and free the device; on a CPU, where these are one, nothing is freed."""
+        """Copy the values to the host and free the device; on a CPU, which is the host, nothing is freed."""
         if all(storage.device.type == "cpu" for storage in self._storages):
             return 0
         host = [storage.cpu() for storage in self._storages]
@@ -82,7 +82,7 @@ class WeightMemory:
         return freed
 
     def back(self) -> None:
-        """Take the memory again, with the values where they were kept."""
+        """Allocate the memory again, with the values if they were kept."""
         for i, (storage, size) in enumerate(zip(self._storages, self._sizes, strict=True)):
             if storage.nbytes() == size:
                 continue

@@ -1,4 +1,4 @@
-"""Reward models served by vLLM."""
+"""Reward models in vLLM."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from .process_guard import ProcessGuard
 
 
 class VLLMScoringEngine(ScoringEngine):
-    """Scores sequences with vLLM, in the training process, beside a rollout engine or without one.
+    """Scores sequences with vLLM, in the training process, with or without a rollout engine.
 
-    The model is a sequence classifier with one output, whose language model vLLM serves.
+    The model is a sequence classifier with one output, whose language model vLLM supports.
     """
 
     name: ClassVar[str] = "vllm"
