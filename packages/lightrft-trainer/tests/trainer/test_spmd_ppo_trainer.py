@@ -338,7 +338,7 @@ def test_trajectories_show_prompt_response_and_reward(make: Make) -> None:
     ("options", "said"),
     [
         ({"max_length": 5}, "use max_new_tokens"),
-        ({"do_sample": True}, "has no meaning here"),
+        ({"do_sample": True}, "is not supported here"),
         ({"tempreature": 1.0}, "unknown tempreature"),
     ],
 )
