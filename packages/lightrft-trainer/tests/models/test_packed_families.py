@@ -45,7 +45,7 @@ EQUAL: dict[str, dict[str, Any]] = {
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "camembert": ({"is_decoder": True}, "CamembertForCausalLM counts positions from its padding"),
     "data2vec-text": ({"is_decoder": True}, "Data2VecTextForCausalLM counts positions from its padding"),
-    "falcon": ({}, "FalconForCausalLM computes attention by itself"),
+    "falcon": ({}, "FalconForCausalLM computes attention itself"),
     "gemma2": (GROUPED, "Gemma2Attention attends with softcap"),
     "lfm2": (
         {"num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]},

@@ -298,7 +298,7 @@ def test_attention_that_would_leak_is_refused_by_name():
             Actor(model, packing_samples=True)
     model = tiny_model("qwen2")
     model._supports_attention_backend = False
-    with pytest.raises(ValueError, match=r"--packing_samples: Qwen2ForCausalLM computes attention by itself"):
+    with pytest.raises(ValueError, match=r"--packing_samples: Qwen2ForCausalLM computes attention itself"):
         Actor(model, packing_samples=True)
 
 

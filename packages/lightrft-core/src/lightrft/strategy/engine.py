@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
-from .engine_checks import one_rank_only
+from .engine_checks import check_room, one_rank_only
 from .errors import EngineStateError, NotBuiltError, RolloutError, WeightSyncError
 from .lifecycle import EngineState, Lifecycle, Resource, Weights
 from .sampling import SamplingParams
@@ -203,12 +203,7 @@ class RolloutEngine(ABC):
         for request in requests:
             if request.images and not self.capabilities.multimodal:
                 raise ValueError(f"engine {self.name!r} does not support images; use one that does, or send only text")
-            length, limit = len(request.prompt_token_ids or ()), self.spec.max_model_len
-            if limit is not None and length >= limit:
-                raise ValueError(
-                    f"a prompt of {length} tokens leaves no room for a response in a context of {limit}: "
-                    "shorten it (--prompt_max_len) or extend the context (--max_model_len)"
-                )
+            check_room(len(request.prompt_token_ids or ()), self.spec.max_model_len)
         ids = [f"{self.name}-{next(self._ids)}" for _ in requests]
         self._submit(dict(zip(ids, requests, strict=True)))
         return ids

@@ -66,3 +66,12 @@ def untested_version(name: str, requires: str | None) -> str | None:
             return None
         untested = f"engine {name!r} was tested with {requirement}; {requirement.name} {there} is installed"
     return untested
+
+
+def check_room(length: int, context: int | None) -> None:
+    """:raises ValueError: a prompt of ``length`` tokens fills the context."""
+    if context is not None and length >= context:
+        raise ValueError(
+            f"a prompt of {length} tokens leaves no room for a response in a context of {context}: shorten it "
+            "(--prompt_max_len) or extend the context (--max_model_len)"
+        )

@@ -52,6 +52,14 @@ class Manifest:
             raise WeightSyncError(f"the engine has no weights named {', '.join(unknown[:_SHOWN])}")
 
 
+def untied(name: str, owner: str) -> WeightSyncError:
+    """The error for another value of ``name``, which is tied to ``owner`` in the engine."""
+    return WeightSyncError(
+        f"{name} is tied to {owner} in the engine's model, but another value was sent for it: "
+        "give the engine a model with tie_word_embeddings=False, or tie the trainer's"
+    )
+
+
 def read_manifest(model: Any, layout: HubLayout, sources: Mapping[str, torch.Tensor]) -> Manifest:
     """The manifest of a transformers model (on any device, the meta device included).
 

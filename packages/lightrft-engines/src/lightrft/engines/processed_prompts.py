@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from lightrft.strategy.engine import EngineSpec, GenerationRequest, RequestId
+from lightrft.strategy.engine_checks import check_room
 
 
 @dataclass(eq=False)  # equal prompts are one object: no need to hash thousands of ids again
@@ -129,11 +130,7 @@ def check_length(length: int, context: int | None) -> None:
     """:raises ValueError: a prompt is empty, or leaves no room for a response."""
     if not length:
         raise ValueError("a prompt is empty: it must have at least one token")
-    if context is not None and length >= context:
-        raise ValueError(
-            f"a prompt of {length} tokens leaves no room for a response in a context of {context}: shorten it "
-            "(--prompt_max_len) or extend the context (--max_model_len)"
-        )
+    check_room(length, context)
 
 
 def check_images(model_name: str, images: int, takes_images: bool, most: int | None) -> None:

@@ -20,7 +20,7 @@ from lightrft.strategy.errors import NotBuiltError, WeightSyncError
 from lightrft.strategy.hub_layout import HubLayout, hub_sources
 from lightrft.strategy.weights import TensorSpec, take_all_samples
 
-from .manifest import Manifest, read_manifest
+from .manifest import Manifest, read_manifest, untied
 
 _ALL = slice(None)
 
@@ -82,10 +82,7 @@ class WeightMap:
                 part = piece.source(tensor)
                 if owner in self._written:
                     if not torch.equal(piece.target, part.to(piece.target.device, piece.target.dtype)):
-                        raise WeightSyncError(
-                            f"{name} is tied to {owner} in the engine's model, but another value was sent for it: "
-                            "give the engine a model with tie_word_embeddings=False, or tie the trainer's"
-                        )
+                        raise untied(name, owner)
                     continue
                 piece.target.copy_(part)
             self._written.add(owner)

@@ -22,6 +22,7 @@ from lightrft.strategy.engine import (
     RequestId,
     RolloutEngine,
 )
+from lightrft.strategy.engine_checks import check_room
 from lightrft.strategy.errors import RolloutError, WeightSyncError
 from lightrft.strategy.lifecycle import Resource
 from lightrft.strategy.sampling import sample_seed
@@ -114,10 +115,7 @@ class FakeEngine(RolloutEngine):
             ids = self._read(request)
             if not ids:
                 raise ValueError("a prompt is empty: it must have at least one token")
-            if len(ids) >= self._context:
-                raise ValueError(
-                    f"a prompt of {len(ids)} tokens leaves no room for a response in a context of {self._context}"
-                )
+            check_room(len(ids), self._context)
         super()._submit(requests)
 
     def _poll(self, until: Literal["all", "any"], timeout: float | None) -> list[GenerationOutput]:

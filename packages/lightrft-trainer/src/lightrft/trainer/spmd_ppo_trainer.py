@@ -31,7 +31,7 @@ from .grading import Grader
 from .interruption import Interruption
 from .kl_controller import make_kl_controller
 from .losses import PolicyObjective
-from .metrics import METRICS_FILE, JsonlSink, MetricSink, make_sinks, read_metrics
+from .metrics import METRICS_FILE, STEP_KEYS, JsonlSink, MetricSink, make_sinks, read_metrics
 from .minibatches import balance
 from .plots import plot_curves
 from .policy_update import PolicyUpdater
@@ -44,6 +44,15 @@ if TYPE_CHECKING:
     from lightrft.strategy import StrategyBase
 
 logger = logging.getLogger("lightrft")
+
+# generate_kwargs by Hugging Face's names that have no meaning here, and what to do instead.
+UNSUPPORTED = {
+    "do_sample": "drop it",
+    "max_length": "use max_new_tokens",
+    "pad_token_id": "drop it",
+    "eos_token_id": "use stop_token_ids",
+    "num_return_sequences": "use n_samples_per_prompt",
+}
 
 CHECKPOINTS, PLOTS, TRAJECTORIES = "checkpoints", "plots", "trajectories"
 
@@ -525,31 +534,19 @@ class SPMDPPOTrainer:
 
     def _step_values(self, status: dict[str, float]) -> dict[str, Any]:
         """A line of metrics.jsonl: always with the keys of :data:`lightrft.trainer.metrics.STEP_KEYS`."""
-        figures = self.state.figures
-        # Without a reference it is the KL of the update itself: how far training has moved the policy from the
-        # one that generated the samples.
-        kl = status.get("kl", status.get("policy_kl"))
-        values = {
-            "reward_mean": figures.get("reward_mean"),
-            "reward_std": figures.get("reward_std"),
-            "loss": status.get("loss"),
-            "kl": kl,
-            "grad_norm": status.get("grad_norm"),
-            "response_length_mean": figures.get("response_length_mean"),
-            "tokens_per_second": figures.get("tokens_per_second"),
-            "seconds_generate": figures.get("seconds_generate"),
-            "seconds_reward": figures.get("seconds_reward"),
-            "seconds_train": figures.get("seconds_train"),
-            "seconds_sync": figures.get("seconds_sync", 0.0),
-            "logprob_drift": status.get("logprob_drift"),
+        absent = {**dict.fromkeys(STEP_KEYS[1:]), "seconds_sync": 0.0, "sample_versions": {}}  # log() adds the step
+        return {
+            **absent,
+            **self.state.figures,
+            **status,
+            # Without a reference it is the KL of the update itself: how far training has moved the policy from the
+            # one that generated the samples.
+            "kl": status.get("kl", status.get("policy_kl")),
             "weight_version": self.strategy.engine_host.weight_version,
-            "sample_versions": figures.get("sample_versions", {}),
+            "kl_coef": self.kl_ctl.value,
+            "lr": self.actor_optim.param_groups[0]["lr"],
+            "skipped_steps": self.state.skipped_steps,
         }
-        values |= {name: value for name, value in (*figures.items(), *status.items()) if name not in values}
-        values["kl_coef"] = self.kl_ctl.value
-        values["lr"] = self.actor_optim.param_groups[0]["lr"]
-        values["skipped_steps"] = self.state.skipped_steps
-        return values
 
     def _check_drift(self, values: dict[str, Any]) -> None:
         limit, drift = self.config.max_logprob_drift, values.get("logprob_drift")
@@ -680,16 +677,9 @@ def sampling_from(config: Any, generate_kwargs: dict[str, Any]) -> SamplingParam
 
     :raises ValueError: a name that is not supported here.
     """
-    given = dict(generate_kwargs)
-    for name in ("do_sample", "max_length", "pad_token_id", "eos_token_id", "num_return_sequences"):
-        if name in given:
-            hint = {
-                "max_length": "max_new_tokens",
-                "num_return_sequences": "n_samples_per_prompt",
-                "eos_token_id": "stop_token_ids",
-            }
-            cure = f"; use {hint[name]}" if name in hint else "; drop it"
-            raise ValueError(f"generate_kwargs: {name} is not supported here{cure}")
+    for name, cure in UNSUPPORTED.items():
+        if name in generate_kwargs:
+            raise ValueError(f"generate_kwargs: {name} is not supported here; {cure}")
     named = {
         "n": config.n_samples_per_prompt,
         "temperature": config.temperature,
@@ -699,5 +689,4 @@ def sampling_from(config: Any, generate_kwargs: dict[str, Any]) -> SamplingParam
         "max_tokens": config.generate_max_len,
         "seed": config.seed,
     }
-    renamed = {{"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}.get(k, k): v for k, v in given.items()}
-    return SamplingParams.coerce({**named, **renamed})
+    return SamplingParams.coerce({**named, **generate_kwargs})  # which also knows Hugging Face's names

@@ -75,7 +75,7 @@ def test_a_folder_without_a_model_is_the_models_fault(tmp_path: Path) -> None:
     found = findings(HFEngine, pretrain=str(tmp_path))
     assert found["model"].status == "failed"
     assert found["model"].layer == "the model's folder"
-    assert "--pretrain must be a folder" in found["model"].cure
+    assert "--pretrain must be a hub name or a folder" in found["model"].cure
 
 
 class Forgetful(HFEngine):
@@ -106,7 +106,7 @@ def test_drift_is_found_and_the_examination_goes_on() -> None:
     found = findings(Boastful)
     assert statuses(found) == {"drift": "failed"}
     assert found["drift"].figures["mean"] == pytest.approx(0.1, abs=1e-3)
-    assert "one dtype" in found["drift"].cure
+    assert "the same dtype" in found["drift"].cure
 
 
 class Amnesiac(HFEngine):

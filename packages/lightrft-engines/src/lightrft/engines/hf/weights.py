@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 
-from lightrft.strategy.errors import WeightSyncError
 from lightrft.strategy.hub_layout import HubLayout, hub_sources
 from lightrft.strategy.weights import TensorSpec, take_all_samples
 
-from ..manifest import read_manifest
+from ..manifest import read_manifest, untied
 
 
 class WeightStore:
@@ -37,10 +36,7 @@ class WeightStore:
                 view = self.view(owner)
                 if owner in self._written:
                     if not torch.equal(view, tensor.to(view.device, view.dtype)):
-                        raise WeightSyncError(
-                            f"{name} is tied to {owner} in the engine's model, but another value was sent for it: "
-                            "give the engine a model with tie_word_embeddings=False, or tie the trainer's"
-                        )
+                        raise untied(name, owner)
                     continue
                 view.copy_(tensor)
                 self._written.add(owner)
