@@ -1,4 +1,4 @@
-"""Saves and loads that fail: every rank hears of it, the earlier checkpoint stays good, nothing half is left."""
+"""Saves and loads that fail: every rank raises, the earlier checkpoint stays intact, nothing incomplete is left."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FIRST, LAST, EVERY = "the first rank", "the last rank", "every rank"
 
 
 class FailingSaveClaims(StrategyClaims):
-    """save_ckpt, load_ckpt and save_model where a disk does not do what it should."""
+    """save_ckpt, load_ckpt and save_model with a failing disk."""
 
     def trained(self, steps: int = 1, **settings: Any) -> tuple[StrategyBase, Any, Any]:
         strategy = self.strategy(**settings)
@@ -35,7 +35,7 @@ class FailingSaveClaims(StrategyClaims):
         return whom == EVERY or strategy.rank == (0 if whom == FIRST else self.world_size - 1)
 
     def assert_nothing_is_lost(self, strategy: StrategyBase, model: Any, optimizer: Any) -> None:
-        """After a save of step 2 failed: step 1 loads, nothing half lies about, and the next save succeeds."""
+        """After a failed save of step 2: step 1 loads, nothing incomplete is left, and the next save succeeds."""
         strategy.barrier()
         assert sorted(path.name for path in self.folder.iterdir()) == ["latest", "step_1"]
         strategy.barrier()
