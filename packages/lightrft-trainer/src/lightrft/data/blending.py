@@ -12,7 +12,7 @@ from .records import TRAINING_FLAGS, DataError, DataFlags
 
 
 def parse_shares(text: str | None, count: int) -> list[float] | None:
-    """``"0.7,0.3"`` as shares that add up to 1, or None where nothing is asked.
+    """``"0.7,0.3"`` as shares that add up to 1, or None if none are given.
 
     :raises DataError: not one positive number for each of ``count`` datasets.
     """
@@ -34,9 +34,9 @@ def blend_counts(
 ) -> list[int]:
     """How many prompts to take of datasets with these sizes.
 
-    With shares: the largest blend of at most ``limit`` in which every dataset has its share and no prompt comes
-    twice. Without: all prompts, or the datasets' own proportions where that is more than ``limit``. Each dataset
-    gives at least one.
+    With shares: the largest blend of at most ``limit`` in which every dataset has its share and no prompt is repeated.
+    Without: all prompts, or if these are more than ``limit``, the datasets' own proportions. Each dataset gives at
+    least one.
 
     :raises DataError: ``limit`` is below the number of datasets.
     """
@@ -48,9 +48,9 @@ def blend_counts(
             return list(sizes)
         shares = [size / total for size in sizes]
     whole = min(float(limit), *(size / share for size, share in zip(sizes, shares, strict=True)))
-    # A hair above, so that 0.3 × 10 is 3 and not 2.999….
+    # Slightly more, so that 0.3 × 10 is 3 and not 2.999….
     counts = [max(1, min(size, math.floor(whole * share + 1e-9))) for size, share in zip(sizes, shares, strict=True)]
-    while sum(counts) > limit:  # only where rounding up to one prompt made it so
+    while sum(counts) > limit:  # only because of rounding up to one prompt
         counts[counts.index(max(counts))] -= 1
     return counts
 

@@ -1,4 +1,4 @@
-"""Records from wherever ``--prompt_data`` points: a file, a folder, a dataset's name, a generated task."""
+"""Records of ``--prompt_data``: a file, a folder, a dataset's name, a generated task."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ def read_source(
 
     :param spec: one of
 
-        - a ``.jsonl`` or ``.parquet`` file, which is one split whatever ``split`` says;
+        - a ``.jsonl`` or ``.parquet`` file, which has only one split, whatever ``split`` is;
         - a folder: a dataset that ``save_to_disk`` wrote, or files that ``datasets.load_dataset`` understands;
         - ``NAME`` or ``NAME:CONFIG`` of a Hugging Face dataset (``openai/gsm8k:main``);
         - ``reasoning_gym:TASK``, or with options ``reasoning_gym:chain_sum?size=500&min_terms=2``; its labels are whole
           entries;
         - ``task:reverse_digits``, the built-in task, with splits ``train`` and ``test``.
     :param input_key: generated tasks put their question under this key, and their label under ``label_key``.
-    :param flags: how messages call what was asked for.
-    :raises DataError: nothing is there, it cannot be read, or it has no records.
+    :param flags: names of the flags, for messages.
+    :raises DataError: it does not exist, cannot be read, or has no records.
     """
     spec = spec.strip()
     asked = f"{flags.data} {spec}"
@@ -143,7 +143,7 @@ def _load_dataset(asked: str, name: str, config: str | None) -> Any:
 
     try:
         return datasets.load_dataset(name, config)
-    # Whatever the hub, the network or a builder raises, the user asked for this dataset and cannot have it.
+    # Any error of the hub, the network or a builder means that this dataset cannot be loaded.
     except Exception as error:
         raise DataError(
             f"{asked}: neither a file or folder nor a dataset that can be loaded "
@@ -187,7 +187,7 @@ def _reasoning_gym(
             options[key] = json.loads(value)
         except json.JSONDecodeError:
             options[key] = value
-    # Each split draws its own questions; in a task with few of them some may coincide.
+    # Each split draws its own questions; in a small task some may be in both.
     options.setdefault("seed", seed if split == "train" else zlib.crc32(f"{seed}/{split}".encode()))
     options.setdefault("size", min(limit, REASONING_GYM_SIZE))
     try:
