@@ -55,7 +55,7 @@ def test_on_a_gpu_memory_can_be_given_back() -> None:
     [
         ({}, ValueError, "--pretrain"),
         ({"pretrain": "x", "dtype": torch.float64}, NotBuiltError, "float64"),
-        ({"pretrain": "x", "extra": {"tp_size": 2}}, ValueError, "tp_size follow"),
+        ({"pretrain": "x", "extra": {"tp_size": 2}}, ValueError, "tp_size are set by the flags"),
         ({"model_config": tiny_config("qwen2_vl")}, NotBuiltError, "set --pretrain"),
     ],
 )

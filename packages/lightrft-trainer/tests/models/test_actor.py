@@ -154,7 +154,7 @@ def test_what_cannot_be_an_actor_is_refused(tmp_path: Path):
         Actor("")
     with pytest.raises(ValueError, match=r"--flash_attn.*(not installed|bf16 or fp16)"):
         Actor(tiny_config("qwen2"), use_flash_attention_2=True)
-    with pytest.raises(ValueError, match=r"does not support images"):
+    with pytest.raises(ValueError, match=r"takes no images"):
         ActorVL(tiny_config("qwen2"))
     assert isinstance(ActorLanguage(tiny_config("qwen2")), Actor)
 

@@ -202,7 +202,7 @@ class RolloutEngine(ABC):
         self.lifecycle.check_generate()
         for request in requests:
             if request.images and not self.capabilities.multimodal:
-                raise ValueError(f"engine {self.name!r} does not support images; use one that does, or send only text")
+                raise ValueError(f"engine {self.name!r} takes no images; use one that does, or send only text")
             check_room(len(request.prompt_token_ids or ()), self.spec.max_model_len)
         ids = [f"{self.name}-{next(self._ids)}" for _ in requests]
         self._submit(dict(zip(ids, requests, strict=True)))

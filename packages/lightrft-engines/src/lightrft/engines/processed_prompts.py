@@ -136,9 +136,7 @@ def check_length(length: int, context: int | None) -> None:
 def check_images(model_name: str, images: int, takes_images: bool, most: int | None) -> None:
     """:raises ValueError: a prompt has images for a text model, or more than ``most`` (None: any number)."""
     if not takes_images:
-        raise ValueError(
-            f"{model_name} does not support images: send only text, or set --pretrain to a vision-language model"
-        )
+        raise ValueError(f"{model_name} takes no images: send only text, or set --pretrain to a vision-language model")
     if most is not None and images > most:
         raise ValueError(
             f"a prompt has {images} images, but at most {most} are allowed: send fewer, or raise max_images"

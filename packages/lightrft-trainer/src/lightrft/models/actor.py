@@ -141,13 +141,13 @@ class ActorLanguage(Actor):
 class ActorVL(Actor):
     """An actor for text and images; see :class:`Actor`.
 
-    :raises ValueError: the model does not support images.
+    :raises ValueError: the model takes no images.
     """
 
     def __init__(self, pretrain_or_model: Any, **kwargs: Any) -> None:
         super().__init__(pretrain_or_model, **kwargs)
         if not hasattr(self.config, "vision_config"):
             raise ValueError(
-                f"--pretrain: {type(self.model).__name__} does not support images; choose a vision-language model, or "
+                f"--pretrain: {type(self.model).__name__} takes no images; choose a vision-language model, or "
                 "`lightrft train`"
             )
