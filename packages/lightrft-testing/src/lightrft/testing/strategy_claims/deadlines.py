@@ -33,8 +33,8 @@ class OwnError(Exception):
 class DeadlineClaims(StrategyClaims):
     """Needs at least two ranks.
 
-    The last rank has a fault before or inside one operation. Three suites with a
-    ``deadline_turn`` of 0, 1 and 2 together run all 30 combinations by default; the rest of each is ``full``.
+    The last rank has a fault before or inside one operation. Of these 30 combinations each suite runs some by default,
+    the others are ``full``: suites with a ``deadline_turn`` of 0, 1 and 2 together try each fault in each operation.
     """
 
     deadline_turn: ClassVar[int] = 0
