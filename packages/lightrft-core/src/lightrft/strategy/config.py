@@ -74,9 +74,13 @@ class StrategyConfig:
     bf16: bool = option(False, "Compute in bfloat16.", group=BACKEND)
     fp16: bool = option(False, "Compute in float16.", group=BACKEND)
     use_mp_opt: bool = option(
-        False, "FSDP: keep parameters in 16 bit and the optimizer's master copy and moments in fp32.", group=BACKEND
+        False, "FSDP: keep parameters in 16 bits and the optimizer's master copy and moments in fp32.", group=BACKEND
     )
-    fsdp_cpu_offload: bool = option(False, "FSDP: keep optimizer states and gradients on the CPU.", group=BACKEND)
+    fsdp_cpu_offload: bool = option(
+        False,
+        "FSDP: keep shards of parameters, gradients and optimizer states on the CPU, and step there.",
+        group=BACKEND,
+    )
     adam_offload: bool = option(False, "Keep Adam's states on the CPU, and step there.", group=BACKEND)
     zpg: int = option(
         1,
