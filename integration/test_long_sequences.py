@@ -190,7 +190,7 @@ def test_ranks_that_share_sequences_share_the_rollout_and_all_get_all_of_it(rank
 
 def test_ranks_that_share_sequences_must_bring_the_same_prompts(ranks: Any, tmp_path: Path) -> None:
     for text in ranks.run(disagree, save_tiny_model("qwen2", tmp_path)):
-        assert "ranks 0, 1 share their sequences (--sp_size 2) and brought different prompts" in text
+        assert "ranks 0, 1 share their sequences (--sp_size 2) but got different prompts" in text
 
 
 # ---- what concerns data counts once a sequence group ---------------------------------------------------------------

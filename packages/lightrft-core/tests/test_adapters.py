@@ -81,7 +81,7 @@ def test_a_second_adapter_is_refused_and_one_that_is_merged_already() -> None:
     model = adapted()
     layer = model.model.layers[0].self_attn.q_proj
     layer.merge()
-    with pytest.raises(HubLayoutError, match=r"layers\.0\.self_attn\.q_proj: an adapter that is merged already"):
+    with pytest.raises(HubLayoutError, match=r"layers\.0\.self_attn\.q_proj: an adapter that is already merged"):
         HubLayout(model)
     layer.unmerge()
     inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj"]), model, "other")

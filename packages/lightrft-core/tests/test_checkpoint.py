@@ -105,7 +105,9 @@ def test_a_disk_too_full_for_a_folder_is_explained(tmp_path: Path) -> None:
         strategy.save_ckpt(model, tmp_path / "new" / "runs")
 
 
-@pytest.mark.parametrize(("damage", "said"), [(cut, "bytes of"), (flip_bit, "is altered"), (Path.unlink, "is missing")])
+@pytest.mark.parametrize(
+    ("damage", "said"), [(cut, "bytes of"), (flip_bit, "was altered"), (Path.unlink, "is missing")]
+)
 def test_any_file_that_is_cut_altered_or_missing_is_named(
     tmp_path: Path, damage: Callable[[Path], Any], said: str
 ) -> None:

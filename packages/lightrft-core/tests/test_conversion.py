@@ -229,7 +229,7 @@ def test_an_existing_target_is_replaced_only_when_told_to(tmp_path: Path, saved:
     assert files_of(target) == {"precious": b"mine"}, "a conversion that fails leaves the old one"
     convert(folder, target, force=True)
     assert "precious" not in files_of(target)
-    with pytest.raises(CheckpointError, match="holds what is to be converted"):
+    with pytest.raises(CheckpointError, match="contains the source"):
         convert(folder, folder.parent, force=True)
     assert not list(tmp_path.glob(".*"))
 
@@ -246,7 +246,7 @@ def test_a_damaged_checkpoint_is_refused_with_the_file(tmp_path: Path, saved: An
     folder, *_ = saved
     shard = next(folder.glob("model/*.safetensors"))
     flip_bit(shard)
-    with pytest.raises(CheckpointError, match=f"{shard.name} is altered"):
+    with pytest.raises(CheckpointError, match=f"{shard.name} was altered"):
         convert(folder, tmp_path / "out", to=to)
     cut(shard)
     with pytest.raises(CheckpointError, match=f"{shard.name} has"):
@@ -263,7 +263,7 @@ def test_without_a_manifest_a_cut_or_missing_file_is_named_too(tmp_path: Path, s
     (folder / MANIFEST).unlink()
     shard = next(folder.glob("model/*.safetensors"))
     cut(shard)
-    with pytest.raises(CheckpointError, match=f"{shard.name}.* cut short"):
+    with pytest.raises(CheckpointError, match=f"{shard.name}.* truncated"):
         convert(folder / "model", tmp_path / "out", to="fsdp")
     shard.unlink()
     with pytest.raises(CheckpointError, match=f"{shard.name}: rank 0's file is missing"):
@@ -279,7 +279,7 @@ def test_a_hub_folder_that_lacks_a_file_or_a_tensor_is_refused(tmp_path: Path) -
     with pytest.raises(CheckpointError, match=f"lacks {lost.name}, which .* lists"):
         convert(tmp_path / "hub", tmp_path / "ds", to="ds")
     lost.write_bytes(content[:-10])
-    with pytest.raises(CheckpointError, match=f"{lost.name}: is cut short"):
+    with pytest.raises(CheckpointError, match=f"{lost.name}: is truncated"):
         convert(tmp_path / "hub", tmp_path / "ds", to="ds")
     lost.write_bytes(content)
     config = json.loads((tmp_path / "hub" / "config.json").read_text())
@@ -296,7 +296,7 @@ def test_what_is_no_checkpoint_is_answered_with_what_would_be(tmp_path: Path) ->
     with pytest.raises(CheckpointError, match="no such folder"):
         convert(tmp_path / "nowhere", tmp_path / "out")
     tiny_model("qwen2").save_pretrained(tmp_path / "hub")
-    with pytest.raises(CheckpointError, match=r"hub folder already.*--to ds"):
+    with pytest.raises(CheckpointError, match=r"Hugging Face folder already.*--to ds"):
         convert(tmp_path / "hub", tmp_path / "out")
     with pytest.raises(CheckpointError, match=r"is a hf source.*not ds"):
         convert(tmp_path / "hub", tmp_path / "out", to="fsdp", expect="ds")
@@ -437,4 +437,4 @@ def test_conversion_is_a_dataclass_that_reads_well() -> None:
     done = Conversion(
         source=Path("a"), target=Path("b"), read="dcp", to="hf", tensors=3, nbytes=2_000_000, seconds=1.5, verified=True
     )
-    assert str(done) == "a (dcp) -> b (hf): 3 tensors, 2.0 MB in 1.5 s, every one compared with its source"
+    assert str(done) == "a (dcp) -> b (hf): 3 tensors, 2.0 MB in 1.5 s, each compared with its source"

@@ -46,7 +46,7 @@ def test_objects_that_are_no_tensors_are_refused(tmp_path: Path) -> None:
     import torch.distributed.checkpoint as dcp
 
     dcp.save({"weight/a": torch.ones(2), "extra": {"python": "object"}}, checkpoint_id=tmp_path, no_dist=True)
-    with pytest.raises(CheckpointError, match="is no tensor"):
+    with pytest.raises(CheckpointError, match="is not a tensor"):
         open_dcp(tmp_path)
 
 

@@ -342,7 +342,7 @@ def test_what_is_surest_is_blamed() -> None:
     after[3] = notes(7, 2, Departure(how="raised", sequence=7, text="ValueError: x"))
     assert blamed() == ["rank 3"]
     after[3] = notes(8, 2)
-    assert blame(7, {"world": 5}, before, after)[0] == "not known, all others are alive"
+    assert blame(7, {"world": 5}, before, after)[0] == "unknown, all other ranks are alive"
 
 
 def different_work() -> str:

@@ -67,7 +67,7 @@ def test_a_missing_name_says_what_is_there_and_what_brings_it(
 
 
 @pytest.mark.parametrize(
-    ("missing", "there", "flag"), [("deepspeed", "fsdp", "pass --fsdp"), ("fsdp", "deepspeed", "leave --fsdp away")]
+    ("missing", "there", "flag"), [("deepspeed", "fsdp", "pass --fsdp"), ("fsdp", "deepspeed", "drop --fsdp")]
 )
 def test_of_the_two_backends_the_one_that_is_there_is_offered(
     missing: str, there: str, flag: str, monkeypatch: pytest.MonkeyPatch

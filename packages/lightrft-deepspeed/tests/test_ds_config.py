@@ -65,10 +65,10 @@ def test_nothing_is_accumulated_behind_our_back():
         ({"bf16": True, "fp16": True}, "--bf16 with --fp16: choose one"),
         ({"zpg": 2, "zero_stage": 2}, "--zpg 2: works only with --zero_stage 3"),
         ({"grad_accum_dtype": "bf16"}, "--grad_accum_dtype bf16: works only with --bf16"),
-        ({"grad_accum_dtype": "fp16", "bf16": True}, "--grad_accum_dtype fp16: must be fp32, or bf16"),
+        ({"grad_accum_dtype": "fp16", "bf16": True}, "--grad_accum_dtype fp16: must be fp32 or bf16"),
         ({"overlap_comm": True, "zero_stage": 1, "bf16": True}, "use --zero_stage 2 or --grad_accum_dtype bf16"),
-        ({"mixed_mm_data": True}, "--mixed_mm_data True: works only with --fsdp"),
-        ({"fsdp_cpu_offload": True, "zero_stage": 3}, "--fsdp_cpu_offload True: works only with --fsdp"),
+        ({"mixed_mm_data": True}, "--mixed_mm_data: works only with --fsdp"),
+        ({"fsdp_cpu_offload": True, "zero_stage": 3}, "--fsdp_cpu_offload: works only with --fsdp"),
     ],
 )
 def test_what_deepspeed_cannot_do_is_refused_at_once(settings, words):

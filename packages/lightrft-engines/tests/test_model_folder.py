@@ -52,5 +52,7 @@ def test_a_weight_that_an_engine_keeps_in_another_form_is_found(model: str) -> N
     check_loaded("mine", reader, model)
     assert reader.compared == weights.keys()
     changed = "model.layers.0.mlp.down_proj.weight"
-    with pytest.raises(NotBuiltError, match=f'engine "mine" keeps {changed} in another form than the checkpoint'):
+    with pytest.raises(
+        NotBuiltError, match=f'engine "mine" stores {changed} on this device in another form than the checkpoint'
+    ):
         check_loaded("mine", Reader({**weights, changed: weights[changed].flip(1)}), model)

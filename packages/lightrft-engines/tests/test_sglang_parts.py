@@ -55,7 +55,7 @@ def test_on_a_gpu_memory_can_be_given_back() -> None:
     [
         ({}, ValueError, "--pretrain"),
         ({"pretrain": "x", "dtype": torch.float64}, NotBuiltError, "float64"),
-        ({"pretrain": "x", "extra": {"tp_size": 2}}, ValueError, "tp_size follow"),
+        ({"pretrain": "x", "extra": {"tp_size": 2}}, ValueError, "tp_size are set by the flags"),
         ({"model_config": tiny_config("qwen2_vl")}, NotBuiltError, "set --pretrain"),
     ],
 )
@@ -168,7 +168,7 @@ def test_a_request_that_is_late_is_given_up_and_nothing_runs_on() -> None:
         loop=loop,
         tokenizer_manager=SimpleNamespace(abort_request=lambda abort_all: aborted.append(abort_all)),
     )
-    with pytest.raises(TimeoutError, match="2 samples were not written within"):
+    with pytest.raises(TimeoutError, match="2 samples were not generated within"):
         host.generate([[1], [2]], [{}, {}], [None, None], 0.05)
     assert host.generate([[1]], [{}], [None], None) == [{}]
     assert aborted == [True]

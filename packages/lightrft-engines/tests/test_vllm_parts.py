@@ -77,7 +77,7 @@ def test_extra_options_are_vllms_own() -> None:
     assert arguments(extra={"block_size": 32})["block_size"] == 32
     with pytest.raises(ValueError, match="no option blocksize"):
         arguments(extra={"blocksize": 32})
-    with pytest.raises(ValueError, match="seed follow"):
+    with pytest.raises(ValueError, match="seed are set by the flags"):
         arguments(extra={"seed": 1})
 
 

@@ -66,7 +66,7 @@ def test_sleep_frees_memory_and_changes_no_score(engine: VLLMScoringEngine) -> N
 
 @pytest.mark.parametrize("tokens", [[], [1] * 65])
 def test_what_has_no_score_is_refused_by_number(engine: VLLMScoringEngine, tokens: list[int]) -> None:
-    with pytest.raises(ValueError, match=f"sample 1 has {len(tokens)} tokens, the engine takes 1 to 64"):
+    with pytest.raises(ValueError, match=f"sample 1 has {len(tokens)} tokens, the engine accepts 1 to 64"):
         engine.score([[4], tokens])
     assert len(engine.score([[4]])) == 1
 

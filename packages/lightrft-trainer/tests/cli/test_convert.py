@@ -78,7 +78,7 @@ def test_a_checkpoint_keeps_everything_through_both_formats_and_its_weights_into
     assert any(name.startswith("exp_avg") for name in expected)
     converted(run, tmp_path / "one", "--to", first, "--verify")
     converted(tmp_path / "one", tmp_path / "two", "--to", second, "--verify")
-    assert "every one compared with its source" in capsys.readouterr().out
+    assert "each compared with its source" in capsys.readouterr().out
     assert_equal(loaded(hub, tmp_path / "two"), expected)
     converted(tmp_path / "two", tmp_path / "model", "--verify")  # --to hf is the default
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")

@@ -26,7 +26,7 @@ def check_the_aftermath(command: Any) -> None:
     assert command.finish() == 1
     shown = command.output()
     assert "was killed by SIGKILL" in shown
-    assert "Go on from the last checkpoint with:" in shown
+    assert "Continue from the last checkpoint with:" in shown
     assert "Traceback" not in shown
     assert command.rank_pids() == []
 

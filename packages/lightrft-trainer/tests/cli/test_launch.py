@@ -46,7 +46,7 @@ def test_a_killed_rank_is_the_cause_whoever_noticed_first() -> None:
         2: failure(-signal.SIGTERM),
     }
     assert launch.describe_failures(failures) == (
-        "rank 1 was killed by SIGKILL (out of memory? or it stalled, and was ended)\nrank 1 is gone"
+        "rank 1 was killed by SIGKILL (out of memory? or it stalled and was killed)\nrank 1 is gone"
     )
 
 

@@ -118,27 +118,27 @@ def test_all_faults_come_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--train_batch_size", "96", "--micro_train_batch_size", "8"), "must divide a step's samples"),
+        (("--train_batch_size", "96", "--micro_train_batch_size", "8"), "must divide the number of samples per step"),
         (("--prompt_data", "org/data", "--reward", "exact_match"), "--pretrain: needed with --prompt_data"),
         (("--pretrain", "org/model"), "--prompt_data: needed with --pretrain"),
         (("--use_gspo",), "add --loss_agg_mode seq-mean-token-mean"),
-        (("--kl_target", "0.1"), "give it a start above 0"),
-        (("--use_kl_loss",), "give it a value above 0"),
+        (("--kl_target", "0.1"), "start it above 0"),
+        (("--use_kl_loss",), "set it above 0"),
         (("--critic_pretrain", "org/model"), "works only with --advantage_estimator gae"),
-        (("--prompt_data_probs", "x"), "--prompt_data_probs 'x': must be positive numbers with commas between them"),
+        (("--prompt_data_probs", "x"), "--prompt_data_probs 'x': must be positive numbers separated by commas"),
         (("--prompt_data_probs", "-1"), "--prompt_data_probs '-1': must be positive numbers"),
         (("--input_template", "Q:"), "--input_template 'Q:': must be a text with {} where the input belongs"),
         (("--system_prompt", "Be brief."), "--system_prompt 'Be brief.': works only with --apply_chat_template"),
-        (("--flash_attn",), "--flash_attn: computes in 16 bit, and this run in fp32; add --bf16"),
+        (("--flash_attn",), "--flash_attn: needs 16 bits and this run computes in fp32; add --bf16"),
         (("--seed", "4294967296"), "--seed 4294967296: must be between 0 and 4294967295"),
-        (("--engine_tp_size", "2", "--engine_type", "hf"), "take --engine_type vllm or sglang"),
+        (("--engine_tp_size", "2", "--engine_type", "hf"), "use --engine_type vllm or sglang"),
         (("--importance_sampling_cap", "2", "--top_p", "0.9"), "compares full distributions"),
         (("--max_logprob_drift", "0.1", "--top_k", "5"), "compares full distributions"),
         (("--overlong_buffer",), "at most --generate_max_len"),
         (("--eval_data", "org/data"), "works only with --prompt_data"),
         (("--pretrain", "./nowhere"), "no such folder"),
         (("--reward", "exact"), "Did you mean exact_match?"),
-        (("--reward", "exact_match=much"), "is no weight"),
+        (("--reward", "exact_match=much"), "is not a weight"),
         (("--reward", "nowhere:reward"), "no module 'nowhere'"),
     ],
 )
@@ -359,7 +359,7 @@ def test_without_any_backend_both_are_named_with_what_installs_them(
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("seed: 1\n")
-    assert "add --resume to go on with it" in "\n".join(faults("--output_dir", str(tmp_path)))
+    assert "add --resume to continue it" in "\n".join(faults("--output_dir", str(tmp_path)))
 
 
 def test_a_saved_configuration_reads_back_as_it_was(tmp_path: Path) -> None:
@@ -373,7 +373,7 @@ def test_an_engine_for_the_reward_model_needs_a_model_and_an_engine_that_serves_
     model = ("--reward_pretrain", "org/rm")
     assert any("--reward_pretrain, which is not given" in fault for fault in faults("--rm_use_engine"))
     assert any("works only with --rm_use_engine" in fault for fault in faults("--rm_engine_cudagraph"))
-    assert any("leave --rm_use_engine away" in fault for fault in faults("--rm_use_engine", *model))
+    assert any("drop --rm_use_engine" in fault for fault in faults("--rm_use_engine", *model))
 
 
 @pytest.mark.parametrize("flag", ["--output_dir", "--log_dir"])

@@ -102,7 +102,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
         command.process.send_signal(number)
     assert command.finish() == 130
     shown = command.output()
-    assert "a checkpoint was written. Go on with:" in shown
+    assert "a checkpoint was written. Continue with:" in shown
     assert f"lightrft train --resume --output_dir {tmp_path / 'run'}" in shown
     assert "Traceback" not in shown
     assert command.rank_pids() == []

@@ -181,14 +181,14 @@ def test_training_and_held_out_prompts_come_from_their_splits(tokenizer: Any):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"eval_data": "gone.jsonl"}, r"^--eval_data gone\.jsonl: there is no such file"),
-        ({"eval_data": "./gone"}, r"^--eval_data \./gone: there is no such file or folder"),
+        ({"eval_data": "gone.jsonl"}, r"^--eval_data gone\.jsonl: no such file"),
+        ({"eval_data": "./gone"}, r"^--eval_data \./gone: no such file or folder"),
         ({"eval_data": "a.csv"}, r"^--eval_data a\.csv: a \.csv file"),
         ({"eval_data": "broken.jsonl"}, r"^--eval_data broken\.jsonl: 1 fault\n"),
         ({"eval_data": "broken.parquet"}, r"^--eval_data broken\.parquet: not readable as Parquet"),
-        ({"eval_data": "empty.jsonl"}, r"^--eval_data empty\.jsonl: it holds no record"),
+        ({"eval_data": "empty.jsonl"}, r"^--eval_data empty\.jsonl: it has no records"),
         ({"eval_data": "keyless.jsonl"}, r"^--eval_data: 1 fault\n"),
-        ({"eval_data": "task:sort"}, r"^--eval_data task:sort: there is no such task"),
+        ({"eval_data": "task:sort"}, r"^--eval_data task:sort: no such task"),
         ({"eval_data": "task:reverse_digits", "eval_split": "val"}, r"^--eval_split val: .* train, test"),
         ({"eval_data": "reasoning_gym:none"}, r"^--eval_data reasoning_gym:none: reasoning-gym has no"),
         ({"eval_data": "good.jsonl,good.jsonl", "max_eval_samples": 1}, r"^--max_eval_samples 1: .* of --eval_data"),
@@ -235,7 +235,7 @@ def test_images_are_found_beside_the_file_and_opened_when_needed(tokenizer: Any,
 
 def test_a_missing_image_is_named_when_the_dataset_is_read(tokenizer: Any, tmp_path: Path):
     path = write(tmp_path / "a.jsonl", [{"input": "?", "label": "", "image": ["gone.png"]}])
-    with pytest.raises(DataError, match=r"a\.jsonl:1: there is no image .*gone\.png"):
+    with pytest.raises(DataError, match=r"a\.jsonl:1: no image .*gone\.png"):
         build_prompt_dataset(path, tokenizer, images_key="image")
 
 

@@ -69,7 +69,7 @@ def test_the_limit_stops_the_reading_before_what_comes_after(tmp_path: Path):
 
 
 def test_an_empty_file_is_an_error(tmp_path: Path):
-    with pytest.raises(DataError, match=r"holds no record"):
+    with pytest.raises(DataError, match=r"has no records"):
         read(write_jsonl(tmp_path / "a.jsonl", ["", ""]))
 
 
@@ -121,7 +121,7 @@ def test_a_name_that_is_nothing_says_what_was_tried(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
     with pytest.raises(
-        DataError, match=r"neither a file or folder here nor a dataset.*ConnectionError: no way to openai/gsm8k main"
+        DataError, match=r"neither a file or folder nor a dataset.*ConnectionError: no way to openai/gsm8k main"
     ):
         read("openai/gsm8k:main")
 
@@ -129,9 +129,9 @@ def test_a_name_that_is_nothing_says_what_was_tried(tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("missing.jsonl", "there is no such file"),
+        ("missing.jsonl", "no such file"),
         ("./missing", "no such file or folder"),
-        ("a.csv", r"a \.csv file; known are \.jsonl, \.parquet"),
+        ("a.csv", r"a \.csv file; supported are \.jsonl, \.parquet"),
     ],
 )
 def test_a_path_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str):

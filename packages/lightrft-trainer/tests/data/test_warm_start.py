@@ -51,7 +51,7 @@ def test_greedy_accuracy_is_that_of_decoding():
 
 
 def test_what_cannot_be_reached_is_an_error():
-    with pytest.raises(RuntimeError, match=r"after 2 steps; 0\.9 was wanted"):
+    with pytest.raises(RuntimeError, match=r"after 2 steps; 0\.9 was required"):
         train(window=(0.9, 1.0), max_steps=2)
     with pytest.raises(ValueError, match=r"0 <= low < high <= 1"):
         train(window=(0.5, 0.5))

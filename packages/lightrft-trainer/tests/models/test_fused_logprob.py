@@ -314,7 +314,7 @@ def test_models_whose_logits_are_not_their_output_layers_are_refused_by_name():
 
 @pytest.mark.parametrize("fused_linear_logprob", [False, True])
 def test_an_actor_refuses_a_chunk_of_no_tokens_before_it_reads_a_model(fused_linear_logprob: bool):
-    with pytest.raises(ValueError, match=r"chunk_size=0: must be at least 1.*leave it away for 4096"):
+    with pytest.raises(ValueError, match=r"chunk_size=0: must be at least 1.*drop it for 4096"):
         Actor("a-folder-that-is-not-there", fused_linear_logprob=fused_linear_logprob, chunk_size=0)
 
 

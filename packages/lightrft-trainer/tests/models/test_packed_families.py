@@ -43,9 +43,9 @@ EQUAL: dict[str, dict[str, Any]] = {
     },
 }
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "camembert": ({"is_decoder": True}, "CamembertForCausalLM counts positions from behind its padding"),
-    "data2vec-text": ({"is_decoder": True}, "Data2VecTextForCausalLM counts positions from behind its padding"),
-    "falcon": ({}, "FalconForCausalLM computes attention by itself"),
+    "camembert": ({"is_decoder": True}, "CamembertForCausalLM counts positions from its padding"),
+    "data2vec-text": ({"is_decoder": True}, "Data2VecTextForCausalLM counts positions from its padding"),
+    "falcon": ({}, "FalconForCausalLM computes attention itself"),
     "gemma2": (GROUPED, "Gemma2Attention attends with softcap"),
     "lfm2": (
         {"num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]},
@@ -53,8 +53,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "nemotron": ({"num_key_value_heads": 2}, "NemotronAttention was not told how its row is laid out"),
     "recurrent_gemma": ({"num_key_value_heads": 1}, "RecurrentGemmaForCausalLM has recurrent layers"),
-    "roberta": ({"is_decoder": True}, "RobertaForCausalLM counts positions from behind its padding"),
-    "xlm-roberta": ({"is_decoder": True}, "XLMRobertaForCausalLM counts positions from behind its padding"),
+    "roberta": ({"is_decoder": True}, "RobertaForCausalLM counts positions from its padding"),
+    "xlm-roberta": ({"is_decoder": True}, "XLMRobertaForCausalLM counts positions from its padding"),
 }
 
 
@@ -93,7 +93,7 @@ def test_a_family_that_packs_gives_the_numbers_of_padded_rows_and_keeps_samples_
 def test_a_family_whose_samples_would_not_be_alone_is_refused_by_name(family: str):
     options, words = REFUSED[family]
     model = build(family, options)
-    with pytest.raises(ValueError, match=f"{words}.*leave (the flag|--packing_samples and --sp_size) away"):
+    with pytest.raises(ValueError, match=f"{words}.*drop (the flag|--packing_samples and --sp_size)"):
         logprobs(Actor(model, packing_samples=True))
 
 

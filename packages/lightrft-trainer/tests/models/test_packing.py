@@ -298,7 +298,7 @@ def test_attention_that_would_leak_is_refused_by_name():
             Actor(model, packing_samples=True)
     model = tiny_model("qwen2")
     model._supports_attention_backend = False
-    with pytest.raises(ValueError, match=r"--packing_samples: Qwen2ForCausalLM computes attention by itself"):
+    with pytest.raises(ValueError, match=r"--packing_samples: Qwen2ForCausalLM computes attention itself"):
         Actor(model, packing_samples=True)
 
 
@@ -307,7 +307,7 @@ def test_a_variant_of_attention_that_is_not_computed_is_refused_by_name():
 
     shape = {name: getattr(tiny_config("qwen2"), name) for name in SHAPE}
     config = Gemma2Config(**shape, num_key_value_heads=2, head_dim=32)
-    with pytest.raises(ValueError, match=r"Gemma2Attention attends with softcap.*leave --packing_samples"):
+    with pytest.raises(ValueError, match=r"Gemma2Attention attends with softcap.*drop --packing_samples"):
         Actor(config, packing_samples=True)(ROWS.sequences, ROWS.attention_mask, ROWS.response_mask)
 
 
@@ -316,9 +316,7 @@ def test_a_model_that_keeps_the_layout_from_its_layers_is_refused_by_name():
 
     shape = {name: getattr(tiny_config("qwen2"), name) for name in SHAPE}
     packed = Actor(NemotronConfig(**shape, num_key_value_heads=2), packing_samples=True)
-    with pytest.raises(
-        ValueError, match=r"NemotronAttention was not told .*leave --packing_samples and --sp_size away"
-    ):
+    with pytest.raises(ValueError, match=r"NemotronAttention was not told .*drop --packing_samples and --sp_size"):
         packed(ROWS.sequences, ROWS.attention_mask, ROWS.response_mask)
 
 

@@ -129,7 +129,7 @@ def test_a_late_reward_names_the_batch_the_limit_and_the_line():
     try:
         with pytest.raises(
             RewardTimeoutError,
-            match=r"not back after 0\.2 s for 3 sample\(s\).*'first prompt'.*threading\.py:\d+.*--reward_timeout",
+            match=r"not return within 0\.2 s for 3 sample\(s\).*'first prompt'.*threading\.py:\d+.*--reward_timeout",
         ):
             checked(waits, timeout=0.2)(PROMPTS, RESPONSES, LABELS)
     finally:

@@ -143,5 +143,5 @@ def test_slow_comparisons_end_before_the_batch_s_time_and_count_as_unequal(
     with caplog.at_level(logging.WARNING):
         assert numeric_answer(["q"] * 101, responses, ["3"] * 101) == [0.0] * 100 + [1.0]
     assert helper.left > 0
-    assert caplog.text.count("left out for want of time") == 1
+    assert caplog.text.count("skipped for lack of time") == 1
     assert f"{worker.left_out} comparisons" in caplog.text and 0 < worker.left_out < 95

@@ -21,5 +21,5 @@ def test_each_dataset_judges_its_own_answers():
 
 
 def test_a_label_that_is_no_entry_is_named():
-    with pytest.raises(RewardError, match=r"sample 0 .*no reasoning-gym entry.*--prompt_data reasoning_gym:NAME"):
+    with pytest.raises(RewardError, match=r"sample 0 .*not a reasoning-gym entry.*--prompt_data reasoning_gym:NAME"):
         reasoning_gym_score(["q"], ["4"], ["4"])

@@ -208,5 +208,5 @@ def test_a_python_file_is_never_run(url: str):
 
 @pytest.mark.parametrize("url", ["localhost:5000", "ftp://host/x", "http://", ""])
 def test_an_address_that_is_none_is_refused(url: str):
-    with pytest.raises(RewardError, match=r"write the whole address"):
+    with pytest.raises(RewardError, match=r"give the whole address"):
         RemoteReward([url])

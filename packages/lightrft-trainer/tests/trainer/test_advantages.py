@@ -72,7 +72,7 @@ def test_batch_statistics_are_those_of_all_ranks() -> None:
 
 
 def test_group_estimators_refuse_single_samples() -> None:
-    with pytest.raises(ValueError, match="at least 2, found 1"):
+    with pytest.raises(ValueError, match="at least 2, not 1"):
         group_scores(rewards([1.0]), "rloo")
 
 

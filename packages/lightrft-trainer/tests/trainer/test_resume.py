@@ -143,7 +143,7 @@ def test_checkpoints_that_are_all_damaged_are_an_error_not_a_fresh_start(make: M
     for manifest in (tmp_path / "run" / "checkpoints").glob("*/client_state.json"):
         manifest.write_text("{}", encoding="utf-8")
     before = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
-    with pytest.raises(CheckpointError, match="no whole checkpoint"):
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
         make(output_dir=str(tmp_path / "run"), max_steps=4, resume=True).fit()
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == before
 

@@ -392,7 +392,7 @@ def test_trajectories_show_prompt_response_and_reward(make: Make) -> None:
     ("options", "said"),
     [
         ({"max_length": 5}, "use max_new_tokens"),
-        ({"do_sample": True}, "has no meaning here"),
+        ({"do_sample": True}, "is not supported here"),
         ({"tempreature": 1.0}, "unknown tempreature"),
         ({"temperature": 0.0}, "temperature=0: greedy answers come from no distribution"),
     ],

@@ -58,7 +58,7 @@ _HOMES = {
     "weights": ["SyncReceipt"],
 }
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
-# The documents' names of classes that other distributions bring, by their registered name.
+# Class names that the documents give to strategies of other distributions, by registered name.
 _PLUGINS = {"DeepspeedStrategy": "deepspeed", "FSDPV2Strategy": "fsdp"}
 
 __all__ = [

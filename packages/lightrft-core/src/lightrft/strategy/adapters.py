@@ -1,8 +1,8 @@
-"""LoRA: which of a model's layers carry an adapter, and the one weight that a layer and its adapter amount to.
+"""LoRA: which layers of a model have an adapter, and the merged weight of a layer and its adapter.
 
 An adapted layer computes ``W x + scaling * B (A x)``. On the hub the same layer is ``W + scaling * B A``, so every
-export under hub names merges, into a fresh tensor: the model goes on with its weights apart. peft's layers are told by
-their class, because core must not import peft.
+export under hub names merges into a fresh tensor; in the model both stay apart. peft's layers are recognized by their
+class name, because core must not import peft.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ class Adapter:
 
 
 def is_adapted(module: nn.Module) -> bool:
-    """Is it a layer of peft's with a LoRA adapter?"""
+    """Whether it is one of peft's layers with a LoRA adapter."""
     return any(c.__name__ == "LoraLayer" and c.__module__.startswith("peft.") for c in type(module).__mro__)
 
 
 def find_adapters(model: nn.Module) -> dict[str, Adapter]:
     """Every adapter in ``model``, by the module name of the weight that it adds to.
 
-    :raises HubLayoutError: an adapter that is more than ``W + scaling * B A`` of a linear layer.
+    :raises HubLayoutError: an adapter that is not of the form ``W + scaling * B A`` of a linear layer.
     """
     found: dict[str, Adapter] = {}
     for path, module in model.named_modules():
@@ -65,7 +65,7 @@ def find_adapters(model: nn.Module) -> dict[str, Adapter]:
 
 
 def _more_than_a_product(layer: Any) -> str | None:
-    """What about a layer of peft's is not ``W + scaling * B A``."""
+    """Why one of peft's layers is not ``W + scaling * B A``; None if it is."""
     if not isinstance(layer.base_layer, nn.Linear) or getattr(layer, "fan_in_fan_out", False):
         return f"an adapter on a {type(layer.base_layer).__name__}"
     if len(layer.lora_A) != 1:
@@ -74,11 +74,11 @@ def _more_than_a_product(layer: Any) -> str | None:
         return f"a variant of LoRA ({', '.join(type(v).__name__ for v in layer.lora_variant.values())})"
     if any(layer.lora_bias.values()):
         return "an adapter with a bias"
-    return "an adapter that is merged already" if layer.merged else None
+    return "an adapter that is already merged" if layer.merged else None
 
 
 def plain_name(name: str, layers: set[str]) -> str:
-    """A module name without the level that the adapter of one of ``layers`` has put in."""
+    """A module name without the ``base_layer`` that an adapter of one of ``layers`` has inserted."""
     layer, found, rest = name.rpartition(f"{BASE}.")
     return f"{layer}{rest}" if found and layer.removesuffix(".") in layers else name
 
@@ -86,7 +86,7 @@ def plain_name(name: str, layers: set[str]) -> str:
 def with_adapter(name: str, adapters: Mapping[str, Adapter], whole: Callable[[str], torch.Tensor]) -> torch.Tensor:
     """A module tensor as the hub has it: with its adapter added, where it has one.
 
-    :param adapters: by the module tensor that they add to. :param whole: gives the whole module tensor of a name.
+    :param adapters: by the module tensor that they add to. :param whole: returns the whole module tensor of a name.
     """
     adapter = adapters.get(name)
     if adapter is None:
@@ -122,7 +122,7 @@ def _product(a: torch.Tensor, b: torch.Tensor, scaling: float, dtype: torch.dtyp
 
 @contextlib.contextmanager
 def without_adapters(model: nn.Module) -> Iterator[None]:
-    """While open, ``model`` computes as if it had no adapters: as the model that it was made from."""
+    """Within it, ``model`` computes without its adapters: as the model that it was made from."""
     layers: list[Any] = [module for module in model.modules() if is_adapted(module)]
     before = [layer._disable_adapters for layer in layers]
     # Not peft's enable_adapters(): that one also changes requires_grad, which sharded models must not see.

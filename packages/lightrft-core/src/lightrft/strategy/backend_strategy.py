@@ -1,7 +1,7 @@
-"""The documents' seven methods, written once: what a backend does differently is in the hooks.
+"""The seven abstract methods of ``StrategyBase``, implemented once over hooks that each backend fills.
 
-What counts micro-batches, skips steps, moves schedulers and freezes models must not differ between backends, so it
-stands here. ``NativeStrategy`` fills the hooks with torch's own optimizers, DeepSpeed with its engine.
+Counting micro-batches, skipping steps, stepping schedulers and freezing models must not differ between backends, so it
+is done here. ``NativeStrategy`` fills the hooks with torch's own optimizers, DeepSpeed with its engine.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .weights import TensorSpec
 
 
 class BackendStrategy(StrategyBase):
-    """Implements the seven over the hooks at the end."""
+    """Implements the seven methods with the hooks at the end."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -50,7 +50,9 @@ class BackendStrategy(StrategyBase):
         }
         groups = decay_groups(model.named_parameters(), options.pop("weight_decay"), ndim=self._axes)
         if not groups:
-            raise ValueError("create_optimizer: the model has no trainable parameter; set requires_grad on some")
+            raise ValueError(
+                "create_optimizer: the model has no trainable parameter; set requires_grad on some of them"
+            )
         record = self.record(model)
         record.optimizer = self._make_optimizer(groups, options)
         self._optimizer_made(record)
@@ -80,8 +82,7 @@ class BackendStrategy(StrategyBase):
         if model is None:
             return item
         record = self.record(model)
-        record.optimizer = optimizer if optimizer is not None else record.optimizer
-        record.scheduler = scheduler if scheduler is not None else record.scheduler
+        record.remember(optimizer, scheduler)
         return (self._prepare(model, self.layout.world_size), *item[1:])
 
     # ---- training ----------------------------------------------------------------------------------------------------
@@ -109,7 +110,7 @@ class BackendStrategy(StrategyBase):
     ) -> StepResult:
         _refuse_unknown("optimizer_step", kwargs)
         record = self._trained_record(model, optimizer, "optimizer_step")
-        record.scheduler = scheduler if scheduler is not None else record.scheduler
+        record.remember(scheduler=scheduler)
         if not record.at_boundary:
             return StepResult(stepped=False)
         record.at_boundary, record.micro_steps = False, 0
@@ -126,7 +127,7 @@ class BackendStrategy(StrategyBase):
 
     # ---- models that were built on the meta device -------------------------------------------------------------------
     def _read_pretrained(self, model: nn.Module, plan: FillPlan | None) -> None:
-        """Read what the plan found in pretrained files; a model that still lacks values then refuses to be used."""
+        """Read the values that the plan found in pretrained files. A model that lacks some still cannot be used."""
         if plan is None or not self._unfilled.expect(model, plan):
             return
         if plan.files:
@@ -157,14 +158,14 @@ class BackendStrategy(StrategyBase):
     # ---- hooks -------------------------------------------------------------------------------------------------------
     @abstractmethod
     def _prepare(self, model: nn.Module, shard_size: int) -> nn.Module:
-        """Place a model and shard it over ``shard_size`` ranks; its record knows an optimizer that was made before.
+        """Move a model to the device and shard it over ``shard_size`` ranks. Its optimizer may exist already.
 
-        :return: what the user is to call: the model itself, or a wrapper. Preparing that again changes nothing.
+        :return: what the user must call: the model itself, or a wrapper. Preparing it again changes nothing.
         """
 
     @abstractmethod
     def _backpropagate(self, record: ModelRecord, loss: torch.Tensor) -> None:
-        """Add the gradients of ``loss``; ``record.at_boundary`` says whether the optimizer acts afterwards."""
+        """Add the gradients of ``loss``; ``record.at_boundary`` says whether an optimizer step follows."""
 
     @abstractmethod
     def _step(self, record: ModelRecord) -> tuple[bool, float]:
@@ -186,7 +187,7 @@ class BackendStrategy(StrategyBase):
         return record
 
     def _axes(self, parameter: nn.Parameter) -> int:
-        """Axes of the whole parameter, which may have been cut into flat shards."""
+        """Number of axes of the whole parameter, even if its shards are flat."""
         return parameter.ndim
 
     def _make_optimizer(self, groups: list[dict[str, Any]], options: dict[str, Any]) -> Optimizer:
@@ -197,14 +198,14 @@ class BackendStrategy(StrategyBase):
         """``record.optimizer`` is new; the model may have been prepared before."""
 
     def _averaging_ranks(self, record: ModelRecord) -> int:
-        """Over how many ranks' data the backend averages gradients.
+        """Number of data ranks over which the backend averages gradients.
 
-        A model that cuts sequences over ranks counts each rank's part as often as there are parts, so that averaging
-        over all ranks gives the mean over those that hold different data.
+        A model that splits sequences over ranks multiplies each rank's gradient by the number of parts, so that the
+        average over all ranks is the mean over data ranks.
         """
         return 1
 
 
 def _refuse_unknown(method: str, kwargs: Mapping[str, Any]) -> None:
     if kwargs:
-        raise TypeError(f"{method}: unknown argument {', '.join(kwargs)}; it would be ignored")
+        raise TypeError(f"{method}: unknown argument {', '.join(kwargs)}")

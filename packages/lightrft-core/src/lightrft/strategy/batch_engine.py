@@ -1,4 +1,4 @@
-"""What engines have in common that take a batch of requests, write all of it, and hold one whole model."""
+"""The common part of engines that answer requests in batches and hold one whole model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .weights import TensorSpec, UpdateKind, UpdatePlan
 
 
 class BatchEngine(RolloutEngine):
-    """An engine whose ``poll`` writes everything that waits, in one batch.
+    """An engine whose ``poll`` answers all waiting requests in one batch.
 
     Requests are read (text to ids, images to tensors) when they are submitted, so that a wrong one is refused before
     anything is generated.
@@ -39,8 +39,8 @@ class BatchEngine(RolloutEngine):
     ) -> list[GenerationOutput]:
         """One output for each request, in order.
 
-        :param inputs: what :meth:`_read` made of each. :param deadline: by ``time.monotonic()``; None: take your time.
-        :raises TimeoutError: the deadline passed first; nothing of the batch runs on.
+        :param inputs: what :meth:`_read` made of each. :param deadline: by ``time.monotonic()``; None: no limit.
+        :raises TimeoutError: the deadline passed; the whole batch has been stopped.
         """
 
     @abstractmethod
@@ -71,16 +71,16 @@ class BatchEngine(RolloutEngine):
         super().shutdown()
 
     def _seed(self, request: GenerationRequest, number: int) -> int:
-        """The request's own seed, else one for the ``number``-th of its batch."""
+        """The request's own seed, else one derived from its ``number`` in the batch."""
         seed = request.sampling.seed
         return sample_seed(self.spec.seed, 0, 0, number) if seed is None else seed
 
     def _refuse_nan(self, logprobs: Iterable[float]) -> None:
-        """:raises RolloutError: the model's logits were not numbers."""
+        """:raises RolloutError: the model's logits were NaN."""
         if any(value != value for value in logprobs):
             raise RolloutError(
-                f"engine {self.name!r}, weights version {self.lifecycle.state.version}: the model's logits are not "
-                "numbers (NaN); its weights are broken or overflow in this dtype"
+                f"engine {self.name!r}, weights version {self.lifecycle.state.version}: the model's logits are NaN; "
+                "its weights are broken or overflow in this dtype"
             )
 
     # ---- weights ----------------------------------------------------------------------------------------------------

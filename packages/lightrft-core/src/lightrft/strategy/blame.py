@@ -1,4 +1,4 @@
-"""Which rank is at fault when a wait fails: a pure reading of what each rank has noted."""
+"""Which rank is at fault when a wait fails: pure functions of the ranks' journals."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Beat:
-    """A sign of life.
+    """A heartbeat.
 
-    :param number: counts them. :param wall: when, in seconds of the epoch. :param at: where the main thread stands.
+    :param number: counts them. :param wall: when, in seconds of the epoch. :param at: where the main thread is.
     :param started: collectives started, by process group.
     """
 
@@ -50,7 +50,7 @@ class Departure:
 
 @dataclass(frozen=True, kw_only=True)
 class RankNotes:
-    """All that a journal holds of one rank."""
+    """What the journals have of one rank."""
 
     entry: Entry | None = None
     beat: Beat | None = None
@@ -58,7 +58,7 @@ class RankNotes:
 
 
 def parse_notes(entry: str, beat: str, left: str) -> RankNotes:
-    """Read what a rank has posted; the empty string stands for nothing yet."""
+    """Parse what a rank has posted; an empty string means that it has not posted yet."""
     sequence, name, site = entry.split("\t") if entry else ("0", "", "")
     return RankNotes(
         entry=Entry(sequence=int(sequence), name=name, site=site) if entry else None,
@@ -70,21 +70,22 @@ def parse_notes(entry: str, beat: str, left: str) -> RankNotes:
 def blame(
     sequence: int, started: dict[str, int], before: dict[int, RankNotes], after: dict[int, RankNotes]
 ) -> list[str]:
-    """The ranks at fault for a wait that failed, a phrase each; the surest signs come first.
+    """The ranks at fault for a failed wait, in a phrase each; the surest evidence comes first.
 
-    :param sequence: number of the operation that waited. :param started: collectives it has started, by group.
-    :param before: the others' notes, and again, after each living rank should have beaten, ``after``.
+    :param sequence: number of the operation that waited. :param started: collectives that this rank has started, by
+        group.
+    :param before: the others' notes; ``after``: the same later, when each living rank should have sent a heartbeat.
     """
     wall = time.time()
     gone, behind, slow, gave_up, alive = [], [], [], [], []
     for rank, now in after.items():
         number = -1 if now.entry is None else now.entry.sequence
-        place = f"rank {rank}, " + ("before it had joined" if now.entry is None else f"last seen in {now.entry}")
+        place = f"rank {rank}, " + ("before it joined" if now.entry is None else f"last seen in {now.entry}")
         at = "" if now.beat is None else f", now at {now.beat.at}"
         lag = sum(max(0, n - now.beat.started.get(group, 0)) for group, n in started.items()) if now.beat else 0
         left = now.departure
         if left is not None and left.how != "ended" and left.sequence < number:
-            left = None  # it raised, somebody caught it, and it went on
+            left = None  # the error was caught, and the rank continued
         if left is not None and left.how == "raised":
             gone.append(f"rank {rank} raised {left.text}")
         elif left is not None and left.how == "gave up":
@@ -100,18 +101,19 @@ def blame(
             slow.append(f"{place}, is {lag} collective{'s' if lag > 1 else ''} behind{at}")
         else:
             alive.append(f"{place}{at}")
-    return gone or behind or slow or gave_up or ["not known, all others are alive", *alive]
+    return gone or behind or slow or gave_up or ["unknown, all other ranks are alive", *alive]
 
 
 def has_beaten(before: RankNotes, after: RankNotes) -> bool:
-    """Has a rank shown a sign of life between two looks at its notes?"""
+    """Whether a rank has sent a heartbeat between two readings of its notes."""
     return after.beat is not None and (before.beat is None or after.beat.number != before.beat.number)
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Does the error come from waiting for a rank, and not from the work itself?
+    """Whether the error comes from waiting for a rank and not from the work itself.
 
-    torch says so by a RuntimeError and in words; those of our own errors may name a flag, such as --engine_timeout.
+    torch raises a RuntimeError that says so in words. Our own errors may contain such words too, in a flag's name such
+    as --engine_timeout.
     """
     if not isinstance(error, RuntimeError) or isinstance(error, LightRFTError):
         return False

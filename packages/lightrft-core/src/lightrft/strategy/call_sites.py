@@ -1,4 +1,4 @@
-"""Where code stands, as file and line: what a message about an operation points at."""
+"""File and line of running code, for messages about operations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _LIBRARIES = ("<", *(sysconfig.get_path(name) for name in ("stdlib", "purelib", 
 
 
 def call_site() -> str:
-    """The nearest line outside this package and contextlib: where the user called."""
+    """The innermost line outside this package and contextlib: the user's call."""
     frame = sys._getframe(1)
     while frame.f_back and (
         frame.f_code.co_filename.startswith(_PACKAGE) or frame.f_code.co_filename == contextlib.__file__
@@ -23,7 +23,7 @@ def call_site() -> str:
 
 
 def stands_at(thread: int) -> str:
-    """The line that a thread is at, and the nearest one of neither Python nor an installed package."""
+    """The line that a thread is at, and the innermost line that is neither Python's nor an installed package's."""
     frame = sys._current_frames().get(thread)
     if frame is None:
         return "its end"
@@ -34,7 +34,7 @@ def stands_at(thread: int) -> str:
 
 
 def origin(error: BaseException) -> str:
-    """The line that raised it."""
+    """The line that raised an error."""
     trace = error.__traceback__
     if trace is None:
         return "an unknown line"

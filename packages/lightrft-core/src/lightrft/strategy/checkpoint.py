@@ -1,14 +1,14 @@
-"""Checkpoints that are whole or not there: staged beside, digested, flushed, renamed; ``latest`` moves last.
+"""Checkpoints that are complete or absent: written to a temporary folder, digested, flushed, then renamed.
 
 A checkpoint is a folder ``save_dir/TAG``::
 
     manifest.json        what it is: format, world size, parameter names and shapes, a digest of each file
     client_state.json    the caller's own state
-    MODEL/               one folder a model: its weights and optimizer in the backend's format; scalars.json, what its
-                         optimizer and scheduler hold besides tensors; layout.json and hub/, what the hub calls it
+    MODEL/               for each model: its weights and optimizer in the backend's format; scalars.json, what its
+                         optimizer and scheduler have besides tensors; layout.json and hub/, its names on the hub
     ranks/RANK.json|.safetensors   random state and the caller's tensors of each rank
 
-What is in ``MODEL/`` is the backend's affair (:meth:`StrategyBase.write_state`); everything else is done here.
+The backend decides what is in ``MODEL/`` (:meth:`StrategyBase.write_state`); everything else is done here.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +33,7 @@ from . import hub_files, hub_record
 from .checkpoint_folders import CLIENT, FORMAT, MANIFEST, RANKS
 from .disk import explain_write
 from .errors import CheckpointError
-from .hub_layout import hub_sources
+from .hub_layout import hub_sources, inner_prefix
 from .rng import restore_rng, rng_state
 from .sealed_file import Seal, Seals
 from .state_formats import format_of, open_state
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("lightrft")
 
 DEFAULT_NAME, SCALARS = "model", "scalars.json"
-# Seconds that a failed save waits for the other ranks to stop writing before it clears up.
+# Seconds that a failed save waits for other ranks to stop writing before it removes the files.
 PATIENCE = 5.0
 
 
@@ -73,16 +73,20 @@ class LoadedCheckpoint:
 
 @dataclass(kw_only=True)
 class PendingSave:
-    """A save whose files may still be on their way."""
+    """A save whose files may still be being written.
+
+    :param staging: the folder that becomes ``final``. :param needed: bytes that it will take, about.
+    :param written: what this rank may still be writing.
+    """
 
     staging: Path
     final: Path
+    needed: int
+    manifest: dict[str, Any]
     save_latest: bool
     max_num: int | None
     max_mem: float | None
-    manifest: dict[str, Any]
-    written: list[Future[Seals]]
-    needed: int
+    written: list[Future[Seals]] = field(default_factory=list)
 
 
 # ---- saving ----------------------------------------------------------------------------------------------------------
@@ -104,13 +108,13 @@ def save(
 ) -> None:
     """Write a checkpoint. Every rank must call.
 
-    :param model: a module, or several by name, saved together: all or none. Their optimizers and schedulers are those
-        that the strategy knows.
+    :param model: a module, or several by name, saved all or none, with the optimizers and schedulers that the strategy
+        knows of them.
     :param tag: the folder's name; default ``step_N`` of ``client_state["step"]``, else the next free ``save_N``.
     :param max_num: keep at most this many checkpoints, the new one included. :param max_mem: and at most this many GB
-        (10^9 bytes). Pruning comes after success and touches only checkpoints that we wrote.
+        (10^9 bytes). Old checkpoints are removed only after success, and only those that LightRFT wrote.
     :param client_state: JSON-able state of the caller.
-    :param optimizer: and ``scheduler``: of a single model, where the strategy has not seen them yet.
+    :param optimizer: and ``scheduler``: of a single model, if the strategy does not know them yet.
     :param rank_state: this rank's own tensors by name, such as its part of a rollout buffer.
     :param tokenizer: a tokenizer or processor to keep beside the configuration, for ``lightrft convert``.
     :param asynchronous: return once the state is copied; ``finish_checkpoint`` completes it (as the next save does).
@@ -118,7 +122,7 @@ def save(
     """
     if max_num is not None and max_num < 1:
         raise ValueError(
-            f"save_ckpt: max_num = {max_num}: must be at least 1, the checkpoint being written; None keeps all"
+            f"save_ckpt: max_num = {max_num}: must be at least 1 (the checkpoint being saved); None keeps all"
         )
     if max_mem is not None and max_mem <= 0:
         raise ValueError(f"save_ckpt: max_mem = {max_mem} GB: must be above 0; None sets no limit")
@@ -129,34 +133,15 @@ def save(
     for key, record in records.items():
         if record.micro_steps:
             logger.warning(
-                "save_ckpt: %s: gradients of %d micro-batches are not saved: save after optimizer_step",
+                "save_ckpt: %s: the accumulated gradients of %d micro-batches are not saved: save after optimizer_step",
                 key,
                 record.micro_steps,
             )
     name = str(strategy.all_gather_object(tag or folders.default_tag(save_dir, client_state))[0])
-    final, staging = save_dir / name, save_dir / f".{name}.partial"
-    needed = sum(_bytes_needed(record) for record in records.values())
-    written: list[Future[Seals]] = []
-    with _discarding(strategy, staging, written):
-        with _writing(strategy, staging, final, needed):
-            if strategy.is_rank_0():
-                shutil.rmtree(staging, ignore_errors=True)
-                for folder in (*records, RANKS):
-                    (staging / folder).mkdir(parents=True)
-                (staging / CLIENT).write_text(client_text)
-        with _writing(strategy, staging, final, needed):
-            for key, record in records.items():
-                written.append(_future(strategy.write_state(record, staging / key, asynchronous=asynchronous)))
-                if strategy.is_rank_0():
-                    _write_scalars(record, staging / key)
-                    hub_record.write_record(strategy, record.model, staging / key, tokenizer)
-            _write_rank(strategy, staging / RANKS, rank_state or {})
-    strategy._pending_save = PendingSave(
-        staging=staging,
-        final=final,
-        save_latest=save_latest,
-        max_num=max_num,
-        max_mem=max_mem,
+    pending = PendingSave(
+        staging=save_dir / f".{name}.partial",
+        final=save_dir / name,
+        needed=sum(_bytes_needed(record) for record in records.values()),
         manifest={
             "format": FORMAT,
             "tag": name,
@@ -164,9 +149,26 @@ def save(
             "world_size": strategy.world_size,
             "models": {key: _shapes(record.model) for key, record in records.items()},
         },
-        written=written,
-        needed=needed,
+        save_latest=save_latest,
+        max_num=max_num,
+        max_mem=max_mem,
     )
+    staging = pending.staging
+    with _discarding(strategy, pending):
+        with _writing(strategy, pending):
+            if strategy.is_rank_0():
+                shutil.rmtree(staging, ignore_errors=True)
+                for folder in (*records, RANKS):
+                    (staging / folder).mkdir(parents=True)
+                (staging / CLIENT).write_text(client_text)
+        with _writing(strategy, pending):
+            for key, record in records.items():
+                pending.written.append(_future(strategy.write_state(record, staging / key, asynchronous=asynchronous)))
+                if strategy.is_rank_0():
+                    _write_scalars(record, staging / key)
+                    hub_record.write_record(strategy, record.model, staging / key, tokenizer)
+            _write_rank(strategy, staging / RANKS, rank_state or {})
+    strategy._pending_save = pending
     if not asynchronous:
         finish(strategy)
 
@@ -174,7 +176,7 @@ def save(
 def finish(strategy: StrategyBase, *, block: bool = True) -> bool:
     """Complete a pending save: digest, flush, rename, ``latest``, prune. Every rank must call.
 
-    :return: True where nothing is pending any more.
+    :return: True if nothing is pending any more.
     """
     pending = strategy._pending_save
     if pending is None:
@@ -184,21 +186,21 @@ def finish(strategy: StrategyBase, *, block: bool = True) -> bool:
         if not strategy.all_reduce(int(done), "min"):
             return False
     strategy._pending_save = None
-    staging, final = pending.staging, pending.final
-    with _discarding(strategy, staging, pending.written):
+    staging = pending.staging
+    with _discarding(strategy, pending):
         mine: dict[str, Seal] = {}
-        with _writing(strategy, staging, final, pending.needed):
+        with _writing(strategy, pending):
             for future in pending.written:
                 mine |= folders.named(future.result() or {}, staging)
         sealed = _merged(strategy.all_gather_object(mine))
-        with _writing(strategy, staging, final, pending.needed):  # all files of all ranks are there
+        with _writing(strategy, pending):  # all files of all ranks are there
             rest = folders.seal_files(staging, strategy.rank, strategy.world_size, flush=True, known=sealed)
         files = sealed | _merged(strategy.all_gather_object(rest))
-        with _writing(strategy, staging, final, pending.needed):
+        with _writing(strategy, pending):
             if strategy.is_rank_0():
                 folders.publish_save(
                     staging,
-                    final,
+                    pending.final,
                     pending.manifest,
                     files,
                     latest=pending.save_latest,
@@ -209,7 +211,7 @@ def finish(strategy: StrategyBase, *, block: bool = True) -> bool:
 
 
 def _future(written: Future[Seals] | Seals | None) -> Future[Seals]:
-    """What ``write_state`` returned, as what will hold the seals."""
+    """The result of ``write_state`` as a future of seals."""
     if isinstance(written, Future):
         return written
     done: Future[Seals] = Future()
@@ -222,27 +224,24 @@ def _merged(parts: Iterable[Mapping[str, Seal]]) -> dict[str, Seal]:
 
 
 @contextlib.contextmanager
-def _writing(strategy: StrategyBase, staging: Path, final: Path, needed: int) -> Iterator[None]:
-    """A part of a save that all ranks do together: where one fails, all raise; a full disk is explained."""
-    with strategy.together("save_ckpt", CheckpointError), explain_write(staging, final, needed):
+def _writing(strategy: StrategyBase, save: PendingSave) -> Iterator[None]:
+    """A part of a save: if one rank fails, all raise; a full disk is explained."""
+    with strategy.together("save_ckpt", CheckpointError), explain_write(save.staging, save.final, save.needed):
         yield
 
 
 @contextlib.contextmanager
-def _discarding(strategy: StrategyBase, staging: Path, written: Sequence[Future[Any]]) -> Iterator[None]:
-    """Where the save fails, remove what it has staged, once no rank writes there any more.
-
-    :param written: what this rank may still be writing.
-    """
+def _discarding(strategy: StrategyBase, save: PendingSave) -> Iterator[None]:
+    """If the save fails, remove its temporary folder once no rank writes there any more."""
     try:
         yield
     except Exception:
-        for future in written:
+        for future in save.written:
             with contextlib.suppress(Exception):  # the save has failed already, for the reason that is raised below
                 future.result()
         if strategy.is_rank_0():
             strategy.all_are_done(PATIENCE)
-            shutil.rmtree(staging, ignore_errors=True)
+            shutil.rmtree(save.staging, ignore_errors=True)
         raise
 
 
@@ -260,19 +259,19 @@ def load(
     optimizer: Any = None,
     scheduler: Any = None,
 ) -> LoadedCheckpoint:
-    """Read the newest whole checkpoint, or the one named ``tag``. Every rank must call.
+    """Read the newest complete checkpoint, or the one named ``tag``. Every rank must call.
 
-    Digests are checked first. A damaged one is passed over, with a warning, for the next older; a named one is not.
-    Whichever backend wrote it, at whichever number of ranks, optimizer states included; ``load_dir`` may also be one
-    checkpoint's own folder, a hub folder (weights alone), or what another library wrote: PyTorch's DCP, or DeepSpeed's
-    ``engine.save_checkpoint`` where lightrft-deepspeed is installed.
+    Digests are checked first. If the newest is damaged, a warning is printed and the one before is read; not so for a
+    named one. Any backend and any number of ranks may have written it. ``load_dir`` may also be the folder of one
+    checkpoint, a hub folder (weights only), or what another library wrote: PyTorch's DCP, or DeepSpeed's
+    ``engine.save_checkpoint`` if lightrft-deepspeed is installed.
 
-    :param load_module_strict: parameter names and shapes must be equal; False is refused: half a model is no model.
+    :param load_module_strict: parameter names and shapes must be equal; False is refused.
     :param load_module_only: weights alone: no optimizer, scheduler, random state.
-    :raises CheckpointError: nothing whole is there, or it belongs to another model (first difference named).
+    :raises CheckpointError: there is no complete checkpoint, or it is another model's (names the first difference).
     """
     if not load_module_strict:
-        raise ValueError("load_ckpt: load_module_strict=False is not possible; load what you need with import_weights")
+        raise ValueError("load_ckpt: load_module_strict=False is not possible; load a part with import_weights")
     strategy.setup_distributed()
     finish(strategy)
     records = _records(strategy, model, optimizer, scheduler)
@@ -281,7 +280,7 @@ def load(
         load_dir, tag = load_dir.parent, load_dir.name
     with strategy.together("load_ckpt", CheckpointError):
         found = folders.candidates(load_dir, tag) if strategy.is_rank_0() else []
-        # DeepSpeed keeps a file `latest` too: what it names need not be ours.
+        # DeepSpeed writes a file `latest` too, which may name a folder that is not ours.
         ours = any((load_dir / name / MANIFEST).exists() for name in found)
         foreign = _foreign(load_dir, tag) if strategy.is_rank_0() and not ours else None
     candidates, foreign = strategy.all_gather_object((found, foreign))[0]
@@ -303,14 +302,14 @@ def load(
                     records,
                     folder,
                     skipped,
-                    load_optimizer_states,
-                    load_lr_scheduler_states,
-                    load_module_only,
+                    optimizer=load_optimizer_states,
+                    scheduler=load_lr_scheduler_states,
+                    module_only=load_module_only,
                 )
         skipped.append(f"{name}: {problems[0]}")
         if tag is None:
-            strategy.print(f"checkpoint {folder} is damaged ({problems[0]}): trying the one before")
-    raise CheckpointError(f"{load_dir}: no whole checkpoint; " + "; ".join(skipped))
+            strategy.print(f"checkpoint {folder} is damaged ({problems[0]}); trying the previous one")
+    raise CheckpointError(f"{load_dir}: no complete checkpoint; " + "; ".join(skipped))
 
 
 def _read(
@@ -318,6 +317,7 @@ def _read(
     records: Mapping[str, ModelRecord],
     folder: Path,
     skipped: list[str],
+    *,
     optimizer: bool,
     scheduler: bool,
     module_only: bool,
@@ -333,7 +333,7 @@ def _read(
             _read_scalars(record, folder / name, optimizer=optimizer, scheduler=scheduler)
     saved_ranks = int(manifest["world_size"])
     states = [load_file(folder / RANKS / f"{rank}.safetensors") for rank in range(saved_ranks)]
-    if not module_only and saved_ranks:  # none where it was converted from another library's
+    if not module_only and saved_ranks:  # none if it was converted from another library's
         same = saved_ranks == strategy.world_size
         plain = json.loads((folder / RANKS / f"{strategy.rank if same else 0}.json").read_text())
         if same:
@@ -355,18 +355,18 @@ def import_by_name(
 ) -> None:
     """Copy (hub name, tensor) pairs into ``target(name)``; every one of ``specs`` must come, once.
 
-    :raises CheckpointError: an unknown name, another shape, or names that never came.
+    :raises CheckpointError: an unknown name, another shape, or missing names.
     """
     missing = dict(specs)
     for name, tensor in source:
         spec = missing.pop(name, None)
         if spec is None:
-            raise CheckpointError(f"{name}: not a parameter of this model, or given twice")
+            raise CheckpointError(f"{name}: not a tensor of this model, or given twice")
         if tuple(tensor.shape) != spec.shape:
-            raise CheckpointError(f"{name}: {tuple(tensor.shape)} given, {spec.shape} in this model")
+            raise CheckpointError(f"{name}: {tuple(tensor.shape)} given, but {spec.shape} in this model")
         target(name).copy_(tensor)
     if missing:
-        raise CheckpointError(f"{len(missing)} parameters were not given, the first is {next(iter(missing))}")
+        raise CheckpointError(f"{len(missing)} tensors are missing, the first is {next(iter(missing))}")
 
 
 # ---- parts -----------------------------------------------------------------------------------------------------------
@@ -376,8 +376,7 @@ def _records(
     if isinstance(model, Mapping):
         return {name: strategy.record(module) for name, module in model.items()}
     record = strategy.record(model)
-    record.optimizer = optimizer if optimizer is not None else record.optimizer
-    record.scheduler = scheduler if scheduler is not None else record.scheduler
+    record.remember(optimizer, scheduler)
     return {DEFAULT_NAME: record}
 
 
@@ -386,14 +385,14 @@ def _shapes(model: nn.Module) -> dict[str, list[int]]:
 
 
 def _bytes_needed(record: ModelRecord) -> int:
-    """What a model and its AdamW states take, about: a trained parameter is kept in fp32, with two moments."""
+    """Approximate size of a model and its AdamW states: a trained parameter is stored in fp32, with two moments."""
     shapes, sources = _shapes(record.model), hub_sources(record.model)
     trains = record.optimizer is not None
     return sum(math.prod(shapes[n]) * (12 if trains and t.requires_grad else t.element_size()) for n, t in sources)
 
 
 def _write_scalars(record: ModelRecord, folder: Path) -> None:
-    """What an optimizer and a scheduler hold besides tensors."""
+    """What an optimizer and a scheduler have besides tensors."""
     state: dict[str, Any] = {"loss_scale": record.loss_scale.state_dict(), "skipped_steps": record.skipped_steps}
     if record.optimizer is not None:
         state["param_groups"] = [
@@ -414,7 +413,7 @@ def _read_scalars(record: ModelRecord, folder: Path, *, optimizer: bool, schedul
         if len(groups) != len(state["param_groups"]):
             raise CheckpointError(
                 f"{folder}: its optimizer has {len(state['param_groups'])} parameter groups, this one {len(groups)}: "
-                "make it with as many, or pass load_optimizer_states=False"
+                "create it with the same groups, or pass load_optimizer_states=False"
             )
         for group, saved in zip(groups, state["param_groups"], strict=True):
             group.update({key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()})
@@ -423,16 +422,16 @@ def _read_scalars(record: ModelRecord, folder: Path, *, optimizer: bool, schedul
 
 
 def _check_receivers(record: ModelRecord, folder: Path, *, optimizer: bool, scheduler: bool) -> None:
-    """What was saved must have somewhere to go: a run that starts with a fresh optimizer is no resumed run."""
+    """Refuse to drop a saved state: a run that starts with a fresh optimizer is not resumed."""
     state = json.loads((folder / SCALARS).read_text())
     if optimizer and "param_groups" in state and record.optimizer is None:
         raise CheckpointError(
-            f"{folder}: holds an optimizer's state, and this model has none: call create_optimizer(model) first, "
+            f"{folder}: has an optimizer's state, but this model has no optimizer: call create_optimizer(model) first, "
             "or pass load_optimizer_states=False, or load_module_only=True"
         )
     if scheduler and "scheduler" in state and record.scheduler is None:
         raise CheckpointError(
-            f"{folder}: holds a scheduler's state, and the strategy knows no scheduler of this model: pass "
+            f"{folder}: has a scheduler's state, but the strategy knows no scheduler of this model: pass "
             "load_ckpt(..., scheduler=scheduler), or load_lr_scheduler_states=False, or load_module_only=True"
         )
 
@@ -441,7 +440,7 @@ def _write_rank(strategy: StrategyBase, folder: Path, rank_state: Mapping[str, t
     plain, tensors = rng_state(strategy.device)
     mine = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in rank_state.items()}
     if clash := [name for name in mine if name.startswith("rng.")]:
-        raise ValueError(f"save_ckpt: rank_state names must not begin with 'rng.': {', '.join(clash)}")
+        raise ValueError(f"save_ckpt: names in rank_state must not start with 'rng.': {', '.join(clash)}")
     save_file({**mine, **tensors}, folder / f"{strategy.rank}.safetensors")
     state = {"rng": plain, "engine": strategy.engine_host.state_dict()}
     (folder / f"{strategy.rank}.json").write_text(json.dumps(state))
@@ -452,11 +451,11 @@ def _check_same_model(folder: Path, name: str, saved: Mapping[str, Any], model: 
         raise CheckpointError(f"{folder}: holds no model {name!r}; it holds {', '.join(saved)}")
     stored = hub_record.HubRecord.read(folder / name)
     prefix = stored.prefix if stored is not None else None
-    match_names(folder, saved[name], prefix, _shapes(model), hub_record.inner_prefix(model))
+    match_names(folder, saved[name], prefix, _shapes(model), inner_prefix(model))
 
 
 def _foreign(load_dir: Path, tag: str | None) -> Path | None:
-    """A folder that holds one model's state in a format that somebody knows, or a hub folder."""
+    """A folder with one model's state in a known format of another library, or a hub folder."""
     folder = load_dir if tag is None else load_dir / tag
     return folder if folder.is_dir() and (format_of(folder) or hub_files.is_hub_folder(folder)) else None
 
@@ -464,9 +463,9 @@ def _foreign(load_dir: Path, tag: str | None) -> Path | None:
 def _read_foreign(
     strategy: StrategyBase, records: Mapping[str, ModelRecord], folder: Path, optimizer: bool
 ) -> LoadedCheckpoint:
-    """Take weights, optimizer states where there are any, and scheduler from another library's files."""
+    """Load weights, and optimizer states and scheduler if there are any, from another library's files."""
     if len(records) > 1:
-        raise CheckpointError(f"{folder}: holds one model, {', '.join(records)} were asked for; load them one by one")
+        raise CheckpointError(f"{folder}: holds one model, {', '.join(records)} were requested; load them one by one")
     (record,) = records.values()
     if format_of(folder) is None:
         strategy.import_weights(record.model, hub_files.hub_tensors(folder))

@@ -1,6 +1,6 @@
-"""What a checkpoint is on the disk: names, manifest, digests, how it comes into its place and when it goes.
+"""A checkpoint on the disk: names, manifest, digests, how it is put into place and when it is removed.
 
-Files alone: whose state they hold, and which ranks write them, is :mod:`.checkpoint`'s affair.
+This module is only about files; :mod:`.checkpoint` decides whose state they have and which ranks write them.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ THREADS = 8
 
 # ---- which are there -------------------------------------------------------------------------------------------------
 def whole_checkpoints(folder: Path) -> list[str]:
-    """Tags of the checkpoints in a folder, newest first; a manifest marks one as whole, its digests are not read."""
+    """Tags of the checkpoints in a folder, newest first. A folder with a manifest counts; digests are not checked."""
     found = [(path.parent.stat().st_mtime_ns, path.parent.name) for path in folder.glob(f"*/{MANIFEST}")]
     return [name for _, name in sorted(found, reverse=True) if not name.startswith(".") and is_ours(folder / name)]
 
 
 def candidates(folder: Path, tag: str | None) -> list[str]:
-    """Tags to try, in their order: the named one alone, else that of ``latest``, then newest first."""
+    """Tags to try, in this order: only the named one, else that of ``latest``, then the others, newest first."""
     if tag is not None:
         return [tag] if (folder / tag).is_dir() else []
     found = whole_checkpoints(folder)
@@ -42,7 +42,7 @@ def candidates(folder: Path, tag: str | None) -> list[str]:
 
 
 def names(folder: Path) -> list[str]:
-    """Folders there, with what keeps their manifest from being read."""
+    """Folders there, with the error that their manifest gives, if any."""
 
     def described(path: Path) -> str:
         try:
@@ -76,13 +76,15 @@ def default_tag(folder: Path, client_state: Mapping[str, Any] | None) -> str:
 
 # ---- whether they are whole ------------------------------------------------------------------------------------------
 def seal_files(folder: Path, index: int, shares: int, *, flush: bool, known: Container[str] = ()) -> dict[str, Seal]:
-    """Seal this share of a folder's files, all but the manifest; ``flush``: once they are on the disk.
+    """Seal this share of a folder's files, all but the manifest; with ``flush``, write them to the disk first.
 
-    :param known: names that have their seals already.
+    :param known: names that have seals already.
     """
     files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
     rest = [name for name, path in files.items() if path.name != MANIFEST and name not in known][index::shares]
-    with ThreadPoolExecutor(THREADS, thread_name_prefix="checkpoint") as pool:  # small files: each waits for the disk
+    with ThreadPoolExecutor(
+        THREADS, thread_name_prefix="checkpoint"
+    ) as pool:  # small files: the time is spent waiting for the disk
         return dict(zip(rest, pool.map(lambda name: seal_of(files[name], flush=flush), rest), strict=True))
 
 
@@ -100,9 +102,9 @@ def write_manifest(
     world_size: int,
     models: Mapping[str, Mapping[str, list[int]]],
 ) -> None:
-    """Mark a folder that one process has filled as a whole checkpoint.
+    """Mark a folder that one process has filled as a complete checkpoint.
 
-    :param seals: of some of its files; the others are read for their digests.
+    :param seals: of some of its files; the others are read to digest them.
     :param world_size: ranks whose random states it holds. :param models: shapes by name of each model.
     """
     about = {"format": FORMAT, "tag": tag, "strategy": strategy, "world_size": world_size, "models": models}
@@ -112,7 +114,7 @@ def write_manifest(
 
 
 def damage(folder: Path, index: int = 0, shares: int = 1) -> str | None:
-    """What is wrong with a checkpoint's files, or None: every digest of this share of them is checked."""
+    """What is wrong with this share of a checkpoint's files, or None. Every digest is checked."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         files = sorted(manifest["files"].items())
@@ -124,7 +126,7 @@ def damage(folder: Path, index: int = 0, shares: int = 1) -> str | None:
             if path.stat().st_size != item["bytes"]:
                 return f"{name} has {path.stat().st_size} bytes of {item['bytes']}"
             if seal_of(path, flush=False)["xxh3"] != item["xxh3"]:
-                return f"{name} is altered: its digest differs"
+                return f"{name} was altered: its digest differs"
         except FileNotFoundError:
             return f"{name} is missing"
         except OSError as error:
@@ -134,7 +136,7 @@ def damage(folder: Path, index: int = 0, shares: int = 1) -> str | None:
 
 # ---- coming and going ------------------------------------------------------------------------------------------------
 def publish(staging: Path, final: Path) -> None:
-    """Flush a folder and put it in its place at once; what was there goes last."""
+    """Flush a folder and rename it into its place; what was there is removed last."""
     for path in staging.rglob("*"):
         if path.is_file():
             _flush(path)
@@ -153,7 +155,7 @@ def publish_save(
     max_num: int | None,
     max_mem: float | None,
 ) -> None:
-    """Make a staged folder whose files are flushed the checkpoint, then point ``latest`` to it, then prune."""
+    """Rename a temporary folder with flushed files to the checkpoint, then update ``latest``, then prune."""
     _write_flushed(staging / MANIFEST, json.dumps({**manifest, "files": files}, indent=1))
     _flush_folders(staging)
     replace_folder(staging, final)

@@ -1,6 +1,6 @@
 """Reduce and gather over ranks, for tensors, numbers and dicts of them. Every rank of the group must call.
 
-Arguments are never changed in place. Numbers travel as float64 or int64, all of a dict's in one collective.
+Arguments are never changed in place. Numbers are sent as float64 or int64, all numbers of a dict in one collective.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch.distributed as dist
 ReduceOp = Literal["mean", "sum", "max", "min"]
 OPS = {"mean": dist.ReduceOp.SUM, "sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 Group = dist.ProcessGroup | None
-# The group of a rank that is by itself, however many others there are: None means all of them.
+# Stands for a group of one rank; None stands for all ranks.
 ALONE: Any = dist.GroupMember.NON_GROUP_MEMBER
 
 
@@ -27,7 +27,7 @@ def all_reduce(data: Any, op: str = "mean", group: Group = None, device: torch.d
     """Reduce over ``group``; the result has the structure of ``data``.
 
     Tensors keep shape and dtype (the mean of an integer tensor is of torch's default float dtype); sums of 16-bit
-    tensors are formed in fp32. Python numbers come back as Python numbers: ints stay ints but under "mean".
+    tensors are formed in fp32. Python numbers come back as Python numbers: ints stay ints except for "mean".
 
     :raises ValueError: unknown ``op``. :raises TypeError: something that cannot be reduced.
     """
@@ -52,7 +52,7 @@ def all_gather(data: Any, group: Group = None) -> Any:
     """Gather from ``group`` in rank order; the result has the structure of ``data``.
 
     A tensor ``[n, ...]`` comes back as ``[sum of n, ...]`` (ranks may differ in ``n``), a 0-d one as ``[ranks]``; a
-    Python number or string as a list with one entry a rank.
+    Python number or string as a list with one entry per rank.
     """
     if isinstance(data, Mapping):
         return {key: all_gather(value, group) for key, value in data.items()}
@@ -62,7 +62,7 @@ def all_gather(data: Any, group: Group = None) -> Any:
 
 
 def all_gather_object(data: Any, group: Group = None) -> list[Any]:
-    """Any picklable object from each rank of ``group``, in rank order. It travels between ranks of one run only."""
+    """Any picklable object from each rank of ``group``, in rank order. Pickled: safe within a run."""
     if size_of(group) == 1:
         return [data]
     gathered: list[Any] = [None] * size_of(group)
@@ -74,7 +74,7 @@ def _reduce_into(
     data: Any, op: str, group: Group, put: Callable[[Any, Any], None], key: Any, numbers: list[Any]
 ) -> None:
     if isinstance(data, Mapping):
-        filled: dict[Any, Any] = dict.fromkeys(data)  # keeps the order though numbers arrive later
+        filled: dict[Any, Any] = dict.fromkeys(data)  # keeps the order, since numbers are filled in later
         put(key, filled)
         for name, value in data.items():
             _reduce_into(value, op, group, filled.__setitem__, name, numbers)

@@ -24,10 +24,7 @@ def option(default: T, help: str, *, group: str, rule: tuple[Callable[[T], bool]
 
     :param rule: a predicate of the value, and the words that complete "must be ...".
     """
-    metadata = {"help": help, "group": group, "rule": rule}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)  # type: ignore[return-value]
-    return field(default=default, metadata=metadata)
+    return field(default=default, metadata={"help": help, "group": group, "rule": rule})
 
 
 positive = (lambda value: value is None or value > 0, "above 0")
@@ -37,13 +34,13 @@ share = (lambda value: value is None or 0 <= value <= 1, "between 0 and 1")
 above_0_share = (lambda value: value is None or 0 < value <= 1, "above 0 and at most 1")
 every = (lambda value: value == -1 or value >= 1, "-1 (never) or a positive count")
 a_seed = (lambda value: 0 <= value < 2**32, f"between 0 and {2**32 - 1}, which torch and numpy both take")
-shares = (config_checks.are_shares, "positive numbers with commas between them, for example 0.7,0.3")
+shares = (config_checks.are_shares, "positive numbers separated by commas, for example 0.7,0.3")
 
 RUN, BACKEND, ENGINE = "run", "training backend", "inference engine"
 MODEL, DATA, ROLLOUT = "models", "data", "rollout"
 TRAIN, ALGORITHM, REWARD, OUTPUT = "optimization", "algorithm", "rewards", "output and logging"
 
-# What an out-of-memory error is answered with.
+# Settings that an out-of-memory error suggests.
 LESS_MEMORY = (
     "--engine_mem_util, --engine_tp_size, --zero_stage, --fsdp_cpu_offload, --bf16, --micro_rollout_batch_size"
 )
@@ -60,12 +57,12 @@ class StrategyConfig:
     seed: int = option(42, "Seed of everything random in the run.", group=RUN, rule=a_seed)
     local_rank: int = option(
         -1,
-        "This process's rank on its node; set by the launcher, LOCAL_RANK wins.",
+        "This process's rank on its node, set by the launcher; LOCAL_RANK overrides it.",
         group=RUN,
         rule=(lambda v: v >= -1, "-1 (not given) or more"),
     )
     dist_timeout: float = option(
-        600.0, "Seconds after which a late rank ends the run, with its name.", group=RUN, rule=positive
+        600.0, "Seconds to wait for a rank before the run ends with an error that names it.", group=RUN, rule=positive
     )
 
     # ---- training backend
@@ -77,12 +74,19 @@ class StrategyConfig:
     bf16: bool = option(False, "Compute in bfloat16.", group=BACKEND)
     fp16: bool = option(False, "Compute in float16.", group=BACKEND)
     use_mp_opt: bool = option(
-        False, "FSDP: keep parameters in 16 bit and the optimizer's master copy and moments in fp32.", group=BACKEND
+        False, "FSDP: keep parameters in 16 bits and the optimizer's master copy and moments in fp32.", group=BACKEND
     )
-    fsdp_cpu_offload: bool = option(False, "FSDP: optimizer states and gradients live on the CPU.", group=BACKEND)
-    adam_offload: bool = option(False, "Adam's states and its step live on the CPU.", group=BACKEND)
+    fsdp_cpu_offload: bool = option(
+        False,
+        "FSDP: keep shards of parameters, gradients and optimizer states on the CPU, and step there.",
+        group=BACKEND,
+    )
+    adam_offload: bool = option(False, "Keep Adam's states on the CPU, and step there.", group=BACKEND)
     zpg: int = option(
-        1, "DeepSpeed ZeRO++: ranks of a secondary parameter shard (stage 3).", group=BACKEND, rule=at_least_1
+        1,
+        "DeepSpeed ZeRO++ with stage 3: ranks that share a secondary copy of the parameters.",
+        group=BACKEND,
+        rule=at_least_1,
     )
     overlap_comm: bool = option(False, "DeepSpeed: overlap gradient reduction with the backward pass.", group=BACKEND)
     grad_accum_dtype: Literal["fp32", "bf16", "fp16"] | None = option(
@@ -90,11 +94,11 @@ class StrategyConfig:
     )
     sp_size: int = option(
         1,
-        "Ranks that share one sequence.",
+        "Ranks over which each sequence is split (sequence parallelism).",
         group=BACKEND,
         rule=at_least_1,
     )
-    meta_init: bool = option(False, "Build models on the meta device; each rank fills only its shard.", group=BACKEND)
+    meta_init: bool = option(False, "Build models on the meta device; each rank loads only its shard.", group=BACKEND)
     initial_model_shard_size: int | None = option(
         None, "Ranks over which the reference model is sharded; default: all.", group=BACKEND, rule=at_least_1
     )
@@ -104,136 +108,159 @@ class StrategyConfig:
 
     # ---- inference engine
     engine_type: str = option("vllm", "Rollout engine by its registered name: vllm, sglang or hf.", group=ENGINE)
-    engine_tp_size: int = option(1, "Ranks over which the engine splits the model.", group=ENGINE, rule=at_least_1)
+    engine_tp_size: int = option(
+        1, "Ranks over which the engine splits the model (tensor parallelism).", group=ENGINE, rule=at_least_1
+    )
     engine_mem_util: float = option(
-        0.5, "Share of the device's memory for the engine.", group=ENGINE, rule=above_0_share
+        0.5, "Fraction of the device's memory that the engine may use.", group=ENGINE, rule=above_0_share
     )
     enable_engine_sleep: bool = option(True, "Let the engine sleep while the trainer trains.", group=ENGINE)
     engine_sleep_level: int = option(
-        1, "1: weights wait on the host; 2: they are dropped.", group=ENGINE, rule=(lambda v: v in (1, 2), "1 or 2")
+        1,
+        "1: a sleeping engine keeps its weights in host memory; 2: it discards them.",
+        group=ENGINE,
+        rule=(lambda v: v in (1, 2), "1 or 2"),
     )
     max_model_len: int | None = option(
-        None, "The engine's context in tokens; default: the model's.", group=ENGINE, rule=at_least_1
+        None,
+        "Longest sequence of the engine in tokens (prompt and response); default: the model's.",
+        group=ENGINE,
+        rule=at_least_1,
     )
     weight_bucket_mb: float = option(
-        512.0, "Weights travel to the engine in buckets of this many MiB.", group=ENGINE, rule=positive
+        512.0, "Send weights to the engine in buckets of this many MiB.", group=ENGINE, rule=positive
     )
     verify_weights: Literal["sampled", "full"] = option(
-        "sampled", "What a weight sync compares: some elements of each tensor, or every one.", group=ENGINE
+        "sampled", "What is compared after a weight sync: some elements of each tensor, or all.", group=ENGINE
     )
-    engine_timeout: float = option(1800.0, "Seconds that one engine call may take.", group=ENGINE, rule=positive)
+    engine_timeout: float = option(1800.0, "Longest time for one engine call, in seconds.", group=ENGINE, rule=positive)
     limit_mm_image_per_prompt: int = option(
-        -1, "Most images a prompt; -1: no limit.", group=ENGINE, rule=(lambda v: v >= -1, "-1 or more")
+        -1, "Largest number of images in a prompt; -1: no limit.", group=ENGINE, rule=(lambda v: v >= -1, "-1 or more")
     )
     rm_use_engine: bool = option(
-        False, "Serve --reward_pretrain by the engine of --engine_type (vllm) instead of transformers.", group=ENGINE
+        False, "Run --reward_pretrain in the engine of --engine_type (vllm) instead of transformers.", group=ENGINE
     )
-    rm_engine_cudagraph: bool = option(
-        False, "Let the reward model's engine capture CUDA graphs; needs a GPU.", group=ENGINE
-    )
+    rm_engine_cudagraph: bool = option(False, "With --rm_use_engine: use CUDA graphs; needs a GPU.", group=ENGINE)
 
     # ---- models
     pretrain: str | None = option(None, "The model to fine-tune: a folder or a hub name.", group=MODEL)
     critic_pretrain: str | None = option(
-        None, "The critic's starting point (with --advantage_estimator gae).", group=MODEL
+        None, "With --advantage_estimator gae: the model from which the critic starts.", group=MODEL
     )
     reward_pretrain: str | None = option(
-        None, "A reward model: a folder or a hub name; commas join several.", group=MODEL
+        None, "Reward model: a folder or a hub name; several are separated by commas.", group=MODEL
     )
-    flash_attn: bool = option(False, "Use flash attention; refused where it is not installed.", group=MODEL)
-    trust_remote_code: bool = option(False, "Run code that a hub model brings along.", group=MODEL)
-    enable_ema: bool = option(False, "Keep an exponential moving average of the actor and save it too.", group=MODEL)
+    flash_attn: bool = option(False, "Use the flash-attn package, which must be installed.", group=MODEL)
+    trust_remote_code: bool = option(False, "Run Python code that comes with a model from the hub.", group=MODEL)
+    enable_ema: bool = option(
+        False, "Keep an exponential moving average of the actor's weights, and save it too.", group=MODEL
+    )
     ema_beta: float = option(0.992, "With --enable_ema: decay of the moving average.", group=MODEL, rule=share)
     mixed_mm_data: bool = option(
-        False, "FSDP: batches mix prompts with and without images, unevenly over ranks.", group=MODEL
+        False, "FSDP: allow micro-batches with images on some ranks and without on others.", group=MODEL
     )
-    packing_samples: bool = option(False, "Pack the samples of a micro-batch into one row.", group=MODEL)
+    packing_samples: bool = option(
+        False, "Pack the samples of a micro-batch into one row without padding.", group=MODEL
+    )
     fused_linear_logprob: bool = option(
         False,
-        "Logprobs straight from hidden states, without all the logits at one time.",
+        "Compute logprobs from hidden states in chunks, so that the whole logits are never in memory.",
         group=MODEL,
     )
-    chunk_size: int = option(
-        4096, "Most tokens whose logits --fused_linear_logprob holds at one time.", group=MODEL, rule=at_least_1
-    )
+    chunk_size: int = option(4096, "With --fused_linear_logprob: tokens per chunk.", group=MODEL, rule=at_least_1)
     lora_rank: int = option(
-        0, "Train LoRA adapters of this rank instead of the weights; 0: all weights.", group=MODEL, rule=at_least_0
+        0, "Train LoRA adapters of this rank instead of all weights; 0: no LoRA.", group=MODEL, rule=at_least_0
     )
     lora_alpha: float = option(
-        16.0, "With --lora_rank: adapters are scaled by this over the rank.", group=MODEL, rule=positive
+        16.0, "With --lora_rank: adapters are scaled by this number divided by the rank.", group=MODEL, rule=positive
     )
     lora_dropout: float = option(
         0.0,
-        "With --lora_rank: dropout before the adapters while they train.",
+        "With --lora_rank: dropout on the input of the adapters in training.",
         group=MODEL,
         rule=(lambda v: 0 <= v < 1, "0 or more and below 1"),
     )
     target_modules: str = option(
         "all-linear",
-        "With --lora_rank: layers that get adapters: all-linear (but the output layer), or names joined by commas.",
+        "With --lora_rank: names of the layers that get adapters, separated by commas; all-linear: all but the output.",
         group=MODEL,
         rule=(lambda v: bool(v.strip(", ")), "all-linear or names of linear layers, for example q_proj,v_proj"),
     )
 
     # ---- data
     prompt_data: str | None = option(
-        None, "Prompts: .jsonl, .parquet, a dataset's name, reasoning_gym:TASK; commas join several.", group=DATA
+        None,
+        "Prompts: a .jsonl or .parquet file, a dataset's name or reasoning_gym:TASK; several are separated by commas.",
+        group=DATA,
     )
-    prompt_data_probs: str | None = option(None, "Shares of several --prompt_data.", group=DATA, rule=shares)
+    prompt_data_probs: str | None = option(
+        None,
+        "With several --prompt_data: the proportions in which they are mixed, separated by commas.",
+        group=DATA,
+        rule=shares,
+    )
     prompt_split: str = option("train", "Split of --prompt_data.", group=DATA)
-    eval_data: str | None = option(None, "Held-out prompts, in any form that --prompt_data takes.", group=DATA)
+    eval_data: str | None = option(None, "Held-out prompts, in any form that --prompt_data accepts.", group=DATA)
     eval_split: str = option("test", "Split of --eval_data.", group=DATA)
-    eval_steps: int = option(-1, "Evaluate every so many steps; -1: only before and after.", group=DATA, rule=every)
-    max_eval_samples: int = option(500, "Most held-out prompts.", group=DATA, rule=at_least_1)
+    eval_steps: int = option(
+        -1, "Steps between evaluations; -1: only before and after the training.", group=DATA, rule=every
+    )
+    max_eval_samples: int = option(500, "Largest number of held-out prompts.", group=DATA, rule=at_least_1)
     input_key: str = option("input", "Key of the prompt.", group=DATA)
-    label_key: str = option("label", "Key of the right answer.", group=DATA)
+    label_key: str = option("label", "Key of the reference answer.", group=DATA)
     images_key: str = option("image", "Key of the images.", group=DATA)
-    system_prompt: str | None = option(None, "With --apply_chat_template: its system message.", group=DATA)
+    system_prompt: str | None = option(None, "With --apply_chat_template: the system message.", group=DATA)
     input_template: str | None = option(
         None,
-        "Template of a prompt, with {} in place of the input.",
+        "Template of a prompt; {} stands for the input.",
         group=DATA,
         rule=(lambda v: v is None or "{}" in v, "a text with {} where the input belongs"),
     )
     apply_chat_template: bool = option(False, "Apply the tokenizer's chat template.", group=DATA)
-    max_samples: int = option(1_000_000, "Most prompts to read.", group=DATA, rule=at_least_1)
+    max_samples: int = option(1_000_000, "Largest number of prompts to read.", group=DATA, rule=at_least_1)
     prompt_max_len: int = option(1024, "Longest prompt in tokens.", group=DATA, rule=at_least_1)
 
     # ---- rollout
-    rollout_batch_size: int = option(512, "Prompts a step, over all ranks.", group=ROLLOUT, rule=at_least_1)
+    rollout_batch_size: int = option(512, "Prompts per step, over all ranks.", group=ROLLOUT, rule=at_least_1)
     micro_rollout_batch_size: int = option(
-        8, "Samples a forward pass while experience is made.", group=ROLLOUT, rule=at_least_1
+        8, "Samples per forward pass on one rank, when rollouts are scored.", group=ROLLOUT, rule=at_least_1
     )
-    n_samples_per_prompt: int = option(8, "Samples a prompt.", group=ROLLOUT, rule=at_least_1)
+    n_samples_per_prompt: int = option(8, "Samples per prompt.", group=ROLLOUT, rule=at_least_1)
     generate_max_len: int = option(1024, "Longest response in tokens.", group=ROLLOUT, rule=at_least_1)
     temperature: float = option(1.0, "Sampling temperature.", group=ROLLOUT, rule=positive)
     top_p: float = option(
-        1.0, "Sample from the smallest set of tokens with this probability.", group=ROLLOUT, rule=above_0_share
+        1.0,
+        "Sample from the smallest set of likeliest tokens with this total probability.",
+        group=ROLLOUT,
+        rule=above_0_share,
     )
     top_k: int = option(
         -1,
-        "Sample from this many likeliest tokens.",
+        "Sample from this many likeliest tokens; -1 or 0: all.",
         group=ROLLOUT,
         rule=(lambda v: v >= -1, "-1 or 0 (all tokens), or a positive count"),
     )
     min_p: float = option(
-        0.0, "Drop tokens below this share of the likeliest one's probability.", group=ROLLOUT, rule=share
+        0.0,
+        "Never sample tokens whose probability is below this fraction of the likeliest token's.",
+        group=ROLLOUT,
+        rule=share,
     )
     dynamic_sampling: bool = option(
-        False, "Redraw groups whose rewards are all equal (DAPO, arXiv:2503.14476).", group=ROLLOUT
+        False, "Replace groups whose rewards are all equal by new prompts (DAPO, arXiv:2503.14476).", group=ROLLOUT
     )
     dynamic_sampling_max_rounds: int = option(
-        4, "With --dynamic_sampling: most redraws of one step.", group=ROLLOUT, rule=at_least_1
+        4, "With --dynamic_sampling: largest number of draws of prompts in a step.", group=ROLLOUT, rule=at_least_1
     )
 
     # ---- optimization
-    train_batch_size: int = option(128, "Samples an optimizer step, over all ranks.", group=TRAIN, rule=at_least_1)
+    train_batch_size: int = option(128, "Samples per optimizer step, over all ranks.", group=TRAIN, rule=at_least_1)
     micro_train_batch_size: int = option(
-        1, "Samples a forward and backward pass on one rank.", group=TRAIN, rule=at_least_1
+        1, "Samples per forward and backward pass on one rank.", group=TRAIN, rule=at_least_1
     )
     max_tokens_per_micro_batch: int | None = option(
         None,
-        "Form micro-batches by tokens: as many samples as have at most this many; default: by their number.",
+        "Fill each micro-batch with samples up to this many tokens, instead of --micro_train_batch_size samples.",
         group=TRAIN,
         rule=at_least_1,
     )
@@ -262,23 +289,30 @@ class StrategyConfig:
         "inverse_sqrt",
         "linear",
         "polynomial",
-    ] = option("cosine_with_min_lr", "Learning-rate schedule, by transformers' name.", group=TRAIN)
-    lr_warmup_ratio: float = option(0.03, "Share of the steps that warm up.", group=TRAIN, rule=share)
+    ] = option("cosine_with_min_lr", "Learning-rate schedule, by its name in transformers.", group=TRAIN)
+    lr_warmup_ratio: float = option(
+        0.03, "Fraction of the steps in which the learning rate warms up.", group=TRAIN, rule=share
+    )
     num_episodes: int = option(1, "Passes over the prompts.", group=TRAIN, rule=at_least_1)
-    max_epochs: int = option(1, "Passes over each rollout buffer.", group=TRAIN, rule=at_least_1)
+    max_epochs: int = option(1, "Passes over the samples of each step.", group=TRAIN, rule=at_least_1)
     max_steps: int | None = option(
-        None, "Most rollout steps; default: all prompts, --num_episodes times.", group=TRAIN, rule=at_least_1
+        None, "Largest number of steps; default: all prompts, --num_episodes times.", group=TRAIN, rule=at_least_1
     )
     freezing_actor_steps: int = option(
-        -1, "Train only the critic for so many steps first.", group=TRAIN, rule=(lambda v: v >= -1, "-1 or more")
+        -1,
+        "Number of first steps in which only the critic is trained; -1: none.",
+        group=TRAIN,
+        rule=(lambda v: v >= -1, "-1 or more"),
     )
 
     # ---- algorithm
     advantage_estimator: Literal["group_norm", "grpo", "dr_grpo", "rloo", "reinforce", "reinforce_baseline", "gae"] = (
-        option("group_norm", "How rewards become advantages; group_norm and grpo are one.", group=ALGORITHM)
+        option(
+            "group_norm", "How advantages are computed from rewards; group_norm and grpo are the same.", group=ALGORITHM
+        )
     )
-    gamma: float = option(1.0, "Discount of rewards.", group=ALGORITHM, rule=share)
-    lambd: float = option(0.95, "With --advantage_estimator gae: its lambda.", group=ALGORITHM, rule=share)
+    gamma: float = option(1.0, "Discount factor of rewards.", group=ALGORITHM, rule=share)
+    lambd: float = option(0.95, "With --advantage_estimator gae: GAE's lambda.", group=ALGORITHM, rule=share)
     eps_clip: float = option(0.2, "Clip range of the policy ratio.", group=ALGORITHM, rule=positive)
     eps_clip_high: float | None = option(
         None, "Upper clip range; default: --eps_clip (DAPO's clip-higher).", group=ALGORITHM, rule=positive
@@ -287,13 +321,15 @@ class StrategyConfig:
         0.2, "With --advantage_estimator gae: clip range of the critic's values.", group=ALGORITHM, rule=positive
     )
     loss_agg_mode: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"] = option(
-        "token-mean", "How token losses are averaged.", group=ALGORITHM
+        "token-mean", "How the losses of tokens are averaged.", group=ALGORITHM
     )
-    use_gspo: bool = option(False, "Sequence-level ratio (GSPO, arXiv:2507.18071).", group=ALGORITHM)
-    use_cpg_loss: bool = option(False, "Clipped policy gradient with drift (CPGD, arXiv:2505.12504).", group=ALGORITHM)
+    use_gspo: bool = option(False, "Use one policy ratio per sequence (GSPO, arXiv:2507.18071).", group=ALGORITHM)
+    use_cpg_loss: bool = option(
+        False, "Use the clipped policy gradient with policy drift (CPGD, arXiv:2505.12504).", group=ALGORITHM
+    )
     policy_drift_coef: float = option(
         0.0,
-        "With --use_cpg_loss: weight of the drift from the policy that wrote the samples.",
+        "With --use_cpg_loss: weight of the drift from the policy that generated the samples.",
         group=ALGORITHM,
         rule=at_least_0,
     )
@@ -304,52 +340,62 @@ class StrategyConfig:
         rule=positive,
     )
     init_kl_coef: float = option(
-        0.01, "Weight of the KL to the reference model; 0 loads no reference model.", group=ALGORITHM, rule=at_least_0
+        0.01,
+        "Weight of the KL divergence from the reference model; 0: no reference model is loaded.",
+        group=ALGORITHM,
+        rule=at_least_0,
     )
-    kl_estimator: Literal["k1", "k2", "k3"] = option("k3", "Estimator of the KL.", group=ALGORITHM)
+    kl_estimator: Literal["k1", "k2", "k3"] = option("k3", "Estimator of the KL divergence.", group=ALGORITHM)
     use_kl_loss: bool = option(False, "Add the KL to the loss instead of the reward.", group=ALGORITHM)
-    kl_target: float | None = option(None, "Adapt the KL's weight toward this KL.", group=ALGORITHM, rule=positive)
+    kl_target: float | None = option(
+        None, "Adapt the KL's weight so that the KL approaches this value.", group=ALGORITHM, rule=positive
+    )
     kl_horizon: int = option(
         10000, "With --kl_target: samples over which the KL's weight adapts.", group=ALGORITHM, rule=at_least_1
     )
     entropy_coef: float = option(0.0, "Weight of an entropy bonus.", group=ALGORITHM, rule=at_least_0)
     high_entropy_token_ratio: float = option(
         0.0,
-        "Train on this share of tokens with the highest entropy; 0: on all (arXiv:2506.01939).",
+        "Train only on this fraction of tokens, those with the highest entropy (arXiv:2506.01939); 0: on all.",
         group=ALGORITHM,
         rule=share,
     )
     advantages_norm: bool = option(False, "Whiten advantages over the whole batch.", group=ALGORITHM)
     advantage_clip: float = option(
-        0.0, "Clip advantages to plus and minus this; 0: no clipping.", group=ALGORITHM, rule=at_least_0
+        0.0, "Clip advantages to this absolute value; 0: no clipping.", group=ALGORITHM, rule=at_least_0
     )
     importance_sampling_cap: float = option(
         0.0,
-        "Correct engine/trainer drift by importance weights truncated at this; 0: only measure.",
+        "Weight tokens by trainer/engine probability, at most this (truncated importance sampling); 0: off.",
         group=ALGORITHM,
         rule=at_least_0,
     )
     max_logprob_drift: float | None = option(
-        None, "Stop when the mean engine/trainer logprob difference exceeds this.", group=ALGORITHM, rule=positive
+        None,
+        "Stop the run when the mean difference between engine and trainer logprobs exceeds this.",
+        group=ALGORITHM,
+        rule=positive,
     )
 
     # ---- rewards
     reward: str | None = option(
-        None, "Rule rewards, or module:function; commas join several, name=weight weighs them.", group=REWARD
+        None,
+        "Reward rules by name, or module:function; several are separated by commas and weighted by name=weight.",
+        group=REWARD,
     )
-    remote_rm_url: str | None = option(
-        None, "URL of a reward server that speaks JSON; commas join several.", group=REWARD
-    )
-    reward_timeout: float = option(60.0, "Seconds that one reward call may take.", group=REWARD, rule=positive)
+    remote_rm_url: str | None = option(None, "URL of a reward server; several are separated by commas.", group=REWARD)
+    reward_timeout: float = option(60.0, "Longest time for one reward call, in seconds.", group=REWARD, rule=positive)
     reward_clip: float = option(
-        0.0, "Clip rewards to plus and minus this; 0: no clipping.", group=REWARD, rule=at_least_0
+        0.0, "Clip rewards to this absolute value; 0: no clipping.", group=REWARD, rule=at_least_0
     )
     reward_running_norm: bool = option(False, "Divide rewards by their running standard deviation.", group=REWARD)
-    reward_running_norm_minus_mean: bool = option(False, "Subtract the running mean as well.", group=REWARD)
+    reward_running_norm_minus_mean: bool = option(
+        False, "With --reward_running_norm: subtract the running mean first.", group=REWARD
+    )
     overlong_buffer: bool = option(False, "Penalize responses near the length limit (DAPO).", group=REWARD)
     overlong_buffer_len: int = option(
         1024,
-        "With --overlong_buffer: tokens before the limit over which the penalty grows.",
+        "With --overlong_buffer: number of tokens before the limit over which the penalty grows.",
         group=REWARD,
         rule=at_least_1,
     )
@@ -359,33 +405,35 @@ class StrategyConfig:
 
     # ---- output and logging
     output_dir: str = option(
-        "lightrft_runs/latest", "Folder of the run: config, metrics, plots, checkpoints, model.", group=OUTPUT
+        "lightrft_runs/latest",
+        "Folder for the run's configuration, metrics, plots, checkpoints and model.",
+        group=OUTPUT,
     )
-    log_dir: str | None = option(None, "Folder of plots and logs; default: --output_dir.", group=OUTPUT)
-    plot_every: int = option(10, "Plot response lengths every so many steps; -1: never.", group=OUTPUT, rule=every)
+    log_dir: str | None = option(None, "Folder for plots and logs; default: --output_dir.", group=OUTPUT)
+    plot_every: int = option(10, "Steps between plots of response lengths; -1: never.", group=OUTPUT, rule=every)
     save_steps: int = option(
-        -1, "Checkpoint every so many steps; -1: only at the end and on Ctrl-C.", group=OUTPUT, rule=every
+        -1, "Steps between checkpoints; -1: only at the end and on Ctrl-C.", group=OUTPUT, rule=every
     )
-    max_ckpt_num: int = option(3, "Checkpoints to keep.", group=OUTPUT, rule=at_least_1)
+    max_ckpt_num: int = option(3, "Number of checkpoints to keep.", group=OUTPUT, rule=at_least_1)
     max_ckpt_mem: float = option(
-        1e8, "Most space for checkpoints, in GB (10^9 bytes); the newest is always kept.", group=OUTPUT, rule=positive
+        1e8, "Disk space for checkpoints in GB (10^9 bytes); the newest is always kept.", group=OUTPUT, rule=positive
     )
     async_save: bool = option(False, "Write checkpoints in the background.", group=OUTPUT)
-    resume: bool = option(False, "Go on from the last whole checkpoint in --output_dir.", group=OUTPUT)
+    resume: bool = option(False, "Continue from the last complete checkpoint in --output_dir.", group=OUTPUT)
     save_trajectories: bool = option(
         False, "Write some prompts, responses and rewards of each step as JSONL.", group=OUTPUT
     )
     num_trajectories_to_save: int = option(
-        10, "With --save_trajectories: how many of them.", group=OUTPUT, rule=at_least_1
+        10, "With --save_trajectories: how many per step.", group=OUTPUT, rule=at_least_1
     )
-    use_tensorboard: bool | None = option(None, "Log to TensorBoard; default: where it is installed.", group=OUTPUT)
+    use_tensorboard: bool | None = option(None, "Log to TensorBoard; default: if it is installed.", group=OUTPUT)
     use_wandb: bool = option(False, "Log to Weights & Biases.", group=OUTPUT)
     use_trackio: bool = option(False, "Log to Trackio.", group=OUTPUT)
-    wandb_project: str = option("lightrft", "Project of wandb and trackio.", group=OUTPUT)
-    wandb_run_name: str | None = option(None, "Run name of wandb and trackio.", group=OUTPUT)
+    wandb_project: str = option("lightrft", "Project name for wandb and trackio.", group=OUTPUT)
+    wandb_run_name: str | None = option(None, "Run name for wandb and trackio.", group=OUTPUT)
 
-    # What from_args did not know; read it with get_extra_arg.
-    extra_args: dict[str, Any] = field(default_factory=dict, metadata={})
+    # Settings that from_args did not know; read them with get_extra_arg.
+    extra_args: dict[str, Any] = field(default_factory=dict)
 
     # ---- making one --------------------------------------------------------------------------------------------------
     @classmethod
@@ -431,7 +479,7 @@ class StrategyConfig:
         return {name: getattr(self, name) for name in FIELDS}
 
     def get_extra_arg(self, name: str, default: Any = None) -> Any:
-        """A setting that is none of ours, from the object that ``from_args`` read."""
+        """A setting that this class does not have, from the object that ``from_args`` read."""
         return self.extra_args.get(name, default)
 
     # ---- what follows from the settings ------------------------------------------------------------------------------
@@ -465,7 +513,7 @@ class StrategyConfig:
         """
         clean, unconverted = config_checks.convert(type(self), self.to_dict())
         config = StrategyConfig(**clean, extra_args=dict(self.extra_args))
-        if problems := config_checks.find_faults(config, FIELDS, unconverted, world_size):
+        if problems := config_checks.find_faults(config, unconverted, world_size):
             raise ConfigError(problems)
         return config
 
@@ -486,7 +534,7 @@ def field_groups() -> dict[str, list[str]]:
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML file's settings by name.
 
-    :raises ConfigError: it is no mapping, or has keys that no setting bears.
+    :raises ConfigError: it is not a mapping, or has keys that are not settings.
     """
     import yaml
 

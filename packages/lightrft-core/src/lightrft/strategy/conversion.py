@@ -1,4 +1,4 @@
-"""Checkpoints and hub folders, each into any other, one tensor at a time, in one process.
+"""Convert checkpoints and hub folders into each other, one tensor at a time, in one process.
 
 ::
 
@@ -6,9 +6,10 @@
     ds      a checkpoint whose state is in portable fragments, as DeepspeedStrategy writes it
     fsdp    a checkpoint whose state is in PyTorch's DCP, as FSDPV2Strategy writes it
 
-Read are these, and what the libraries themselves write: a bare DCP folder, DeepSpeed's ``engine.save_checkpoint``
-(with lightrft-deepspeed installed). Between checkpoints everything travels: weights, optimizer states, schedulers,
-client state and the ranks' random states. The result is written beside its place and renamed when it is whole.
+It also reads what the libraries themselves write: a plain DCP folder, DeepSpeed's ``engine.save_checkpoint`` (with
+lightrft-deepspeed installed). From checkpoint to checkpoint everything is converted: weights, optimizer states,
+schedulers, client state and the ranks' random states. The result is written to a temporary folder and renamed when it
+is complete.
 """
 
 from __future__ import annotations
@@ -44,10 +45,10 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "K
 
 
 class Progress(Protocol):
-    """Who wants to know how far a conversion is."""
+    """Receives the progress of a conversion."""
 
     def start(self, title: str, total: int) -> None:
-        """Some work begins, of ``total`` bytes."""
+        """Work of ``total`` bytes begins."""
         ...
 
     def advance(self, name: str, nbytes: int) -> None:
@@ -63,7 +64,7 @@ class _Quiet:
 
 @dataclass(frozen=True, kw_only=True)
 class Conversion:
-    """What a conversion did.
+    """The result of a conversion.
 
     :param read: format that was read. :param verified: every tensor was read back and compared.
     """
@@ -78,7 +79,7 @@ class Conversion:
     verified: bool
 
     def __str__(self) -> str:
-        checked = ", every one compared with its source" if self.verified else ""
+        checked = ", each compared with its source" if self.verified else ""
         return (
             f"{self.source} ({self.read}) -> {self.target} ({self.to}): {self.tensors} tensors, "
             f"{self.nbytes / 1e6:.1f} MB in {self.seconds:.1f} s{checked}"
@@ -87,7 +88,7 @@ class Conversion:
 
 @dataclass(kw_only=True)
 class _Input:
-    """What is to be converted. :param models: each model's folder. :param manifest: of our own checkpoints."""
+    """What is to be converted. :param models: each model's folder. :param manifest: of LightRFT's own checkpoints."""
 
     folder: Path
     models: dict[str, Path]
@@ -118,37 +119,37 @@ def convert(
 ) -> Conversion:
     """Convert a checkpoint or hub folder.
 
-    :param source: a checkpoint, a folder of checkpoints (the newest whole one is taken, or ``tag``), or a hub folder.
-    :param target: a new folder. :param force: replace it where it exists, once the new one is whole.
+    :param source: a checkpoint, a folder of checkpoints (the newest complete one is taken, or ``tag``), or a hub
+        folder.
+    :param target: a new folder. :param force: replace an existing one, once the new one is complete.
     :param expect: refuse a source of another kind ("hf", "ds", "fsdp").
     :param model: which model of a checkpoint that holds several; needed for ``to="hf"`` unless there is an actor. For a
         hub folder: the name that its model gets in the checkpoint (default: what ``save_ckpt(model)`` calls it).
-    :param pretrain: a folder with the model's config.json, where the checkpoint does not hold one; its tokenizer comes
-        along.
-    :param dtype: cast floating-point weights (``to="hf"``); None keeps the precision that they are stored in.
+    :param pretrain: a folder with the model's config.json, if the checkpoint has none; its tokenizer is copied too.
+    :param dtype: cast floating-point weights (``to="hf"``); None keeps their stored precision.
     :param max_shard_size: of one safetensors file, such as "5GB" (10^9 bytes each), "500MB", or bytes.
     :param verify: read every tensor back and compare.
     :raises CheckpointError: whatever is wrong with the source, or the target exists.
-    :raises ValueError: an option that does not fit.
+    :raises ValueError: an option that is not supported here.
     """
     begun = time.monotonic()
     source, target, progress = Path(source), Path(target).absolute(), progress or _Quiet()
     max_bytes = parse_size(max_shard_size)
     if dtype is not None and to != "hf":
-        raise ValueError(f"dtype: {to} checkpoints keep the precision that training needs; a cast is for to='hf'")
+        raise ValueError(f"dtype: {to} checkpoints keep the precision that training needs; only to='hf' can cast")
     if target.exists() and not force:
         raise CheckpointError(f"{target}: exists; choose another folder, or replace it with --force")
     if source.absolute().is_relative_to(target):
-        raise CheckpointError(f"{target}: holds what is to be converted, {source}; choose another folder")
+        raise CheckpointError(f"{target}: contains the source, {source}; choose another folder")
     given = _find(source, tag)
     _open(given, model, Path(pretrain) if pretrain is not None else None, to)
     if expect is not None and (kind := KIND_OF_FORMAT.get(given.read, given.read)) != expect:
         raise CheckpointError(
-            f"{given.folder}: is a {kind} source ({given.read}), not {expect}; `lightrft convert` takes any"
+            f"{given.folder}: is a {kind} source ({given.read}), not {expect}; `lightrft convert` accepts any"
         )
     if KIND_OF_FORMAT.get(given.read) == to == "hf":
         raise CheckpointError(
-            f"{given.folder}: is a hub folder already; say what to make of it with --to ds or --to fsdp"
+            f"{given.folder}: is a Hugging Face folder already; choose what to make with --to ds or --to fsdp"
         )
     with _staged(target, _bytes_needed(given, to, dtype)) as staging:
         if to == "hf":
@@ -170,7 +171,7 @@ def convert(
 def parse_size(size: str | int) -> int:
     """Bytes of "5GB", "500 MB", "2GiB" or a plain number.
 
-    :raises ValueError: anything else, or nothing.
+    :raises ValueError: anything else.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(size), re.IGNORECASE)
     if (
@@ -178,7 +179,7 @@ def parse_size(size: str | int) -> int:
         or match[2].upper() not in _UNITS
         or (nbytes := int(float(match[1]) * _UNITS[match[2].upper()])) < 1
     ):
-        raise ValueError(f"--max_shard_size {size}: a size such as 5GB, 500MB or 2GiB is wanted")
+        raise ValueError(f"--max_shard_size {size}: must be a size such as 5GB, 500MB or 2GiB")
     return nbytes
 
 
@@ -188,17 +189,17 @@ def trace_hub(pretrain: Path) -> tuple[HubRecord, dict[str, tuple[int, ...]]]:
     :raises CheckpointError: the folder has no configuration, or transformers is not installed.
     """
     if not (pretrain / hub_files.CONFIG).is_file():
-        raise CheckpointError(f"{pretrain}: has no {hub_files.CONFIG}; --pretrain wants a model's folder")
+        raise CheckpointError(f"{pretrain}: has no {hub_files.CONFIG}; --pretrain must be a model's folder")
     try:
         import transformers
     except ImportError as error:
-        raise CheckpointError("the hub's names come from transformers: pip install transformers") from error
+        raise CheckpointError("names on the hub need transformers: pip install transformers") from error
     config: Any = transformers.AutoConfig.from_pretrained(pretrain)
     architecture = (config.architectures or ["AutoModelForCausalLM"])[0]
     found: Any = getattr(transformers, architecture, None)
     if found is None:
         raise CheckpointError(
-            f"{pretrain}: its architecture {architecture} is none of transformers {transformers.__version__}"
+            f"{pretrain}: transformers {transformers.__version__} does not have its architecture {architecture}"
         )
     with torch.device("meta"):
         built = found.from_config(config) if hasattr(found, "from_config") else found(config)
@@ -208,13 +209,13 @@ def trace_hub(pretrain: Path) -> tuple[HubRecord, dict[str, tuple[int, ...]]]:
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
 def _find(source: Path, tag: str | None) -> _Input:
-    """The folder that is meant."""
+    """The folder to convert."""
     if not source.is_dir():
         raise CheckpointError(f"{source}: no such folder")
     folder = source / tag if tag is not None else source
-    if tag is None and not (source / folders.MANIFEST).is_file() and (tags := folders.whole_checkpoints(source)):
-        newest = (source / folders.LATEST).read_text().strip() if (source / folders.LATEST).is_file() else ""
-        folder = source / (newest if newest in tags else tags[0])
+    if tag is None and not (source / folders.MANIFEST).is_file():
+        whole = (source / name for name in folders.candidates(source, None) if folders.is_ours(source / name))
+        folder = next(whole, source)
     if (folder / folders.MANIFEST).is_file():
         if problem := folders.damage(folder):
             raise CheckpointError(f"{folder}: {problem}")
@@ -231,7 +232,7 @@ def _find(source: Path, tag: str | None) -> _Input:
 
 
 def _open(given: _Input, model: str | None, pretrain: Path | None, to: str) -> None:
-    """Open the models that are wanted, and find their hub tensors."""
+    """Open the models to convert, and find their hub tensors."""
     hub = given.manifest is None and format_of(given.folder) is None
     if hub:
         given.models = {model or checkpoint.DEFAULT_NAME: given.folder}
@@ -268,7 +269,7 @@ def _to_hub(
     record = given.records[name]
     if record is None or not given.companions[name]:
         raise CheckpointError(
-            f"{given.folder}: does not say what its model is on the hub; name a folder with its config.json: "
+            f"{given.folder}: does not tell which model it is; give a folder with the model's config.json: "
             "--pretrain DIR"
         )
     source = source.weights_alone()
@@ -347,7 +348,7 @@ def _copy_rest(given: _Input, name: str, folder: Path) -> None:
 
 
 def _name_dtype(config: Path, source: StateSource, dtype: torch.dtype | None) -> None:
-    """Let the configuration say what the weights are now, where they are all alike."""
+    """Set the configuration's dtype to that of the weights, if they have one in common."""
     kinds = {hub_files.cast_dtype(entry.dtypes[WEIGHT], dtype) for entry in source.entries.values()}
     floating = {kind for kind in kinds if kind.is_floating_point}
     if len(floating) == 1:
@@ -358,7 +359,7 @@ def _name_dtype(config: Path, source: StateSource, dtype: torch.dtype | None) ->
 
 
 def _bytes_needed(given: _Input, to: str, dtype: torch.dtype | None) -> int:
-    """What the target will take, about: weights alone for the hub."""
+    """Approximate size of the target: only weights for a hub folder."""
     return sum(
         _nbytes(entry.shape, own, dtype)
         for source in given.sources.values()
@@ -394,7 +395,7 @@ def _verify_state(source: StateSource, written: StateSource, progress: Progress)
     for name, entry in source.entries.items():
         there = written.entries[name]
         if (entry.shape, entry.step, dict(entry.dtypes)) != (there.shape, there.step, dict(there.dtypes)):
-            raise CheckpointError(f"{written.folder}: {name} was written as {there}, it is {entry}")
+            raise CheckpointError(f"{written.folder}: {name} was read back as {there}, expected {entry}")
         for kind in entry.dtypes:
             wanted = source.read(name, kind)
             _same_bits(written.folder, f"{kind} of {name}", wanted, written.read(name, kind))
@@ -403,20 +404,20 @@ def _verify_state(source: StateSource, written: StateSource, progress: Progress)
 
 def _same_names(folder: Path, wanted: set[str], found: set[str]) -> None:
     if different := sorted(wanted ^ found):
-        raise CheckpointError(f"{folder}: {different[0]} is {'missing' if different[0] in wanted else 'one too many'}")
+        raise CheckpointError(f"{folder}: {different[0]} is {'missing' if different[0] in wanted else 'unexpected'}")
 
 
 def _same_bits(folder: Path, name: str, wanted: torch.Tensor, found: torch.Tensor) -> None:
     if wanted.dtype != found.dtype or byte_view(wanted) != byte_view(found):
-        raise CheckpointError(f"{folder}: {name} differs from its source: the disk or the memory altered it")
+        raise CheckpointError(f"{folder}: {name} differs from its source: disk or memory corrupted it")
 
 
 @contextmanager
 def _staged(target: Path, needed: int) -> Iterator[Path]:
-    """A folder beside ``target`` that takes its place when the block ends well, and is gone when it does not.
+    """A temporary folder that replaces ``target`` if the block succeeds, and is removed if not.
 
     :param needed: bytes that it will take, about.
-    :raises CheckpointError: it could not be written; where the disk is full, how much was missing.
+    :raises CheckpointError: it could not be written; for a full disk, how much space was missing.
     """
     staging = target.with_name(f".{target.name}.partial")
     shutil.rmtree(staging, ignore_errors=True)

@@ -14,9 +14,11 @@ class ResumableSampler(Sampler[int]):
     """Indices of one data rank. Rank ``r`` of ``w`` takes every ``w``-th of a permutation that all ranks share, so that
     the samples of a global batch do not depend on how many ranks share it.
 
-    Its state is the epoch and the count of samples consumed *by all ranks*, so that it fits another world size.
+    Its state is the epoch and the number of samples consumed *by all ranks*, so that it can be used with another world
+    size.
 
-    :param drop_last: cut the end that does not fill every rank; False repeats samples from the front instead.
+    :param drop_last: drop samples at the end so that all ranks have equally many; False repeats some from the start
+        instead.
     """
 
     def __init__(
@@ -37,7 +39,7 @@ class ResumableSampler(Sampler[int]):
         self.consumed = consumed_samples % per_epoch if per_epoch else 0
 
     def set_epoch(self, epoch: int, consumed_samples: int = 0) -> None:
-        """Start ``epoch``, skipping what all ranks together have consumed of it."""
+        """Start ``epoch``, skipping the samples of it that all ranks together have consumed."""
         self.epoch, self.consumed = epoch, consumed_samples
 
     def state_dict(self) -> dict[str, int]:
@@ -100,7 +102,7 @@ def make_dataloader(
         )
     elif consumed_samples:
         raise ValueError(
-            "setup_dataloader: consumed_samples works with the strategy's own sampler; set your sampler's position"
+            "setup_dataloader: consumed_samples works only with the strategy's own sampler; set the position of yours"
         )
     return StatefulDataLoader(
         data, batch_size=batch_size, sampler=sampler, drop_last=drop_last, collate_fn=collate_fn, pin_memory=pin_memory

@@ -1,8 +1,8 @@
 """Training state in PyTorch's Distributed Checkpoint format (DCP), read and written without a process group.
 
 Keys are ``weight/NAME``, ``exp_avg/NAME``, ``exp_avg_sq/NAME`` and ``step/NAME``; keys of any other form are taken for
-weights. DCP pickles its metadata: it is read here by an unpickler that knows nothing but DCP's own records, and tensors
-are read weights-only.
+weights. DCP pickles its metadata: it is read here by an unpickler restricted to DCP's own records, and tensors are read
+weights-only.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ _PATHS = {"PosixPath": PurePosixPath, "PurePosixPath": PurePosixPath, "WindowsPa
 def open_dcp(folder: Path) -> StateSource:
     """Read the metadata.
 
-    :raises CheckpointError: it is missing, damaged, holds anything but tensors, or tensors cut along another axis than
-        the first.
+    :raises CheckpointError: it is missing or damaged, or has anything but tensors that are sharded along the first
+        axis.
     """
     metadata = read_metadata(folder)
     dtypes: dict[str, dict[str, torch.dtype]] = {}
@@ -73,7 +73,7 @@ def open_dcp(folder: Path) -> StateSource:
         pieces[name, kind] = placed
     for name, kinds in dtypes.items():
         if WEIGHT not in kinds:
-            raise CheckpointError(f"{folder}: holds {', '.join(kinds)} of {name}, and no weight")
+            raise CheckpointError(f"{folder}: holds {', '.join(kinds)} of {name}, but no weight")
     entries = {
         name: TensorEntry(
             shape=shapes[name], dtypes=dtypes[name], step=int(steps[name][1].read()) if name in steps else 0
@@ -84,7 +84,7 @@ def open_dcp(folder: Path) -> StateSource:
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """A DCP folder's metadata, without running anything that the file may name.
+    """A DCP folder's metadata, without running any code that the file may name.
 
     :raises CheckpointError: it is missing, damaged, or lists anything but tensors.
     """
@@ -98,13 +98,13 @@ def read_metadata(folder: Path) -> Metadata:
         raise CheckpointError(f"{path}: holds a {type(metadata).__name__}, not a checkpoint's metadata")
     for name, item in metadata.state_dict_metadata.items():
         if not isinstance(item, TensorStorageMetadata):
-            raise CheckpointError(f"{path}: {name} is no tensor: only tensors are loaded")
+            raise CheckpointError(f"{path}: {name} is not a tensor: only tensors can be loaded")
     return metadata
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Chunk(FilledByReading):
-    """Rows of one tensor, which DCP has written with ``torch.save`` somewhere in a file."""
+    """Rows of one tensor, which DCP has written with ``torch.save`` into a part of a file."""
 
     path: Path
     key: str
@@ -132,16 +132,16 @@ def _pieces(folder: Path, metadata: Metadata, key: str, item: TensorStorageMetad
     for chunk in item.chunks:
         if chunk.sizes[1:] != item.size[1:]:
             raise CheckpointError(
-                f"{folder}: {key} is cut along another axis than the first, which is not readable here"
+                f"{folder}: {key} is sharded along an axis other than the first, which is not supported"
             )
         try:
             stored = metadata.storage_data[MetadataIndex(key, chunk.offsets)]
             path = folder / str(stored.relative_path)
             if path.parent != folder:
-                raise CheckpointError(f"{folder}: {key} is said to lie in {stored.relative_path}, outside this folder")
+                raise CheckpointError(f"{folder}: {key} is stored in {stored.relative_path}, outside this folder")
             where = _Chunk(path=path, key=key, offset=stored.offset, length=stored.length, numel=chunk.sizes.numel())
         except (KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{folder / METADATA}: does not say where {key} lies: {error!r}") from error
+            raise CheckpointError(f"{folder / METADATA}: does not say where {key} is stored: {error!r}") from error
         placed.append((chunk.offsets[0] * row if chunk.offsets else 0, where))
     return placed
 
@@ -152,7 +152,7 @@ class _Unpickler(pickle.Unpickler):
             return super().find_class(module, name)
         if module == "torch" and isinstance(kind := getattr(torch, name, None), torch.dtype):
             return kind
-        if module.startswith("pathlib") and name in _PATHS:  # where it was written; nobody opens it
+        if module.startswith("pathlib") and name in _PATHS:  # where it was written; not opened
             return _PATHS[name]
         raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
 
@@ -201,7 +201,7 @@ class _SealedFiles(FileSystem):
 def write_source(
     source: StateSource, folder: Path, *, progress: Callable[[str, int], None] = lambda name, nbytes: None
 ) -> Seals:
-    """Write everything of another source, from this process alone, one tensor at a time.
+    """Write everything of another source, only from this process, one tensor at a time.
 
     :param progress: told each tensor's key and bytes.
     :return: seals of the files.
@@ -219,9 +219,9 @@ def write_source(
 
 
 class _FileByFile(dcp.FileSystemWriter):
-    """Begins another file before one holds more than the largest tensor.
+    """Starts a new file before one gets larger than the largest tensor.
 
-    DCP's writer keeps the tensors of a file in memory until it is whole, and would put all of them into one.
+    DCP's writer keeps the tensors of a file in memory until it is complete, and would put all of them into one.
     """
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
@@ -247,7 +247,7 @@ def _nbytes(item: WriteItem) -> int:
 
 
 class _FromSource(DefaultSavePlanner):
-    """Resolves a planned tensor when it is written, not before."""
+    """Reads a planned tensor only when it is written."""
 
     def __init__(self, source: StateSource, progress: Callable[[str, int], None]) -> None:
         super().__init__(flatten_state_dict=False)
@@ -264,6 +264,6 @@ class _FromSource(DefaultSavePlanner):
 
 
 def plain_error(folder: Path, done: str, error: CheckpointException) -> CheckpointError:
-    """DCP's exception is no Exception; ours is, and says which rank failed and why."""
+    """DCP's error is not an Exception; turn it into one of ours, which says which rank failed and why."""
     ranks = "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in sorted(error.failures.items()))
     return CheckpointError(f"{folder} could not be {done}: {ranks}")

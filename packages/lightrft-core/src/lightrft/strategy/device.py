@@ -11,7 +11,7 @@ import torch
 def local_device(local_rank: int = -1) -> torch.device:
     """This rank's accelerator, or the CPU where there is none.
 
-    :param local_rank: chooses where LOCAL_RANK is not set; -1: the first.
+    :param local_rank: used if LOCAL_RANK is not set; -1: the first.
     """
     if not torch.accelerator.is_available():
         return torch.device("cpu")
@@ -22,7 +22,7 @@ def local_device(local_rank: int = -1) -> torch.device:
 
 
 def process_group_backend(device: torch.device) -> str:
-    """gloo on a CPU; on an accelerator its own library for tensors there, and gloo beside it for tensors on the CPU."""
+    """gloo on a CPU; on an accelerator its own library for tensors there, and gloo for tensors on the CPU."""
     if device.type == "cpu":
         return "gloo"
     return f"cpu:gloo,{device.type}:{torch.distributed.get_default_backend_for_device(device)}"
@@ -41,13 +41,13 @@ def empty_cache(device: torch.device) -> None:
 
 
 def widens_products(device: torch.device) -> bool:
-    """Can ``torch.mm`` there take 16-bit factors and give fp32 (``out_dtype``), on its tensor cores?"""
+    """Whether ``torch.mm`` there multiplies 16-bit matrices into fp32 (``out_dtype``), on tensor cores."""
     return device.type == "cuda"
 
 
 @functools.cache
 def multiplies(device: torch.device, dtype: torch.dtype) -> bool:
-    """Are products of matrices of this dtype as fast there as float32's? Not on CPUs without instructions for them."""
+    """Whether matrix products in this dtype are as fast there as in float32: not on every CPU."""
     if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
         return True
     name = "bf16" if dtype == torch.bfloat16 else "fp16"
@@ -56,18 +56,18 @@ def multiplies(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def runs_triton(device: torch.device) -> bool:
-    """Do Triton's kernels run there, where Triton is installed?"""
+    """Whether Triton is installed and runs there."""
     return device.type == "cuda"
 
 
 @functools.cache
 def attends_in_segments(device: torch.device, dtype: torch.dtype) -> bool:
-    """Has torch a kernel of its own there for the attention of rows of several lengths, forward and backward?"""
+    """Whether torch has its own variable-length attention kernel there, forward and backward."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def replays_graphs(device: torch.device) -> bool:
-    """Can kernels be recorded there as a graph (a CUDA graph) and replayed?"""
+    """Whether kernels can be captured and replayed there as a graph (a CUDA graph)."""
     return device.type == "cuda"

@@ -1,4 +1,4 @@
-"""Folders on a disk: how one takes the place of another, and what to say when the disk is full meanwhile."""
+"""Folders on a disk: replacing one by another, and explaining a full disk."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from safetensors import SafetensorError
 from .blame import is_lost_peer
 from .errors import CheckpointError
 
-# Libraries written in C++ and Rust raise errors of their own, with the system's words in them; torch's writer only
-# notices that less was written than it gave.
+# Libraries written in C++ and Rust raise their own errors with the system's message in them; torch's writer only
+# notices that not all bytes were written.
 _FULL = ("no space left", "quota exceeded", "file too large", "unexpected pos")
 _FULL_NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
 def explain_write(staging: Path, target: Path, needed: int) -> Iterator[None]:
-    """Within it ``staging`` is filled, to become ``target``. What goes wrong there is a :class:`CheckpointError`.
+    """Wraps the filling of ``staging``, which will become ``target``: its errors become a :class:`CheckpointError`.
 
-    :param needed: bytes that the whole will take, about.
-    :raises CheckpointError: a file could not be written; where the disk is full, how much was missing.
+    :param needed: bytes that it will take in all, about.
+    :raises CheckpointError: a file could not be written; for a full disk, how much space was missing.
     """
     try:
         yield
@@ -33,12 +33,12 @@ def explain_write(staging: Path, target: Path, needed: int) -> Iterator[None]:
             raise
         shortage = f". {describe_shortage(staging, needed)}" if is_full(error) else ""
         raise CheckpointError(
-            f"{target} could not be written: {error}{shortage}. What was there before is untouched"
+            f"{target} could not be written: {error}{shortage}. What was there before is unchanged"
         ) from error
 
 
 def is_full(error: BaseException) -> bool:
-    """Does an error, or one that caused it, say that a disk, a quota or a limit is exhausted?"""
+    """Whether an error, or one of its causes, says that a disk, a quota or a limit is exhausted."""
     cause: BaseException | None = error
     while cause is not None:
         if getattr(cause, "errno", None) in _FULL_NUMBERS or any(sign in str(cause).lower() for sign in _FULL):
@@ -48,13 +48,13 @@ def is_full(error: BaseException) -> bool:
 
 
 def describe_shortage(staging: Path, needed: int) -> str:
-    """How much was needed, there, and missing, while what was written still lies in ``staging``."""
+    """How much space was needed, available and missing; call it before ``staging`` is removed."""
     there = next(folder for folder in (staging, *staging.parents) if folder.exists())  # the disk may lack room for it
     room = shutil.disk_usage(there).free + folder_size(staging)
     if room >= needed:
         return (
             f"It takes about {human_bytes(needed)}, and the disk has room for {human_bytes(room)}: "
-            "a quota or a limit on file sizes is in the way (ulimit -f)"
+            "a quota or a limit on file sizes (ulimit -f) prevents it"
         )
     return (
         f"It takes about {human_bytes(needed)}, there was room for {human_bytes(room)}: "
@@ -63,7 +63,7 @@ def describe_shortage(staging: Path, needed: int) -> str:
 
 
 def replace_folder(staging: Path, target: Path) -> None:
-    """Put the new folder where the old one is; the old one goes last."""
+    """Put the new folder in place of the old one, which is removed last."""
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():

@@ -1,4 +1,4 @@
-"""The interface of a rollout engine, and the contract that the base class keeps for every one of them.
+"""The interface of a rollout engine, and the checks that the base class makes for all engines.
 
 An engine implements the underscored hooks; the public methods check lifecycle, names and counts around them, so
 that a missing tensor or a sleeping engine is the same error everywhere.
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
-from .engine_checks import one_rank_only
+from .engine_checks import check_room, one_rank_only
 from .errors import EngineStateError, NotBuiltError, RolloutError, WeightSyncError
 from .lifecycle import EngineState, Lifecycle, Resource, Weights
 from .sampling import SamplingParams
@@ -36,14 +36,14 @@ class EngineCapabilities:
     :param devices: device types that it runs on.
     :param tensor_parallel: sizes above 1 are possible.
     :param sleep_levels: which of level 1 (weights kept on the host) and level 2 (weights dropped) exist.
-    :param keeps_kv_cache_on: device types on which a sleeping engine cannot give its KV cache's memory back.
+    :param keeps_kv_cache_on: device types on which a sleeping engine keeps its KV cache's memory.
     :param multimodal: takes images.
     :param logprobs: returns the sampled tokens' logprobs under the distribution they were drawn from.
     :param seeds: honours a seed for each request.
-    :param readback: can show elements of the weights that it holds (see :meth:`RolloutEngine.sample_weights`).
+    :param readback: can return elements of its weights (see :meth:`RolloutEngine.sample_weights`).
     :param needs_model: cannot start without a model's folder or configuration.
-    :param requires: the distribution that it needs and the range that was tested, for example "vllm>=0.30,<0.33"; where
-        one of several will do, joined by " or ".
+    :param requires: the distribution that it needs and the range that was tested, for example "vllm>=0.30,<0.33"; if
+        one of several suffices, joined by " or ".
     """
 
     devices: tuple[str, ...] = ("cpu", "cuda")
@@ -63,13 +63,14 @@ class EngineSpec:
     """All that an engine needs to start.
 
     :param pretrain: folder or hub name of the model. None: build from ``model_config`` and wait for the first update.
-    :param model_config: a transformers configuration, for an engine born without weights.
+    :param model_config: a transformers configuration, for an engine that starts without weights.
     :param dtype: the dtype of its weights.
     :param memory_utilization: share of the device's memory for weights and KV cache, 0 to 1.
     :param max_model_len: longest prompt plus response in tokens; None: the model's own limit.
     :param max_batch_size: most sequences decoded at once; None: the engine decides.
-    :param max_images: most images a prompt; None: no limit.
-    :param call_timeout: seconds after which a call that hangs inside the engine is given up; None: the engine's own.
+    :param max_images: most images in a prompt; None: no limit.
+    :param call_timeout: seconds after which a call that hangs inside the engine is abandoned; None: the engine's
+        default.
     :param extra: options that only this engine knows.
     """
 
@@ -90,7 +91,7 @@ class EngineSpec:
 
     @classmethod
     def of(cls, config: StrategyConfig, device: torch.device, **fields: Any) -> EngineSpec:
-        """A spec with what the settings say of any engine. :param fields: what is this one's own."""
+        """A spec with the settings that concern all engines. :param fields: those of this engine."""
         return cls(
             dtype=getattr(torch, config.dtype_name),
             device=device,
@@ -107,7 +108,7 @@ class EngineSpec:
 class GenerationRequest:
     """One sample to draw. ``sampling.n`` is 1 and ``sampling.seed`` is this sample's own.
 
-    A text request brings ``prompt_token_ids``. A multimodal one brings ``prompt`` (text with one placeholder for each
+    A text request has ``prompt_token_ids``. A multimodal one has ``prompt`` (text with one placeholder for each
     image) or ``prompt_token_ids`` (one image placeholder id each), and ``images``.
     """
 
@@ -120,7 +121,7 @@ class GenerationRequest:
         if self.prompt_token_ids is None and self.prompt is None:
             raise ValueError("a request needs prompt_token_ids or prompt")
         if self.sampling.n != 1:
-            raise ValueError(f"sampling.n = {self.sampling.n}: an engine's request is one sample; send n requests")
+            raise ValueError(f"sampling.n = {self.sampling.n}: a request to an engine is one sample; send n requests")
 
 
 @dataclass(kw_only=True)
@@ -129,10 +130,10 @@ class GenerationOutput:
 
     :param prompt_token_ids: as the model saw them (image placeholders expanded).
     :param output_token_ids: sampled tokens, the end token included.
-    :param logprobs: natural-log probability of each output token under the distribution it was drawn from; None where
-        they were not asked for.
+    :param logprobs: natural-log probability of each output token under the distribution it was drawn from; None if
+        they were not requested.
     :param finish_reason: "stop" (end or stop token), "length" (max_tokens or the context), or "abort".
-    :param weight_version: the weights that wrote it.
+    :param weight_version: version of the weights that generated it.
     """
 
     request_id: RequestId
@@ -144,11 +145,11 @@ class GenerationOutput:
 
 
 class RolloutEngine(ABC):
-    """Writes rollouts. Subclass it, implement the hooks, name it in the entry-point group ``lightrft.engines``.
+    """Generates rollouts. Subclass it, implement the hooks, register it in the entry-point group ``lightrft.engines``.
 
     :cvar name: the value of ``--engine_type``.
     :cvar placement: "spmd": every rank of a tensor-parallel group runs it with the same requests; "leader": the group's
-        first rank owns it; "remote": it lives in another process that the leader talks to.
+        first rank has it; "remote": it is in another process that the leader talks to.
     """
 
     name: ClassVar[str]
@@ -195,19 +196,14 @@ class RolloutEngine(ABC):
     def submit(self, requests: Sequence[GenerationRequest]) -> list[RequestId]:
         """Queue requests; returns their ids in order.
 
-        :raises StaleWeightsError: the weights are not whole. :raises EngineStateError: asleep or not started.
-        :raises ValueError: a prompt leaves no room in the context, or brings images to a text engine.
+        :raises StaleWeightsError: the weights are incomplete. :raises EngineStateError: asleep or not started.
+        :raises ValueError: a prompt leaves no room in the context, or has images for a text engine.
         """
         self.lifecycle.check_generate()
         for request in requests:
             if request.images and not self.capabilities.multimodal:
-                raise ValueError(f"engine {self.name!r} takes no images; use one that does, or send text only")
-            length, limit = len(request.prompt_token_ids or ()), self.spec.max_model_len
-            if limit is not None and length >= limit:
-                raise ValueError(
-                    f"a prompt of {length} tokens leaves no room for a response in a context of {limit}: "
-                    "shorten it (--prompt_max_len) or give the engine a longer context (--max_model_len)"
-                )
+                raise ValueError(f"engine {self.name!r} takes no images; use one that does, or send only text")
+            check_room(len(request.prompt_token_ids or ()), self.spec.max_model_len)
         ids = [f"{self.name}-{next(self._ids)}" for _ in requests]
         self._submit(dict(zip(ids, requests, strict=True)))
         return ids
@@ -220,17 +216,17 @@ class RolloutEngine(ABC):
         return self._poll(until, timeout)
 
     def abort(self, ids: Sequence[RequestId]) -> None:
-        """Give up requests; those that had not finished come back with finish_reason "abort"."""
+        """Cancel requests; those that have not finished are returned with finish_reason "abort"."""
         self._abort(ids)
 
     def generate(self, requests: Sequence[GenerationRequest], timeout: float | None = None) -> list[GenerationOutput]:
-        """Submit and wait: one output a request, in their order.
+        """Submit and wait: one output per request, in their order.
 
         :raises RolloutError: the engine returned fewer, more or other outputs than were asked for.
         """
         ids = self.submit(requests)
         outputs = {output.request_id: output for output in self.poll("all", timeout)}
-        self._finished.update({i: output for i, output in outputs.items() if i not in set(ids)})  # somebody else's
+        self._finished.update({i: output for i, output in outputs.items() if i not in set(ids)})  # of another caller
         if lost := [i for i in ids if i not in outputs]:
             raise RolloutError(
                 f"engine {self.name!r} returned {len(ids) - len(lost)} of {len(ids)} outputs; "
@@ -250,7 +246,8 @@ class RolloutEngine(ABC):
         """Open an update: the engine checks the manifest against what it expects and says what must travel together.
 
         :raises EngineStateError: an update is under way, or the weights' memory is released.
-        :raises WeightSyncError: names or shapes differ from the engine's model (all differences named), or come twice.
+        :raises WeightSyncError: names or shapes differ from the engine's model (all differences named), or are listed
+            twice.
         """
         counts = Counter(spec.name for spec in specs)
         if twice := [name for name, count in counts.items() if count > 1]:
@@ -265,15 +262,15 @@ class RolloutEngine(ABC):
         return plan
 
     def load_bucket(self, bucket: WeightBucket) -> None:
-        """Take one bucket. Its memory is used again after the call returns.
+        """Load one bucket. Its memory is reused after the call returns.
 
-        :raises WeightSyncError: a tensor is unknown, doubled, or has another shape or dtype than announced.
+        :raises WeightSyncError: a tensor is unknown, sent twice, or has another shape or dtype than announced.
         """
         self._open_update().receive(bucket)
         self._load_bucket(bucket)
 
     def finish_update(self) -> SyncReceipt:
-        """Close the update: all tensors must have come. Caches that hold old weights' results are reset.
+        """Close the update: all tensors must have been sent. Caches with results of the old weights are reset.
 
         :raises WeightSyncError: tensors are missing; the weights stay partial.
         """
@@ -286,7 +283,7 @@ class RolloutEngine(ABC):
         return ledger.receipt()
 
     def abort_update(self) -> None:
-        """Break an update off. The engine refuses to generate until a whole one has come."""
+        """Abort an update. The engine refuses to generate until a complete one has succeeded."""
         if self._update is not None:
             self._update = None
             self._abort_update()
@@ -301,24 +298,24 @@ class RolloutEngine(ABC):
         """Elements that the engine holds now, by hub name and flat position (int64), on the CPU.
 
         :param positions: such as :meth:`local_positions` returns.
-        :raises NotBuiltError: this engine cannot show its weights (``capabilities.readback`` is False).
+        :raises NotBuiltError: this engine cannot read its weights back (``capabilities.readback`` is False).
         """
         raise NotBuiltError(f"engine {self.name!r} cannot read its weights back")
 
     def local_positions(self, positions: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
         """Those of ``positions`` that this rank's part of the engine holds, in their order; by default all of them.
 
-        An engine that splits a model over ranks overrides it: the ranks together hold everything.
+        An engine that splits a model over ranks overrides it: together the ranks hold everything.
         """
         return positions
 
     # ---- memory -----------------------------------------------------------------------------------------------------
     def release(self, what: Resource, *, keep: bool = True) -> int:
-        """Give memory back. Weights go to the host (``keep``) or are dropped. Returns the bytes freed on the device."""
+        """Free memory. Weights are moved to the host (``keep``) or discarded. Returns the bytes freed on the device."""
         return self._release(what, keep) if self.lifecycle.released(what, keep=keep) else 0
 
     def restore(self, what: Resource) -> None:
-        """Take memory back. Dropped weights come back as memory only: a whole update must fill it."""
+        """Allocate the memory again. Discarded weights get only memory: a complete update must fill it."""
         had = self.lifecycle.state.weights
         if self.lifecycle.restored(what):
             self._restore(what, values=what == "kv_cache" or had is Weights.OFFLOADED)
@@ -330,7 +327,7 @@ class RolloutEngine(ABC):
 
     @abstractmethod
     def _generate(self, requests: Mapping[RequestId, GenerationRequest]) -> list[GenerationOutput]:
-        """Write one output for each request. An asynchronous engine overrides _submit, _poll and _abort instead."""
+        """Generate one output for each request. An asynchronous engine overrides _submit, _poll and _abort instead."""
 
     @abstractmethod
     def _plan_update(
@@ -352,13 +349,13 @@ class RolloutEngine(ABC):
     def _shutdown(self) -> None: ...
 
     def _finish_update(self) -> None:
-        """Whatever must happen once all tensors are in."""
+        """Called when all tensors have been loaded."""
 
     def _abort_update(self) -> None:
-        """Whatever must happen when an update is broken off."""
+        """Called when an update is aborted."""
 
     def _reset_caches(self) -> None:
-        """Forget results of the old weights: prefix, multimodal and encoder caches."""
+        """Clear results of the old weights: prefix, multimodal and encoder caches."""
 
     def _submit(self, requests: Mapping[RequestId, GenerationRequest]) -> None:
         self._waiting.update(requests)
@@ -392,7 +389,7 @@ def _drain(outputs: dict[RequestId, GenerationOutput]) -> Iterator[GenerationOut
 
 
 class _UpdateLedger:
-    """What an update announced, and what has come of it."""
+    """The tensors that an update announced, and those that were sent."""
 
     def __init__(self, plan: UpdatePlan) -> None:
         self.plan = plan
@@ -408,11 +405,11 @@ class _UpdateLedger:
             if spec is None:
                 raise WeightSyncError(f"bucket {bucket.index}: tensor {name} was not announced")
             if name in self.received:
-                raise WeightSyncError(f"bucket {bucket.index}: tensor {name} came twice")
+                raise WeightSyncError(f"bucket {bucket.index}: tensor {name} was sent twice")
             if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
                 raise WeightSyncError(
                     f"bucket {bucket.index}: tensor {name} is {tuple(tensor.shape)} {tensor.dtype}, "
-                    f"announced was {spec.shape} {spec.dtype}"
+                    f"but announced as {spec.shape} {spec.dtype}"
                 )
             self.received.add(name)
         self.nbytes += bucket.nbytes
@@ -421,7 +418,7 @@ class _UpdateLedger:
     def check_complete(self) -> None:
         if missing := [name for name in self.expected if name not in self.received]:
             shown = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
-            raise WeightSyncError(f"{len(missing)} of {len(self.expected)} tensors never came: {shown}")
+            raise WeightSyncError(f"{len(missing)} of {len(self.expected)} tensors were not sent: {shown}")
 
     def receipt(self) -> SyncReceipt:
         return SyncReceipt(

@@ -1,4 +1,4 @@
-"""What an engine says that it can do, held against what a run asks of it, before a model is loaded."""
+"""Compare what an engine can do with what a run needs, before a model is loaded."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_engine(name: str, capabilities: EngineCapabilities, config: StrategyConfig, device_type: str) -> None:
-    """Refuse what the engine cannot do, all faults at once; warn of a version that was not tested.
+    """Refuse what the engine cannot do, all faults at once; warn about a version that was not tested.
 
     :param device_type: where the engine would run.
     :raises ConfigError: the faults.
@@ -49,12 +49,12 @@ def one_rank_only(name: str, size: int) -> str:
     """A sentence for ``--engine_tp_size`` above 1 with an engine that cannot split a model."""
     return (
         f"--engine_tp_size {size}: engine {name!r} runs on one rank only; "
-        "set it to 1, or take --engine_type vllm or sglang, which split a model over ranks"
+        "set it to 1, or use --engine_type vllm or sglang, which split a model over ranks"
     )
 
 
 def untested_version(name: str, requires: str | None) -> str | None:
-    """A sentence with both numbers where what is installed lies outside the range that was tested."""
+    """A sentence with both versions if the installed one is outside the tested range."""
     untested = None
     for alternative in (requires or "").split(" or "):
         requirement = Requirement(alternative) if alternative else None
@@ -66,3 +66,12 @@ def untested_version(name: str, requires: str | None) -> str | None:
             return None
         untested = f"engine {name!r} was tested with {requirement}; {requirement.name} {there} is installed"
     return untested
+
+
+def check_room(length: int, context: int | None) -> None:
+    """:raises ValueError: a prompt of ``length`` tokens fills the context."""
+    if context is not None and length >= context:
+        raise ValueError(
+            f"a prompt of {length} tokens leaves no room for a response in a context of {context}: shorten it "
+            "(--prompt_max_len) or extend the context (--max_model_len)"
+        )

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from .blame import describe
 from .collectives import ALONE, all_gather_object
 from .config import StrategyConfig
 from .engine import EngineSpec, GenerationOutput, RolloutEngine
@@ -41,7 +42,7 @@ T = TypeVar("T")
 
 
 class EngineHost:
-    """Owns this rank's engine, if it owns one, and speaks for it in the tensor-parallel group."""
+    """Owns this rank's engine, if it has one, and represents it in the tensor-parallel group."""
 
     def __init__(self, strategy: StrategyBase) -> None:
         self.strategy = strategy
@@ -141,7 +142,7 @@ class EngineHost:
                 _, problem = _attempt(self._compare, self.engine, plan, sent)
             if self.config.verify_weights == "full":
                 problem = self._compare_fully(actor, plan, problem)
-        # Before any engine calls its weights whole: a rank that did would wait in generate for one that refuses.
+        # Before any engine considers its weights complete: that rank would wait in generate for one that refuses.
         self._raise_together(problem, WeightSyncError)
         if self.engine is not None:
             receipt, problem = _attempt(self.engine.finish_update)
@@ -158,9 +159,9 @@ class EngineHost:
         return engine.begin_update(version, specs, bucket_bytes=int(self.config.weight_bucket_mb * 2**20))
 
     def _compare(self, engine: RolloutEngine, plan: UpdatePlan, sent: Mapping[str, torch.Tensor]) -> None:
-        """What the engine now holds against what left the trainer, at sampled positions."""
+        """Compare the engine's weights with those that were sent, at sampled positions."""
         if lost := [spec.name for spec in plan.specs if spec.name not in sent]:
-            raise WeightSyncError(f"{len(lost)} of {len(plan.specs)} tensors never came: {', '.join(lost[:5])}")
+            raise WeightSyncError(f"{len(lost)} of {len(plan.specs)} tensors were not sent: {', '.join(lost[:5])}")
         if not engine.capabilities.readback:
             return
         asked = {spec.name: sample_positions(spec.numel) for spec in plan.specs}
@@ -170,11 +171,11 @@ class EngineHost:
             here = torch.isin(asked[spec.name], mine[spec.name])
             if not _same(sent[spec.name][here], held[spec.name]):
                 raise WeightSyncError(
-                    f"{spec.name}: the engine holds other values than were sent (weights version {plan.version})"
+                    f"{spec.name}: the engine's values differ from what was sent (weights version {plan.version})"
                 )
 
     def _compare_fully(self, actor: nn.Module, plan: UpdatePlan, problem: Exception | None) -> Exception | None:
-        """Gather everything once more, and compare each element with what the engine holds."""
+        """Gather everything once more, and compare each element with the engine's."""
         for bucket in self.strategy.export_weights(actor, plan):
             if self.engine is not None and self.engine.capabilities.readback and problem is None:
                 _, problem = _attempt(_compare_bucket, self.engine, bucket)
@@ -216,11 +217,12 @@ class EngineHost:
         prompts, sampling, problem = self._read_prompts(
             sampling_params, token_ids, texts, images, images_num, prompt_indices
         )
-        # One small collective carries the counts and any rank's refusal, so that all ranks go on, or none.
+        # One small collective has the counts and any rank's refusal, so that all ranks continue or none.
         layout = self.strategy.layout
         shared = _fingerprint(prompts) if layout.sp_size > 1 else ""
         with self.strategy.waits_for_ranks("gather_and_generate"):
-            told = self.strategy.all_gather_object((len(prompts), shared, _describe(problem)))
+            refusal = None if problem is None else describe(problem)
+            told = self.strategy.all_gather_object((len(prompts), shared, refusal))
         if problem is not None:
             raise problem
         for rank, (_, _, text) in enumerate(told):
@@ -230,7 +232,7 @@ class EngineHost:
             if len({told[rank][:2] for rank in group}) > 1:
                 raise ValueError(
                     f"gather_and_generate: ranks {', '.join(map(str, group))} share their sequences (--sp_size "
-                    f"{layout.sp_size}) and brought different prompts; shard the data by strategy.data_parallel_rank"
+                    f"{layout.sp_size}) but got different prompts; shard the data by strategy.data_parallel_rank"
                 )
         if prompt_indices is None:
             data_rank = layout.data_parallel_rank(self.strategy.rank)
@@ -257,7 +259,7 @@ class EngineHost:
         self._require("engine_generate_local")
         if self.engine is None:
             raise EngineStateError(
-                f"engine_generate_local: rank {self.strategy.rank} owns no engine; its group's leader does"
+                f"engine_generate_local: rank {self.strategy.rank} has no engine; the first rank of its group has"
             )
         images = None
         texts = None
@@ -296,7 +298,7 @@ class EngineHost:
             return [], SamplingParams(), error
 
     def _generate_in_group(self, prompts: list[Prompt], sampling: SamplingParams, step: int) -> list[GenerationOutput]:
-        """Prompts to the rank that needs them, outputs back to the rank that brought the prompts."""
+        """Send prompts to the rank that needs them, and outputs back to the rank of the prompts."""
         group, size = self.strategy.groups.engine, self.strategy.layout.engine_tp_size
         if size == 1:
             assert self.engine is not None
@@ -346,7 +348,7 @@ class EngineHost:
 
     # ---- agreement ---------------------------------------------------------------------------------------------------
     def _agree(self, what: str, act: Callable[[RolloutEngine], Any]) -> Any:
-        """Run ``act`` where there is an engine; everyone gets its leader's result, or everyone raises."""
+        """Run ``act`` on ranks with an engine; all ranks get their leader's result, or all raise."""
         result, problem = _attempt(act, self.engine) if self.engine is not None else (None, None)
         self._raise_together(problem, WeightSyncError, what)
         if self.placement != "spmd":
@@ -361,9 +363,9 @@ class EngineHost:
     def _raise_together(
         self, problem: Exception | None, kind: type[LightRFTError], what: str = "agree on the outcome"
     ) -> None:
-        """All ranks raise where one has a problem: the one its own error, the others one that names it.
+        """Raise on all ranks if one has a problem: that one its own error, the others one that names it.
 
-        A rank that has one waits for nobody: others may be stuck inside of the engine, waiting for it.
+        A rank with a problem does not wait for others, which may be stuck inside the engine, waiting for it.
         """
         try:
             with self.strategy.together(what, kind):
@@ -373,7 +375,7 @@ class EngineHost:
             raise
         except Exception:
             if self.engine is not None and kind is WeightSyncError:
-                with contextlib.suppress(LightRFTError):  # a broken engine says so again; the first error says why
+                with contextlib.suppress(LightRFTError):  # a broken engine raises again; the first error has the cause
                     self.engine.abort_update()
             raise
 
@@ -390,7 +392,7 @@ class EngineHost:
         inner = hub_models(unwrap(actor)) if actor is not None else []
         if cls.capabilities.needs_model and config.pretrain is None and not inner:
             raise ConfigError(
-                ["--pretrain: not given, and no actor to take the model from; name a folder or a hub model"]
+                ["--pretrain: not given, and no actor to take the model from; give a folder or a hub name"]
             )
         return EngineSpec.of(
             config,
@@ -409,7 +411,7 @@ def _samples_of(bucket: WeightBucket) -> dict[str, torch.Tensor]:
 
 
 def _attempt(act: Callable[..., T], *args: Any) -> tuple[T | None, Exception | None]:
-    """(result, None) or (None, what went wrong): a rank keeps its error until all ranks can raise together."""
+    """(result, None) or (None, error): a rank keeps its error until all ranks can raise together."""
     try:
         return act(*args), None
     except Exception as error:  # noqa: BLE001 - raised again once every rank knows of it
@@ -421,19 +423,15 @@ def _compare_bucket(engine: RolloutEngine, bucket: WeightBucket) -> None:
     held = engine.sample_weights(mine)
     for name, tensor in bucket.tensors.items():
         if not _same(tensor.reshape(-1).cpu()[mine[name]], held[name]):
-            raise WeightSyncError(f"{name}: the engine holds other values than the trainer")
+            raise WeightSyncError(f"{name}: the engine's values differ from the trainer's")
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Bitwise equality: NaN equals NaN, so that a broken model is reported as such and not as a lost tensor."""
+    """Bitwise equality: NaN equals NaN, so that NaN weights are not reported as a lost tensor."""
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
 def _fingerprint(prompts: Sequence[Prompt]) -> str:
-    """Tells whether two ranks brought the same prompts."""
+    """Equal on two ranks only if they have the same prompts."""
     named = repr([(prompt.prompt_token_ids, prompt.prompt, len(prompt.images), prompt.index) for prompt in prompts])
     return hashlib.blake2b(named.encode(), digest_size=16).hexdigest()
-
-
-def _describe(problem: Exception | None) -> str | None:
-    return None if problem is None else f"{type(problem).__name__}: {problem}"

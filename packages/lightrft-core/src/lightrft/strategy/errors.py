@@ -1,4 +1,4 @@
-"""Every error that LightRFT raises on purpose, in one place, so that a caller can catch what it means to handle."""
+"""The errors that LightRFT raises deliberately, so that a caller can catch those that it handles."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Self
 class LightRFTError(Exception):
     """Base of LightRFT's own errors.
 
-    ``of_another_rank``: this rank did its part, and raises because another one failed.
+    ``of_another_rank``: this rank did its part and raises only because another one failed.
     """
 
     of_another_rank: bool = False
 
     @classmethod
     def echo(cls, text: str) -> Self:
-        """What a rank raises that did its part; ``text`` begins with the rank that failed."""
+        """The error of a rank that did its part; ``text`` starts with the rank that failed."""
         error = cls(text)
         error.of_another_rank = True
         return error
@@ -44,15 +44,15 @@ class EngineStateError(LightRFTError, RuntimeError):
 
 
 class StaleWeightsError(EngineStateError):
-    """The engine's weights were dropped or half-updated; it refuses to generate until a whole update has come."""
+    """The engine's weights were discarded or only partly updated; it generates only after a complete update."""
 
 
 class WeightSyncError(LightRFTError, RuntimeError):
-    """A tensor was dropped, doubled, truncated, misnamed or altered on its way to the engine."""
+    """A tensor was lost, duplicated, truncated, misnamed or altered on its way to the engine."""
 
 
 class PromptError(LightRFTError, ValueError):
-    """Another rank's prompts or sampling parameters were refused, and so nobody generates."""
+    """Another rank's prompts or sampling parameters were refused, so no rank generates."""
 
 
 class RolloutError(LightRFTError, RuntimeError):

@@ -19,8 +19,8 @@ from .native_strategy import NativeStrategy
 class FakeStrategy(NativeStrategy):
     """Trains for real in one process, without ranks; constructs anywhere.
 
-    Without ``args`` an optimizer step follows every backward pass, and nothing is clipped. Engines that a unit test
-    cannot have (vllm, sglang) are stood in for by a minimal one; any other ``engine_type`` is the real one.
+    Without ``args`` an optimizer step follows every backward pass, and nothing is clipped. A minimal engine
+    replaces those that a unit test cannot have (vllm, sglang); any other ``engine_type`` is the real one.
     """
 
     name = "fake"
@@ -45,7 +45,7 @@ class FakeStrategy(NativeStrategy):
     def _place(self, model: nn.Module, shard_size: int) -> nn.Module:
         plan = fill_whole(model, self.device, self.config.seed)
         if self.config.dtype_name != "float32":
-            # The forward pass computes in 16 bit, weights and gradients stay in fp32: as the sharded backends do.
+            # The forward pass computes in 16 bits; weights and gradients stay in fp32, as in the sharded backends.
             autocast = torch.autocast(self.device.type, getattr(torch, self.config.dtype_name))
             model.forward = functools.wraps(model.forward)(autocast(model.forward))
         self._read_pretrained(model, plan)
@@ -58,5 +58,5 @@ class _StandInHost(EngineHost):
 
 
 def get_fake_strategy(args: Any = None) -> FakeStrategy:
-    """A FakeStrategy, as older scripts ask for it."""
+    """A FakeStrategy, by the name that older scripts use."""
     return FakeStrategy(args=args)

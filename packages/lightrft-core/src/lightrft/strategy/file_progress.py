@@ -1,4 +1,4 @@
-"""How far this process has come with its files: a rank that writes or reads its own for long waits for nobody."""
+"""Counts the pieces of files that this process has read or written, so that a long save does not look like a stall."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ _pieces = 0
 
 
 def came_further() -> None:
-    """A piece has been written or read. From any thread; a count that two of them lose to each other does no harm."""
+    """Count a piece that was written or read. From any thread; a lost count does no harm."""
     global _pieces
     _pieces += 1
 

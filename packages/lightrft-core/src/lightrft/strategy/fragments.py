@@ -1,4 +1,4 @@
-"""The portable form of training state: each rank writes the flat ranges that it holds, in one safetensors file.
+"""The portable format of training state: each rank writes its flat ranges into one safetensors file.
 
 ::
 
@@ -6,7 +6,7 @@
     state-00000-of-00002.safetensors    KIND/NAME/START: flat elements of rank 0, in the state's own dtype
     state-00001-of-00002.safetensors    ... of rank 1
 
-Ranks write at the same time and exchange nothing; any number of ranks of any backend reads its own ranges.
+Ranks write in parallel without communication; each of any number of ranks of any backend reads only its ranges.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def write_index(entries: Mapping[str, tuple[Iterable[int], int]], folder: Path, 
 def open_fragments(folder: Path) -> StateSource:
     """Read the index and the files' headers.
 
-    :raises CheckpointError: a file is missing, cut short, or not of this format.
+    :raises CheckpointError: a file is missing, truncated, or not of this format.
     """
     index = read_json(folder / INDEX)
     try:
@@ -86,7 +86,7 @@ def open_fragments(folder: Path) -> StateSource:
             pieces.setdefault((name, kind), []).append((int(start), stored))
             dtypes[name][kind] = stored.dtype
     entries = {
-        # An empty tensor has no element that anyone could have written.
+        # An empty tensor has no elements to write.
         name: TensorEntry(shape=shape, dtypes=dtypes[name] or {WEIGHT: torch.float32}, step=step)
         for name, (shape, step) in shapes.items()
     }
@@ -118,7 +118,7 @@ def write_source(
 
 
 def in_background(work: Callable[[], T]) -> Future[T]:
-    """Run ``work`` in a thread of its own."""
+    """Run ``work`` in its own thread."""
     pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
     try:
         return pool.submit(work)

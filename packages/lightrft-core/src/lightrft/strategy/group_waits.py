@@ -1,4 +1,4 @@
-"""How long torch's process groups wait, also those that libraries make, and how far each has come."""
+"""Timeouts of torch's process groups, including those that libraries make, and the number of their collectives."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import torch.distributed as dist
 
 @dataclass
 class GroupDeadline:
-    """The longest wait of every process group: libraries make groups of their own, with half an hour of patience."""
+    """One timeout for every process group: those that libraries make would wait half an hour."""
 
     seconds: float
     _seen: tuple[int, int] = (0, 0)
 
     def impose(self) -> None:
-        """Set it on every group, where one has come since the last time."""
+        """Set it on every group, if there are new ones since the last call."""
         groups = dist.distributed_c10d._world.pg_map
         newest = len(groups), id(next(reversed(groups), None))
         if newest == self._seen:
@@ -30,9 +30,9 @@ class GroupDeadline:
 
 
 def default_patience(seconds: timedelta, nccl: timedelta | None = None) -> tuple[timedelta, Any]:
-    """Set how long ranks wait for each other to make a group, where a library does not say; returns what was set.
+    """Set torch's default timeout for making a group; returns the former one.
 
-    torch has no setting for it, and half an hour for gloo.
+    torch has no setting for it; gloo's default is half an hour.
     """
     c10d: Any = dist.distributed_c10d
     before = c10d.default_pg_timeout, c10d.default_pg_nccl_timeout
@@ -43,7 +43,7 @@ def default_patience(seconds: timedelta, nccl: timedelta | None = None) -> tuple
 
 
 def collectives_started() -> dict[str, int]:
-    """How many collectives this rank has started in each of its process groups."""
+    """Number of collectives that this rank has started in each of its process groups."""
     started = {}
     groups = [group for group in list(dist.distributed_c10d._world.pg_map) if isinstance(group, dist.ProcessGroup)]
     for group in groups:

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch.distributed as dist
 
+from .config_checks import indivisible
 from .errors import ConfigError
 
 
 def blocks(world_size: int, size: int) -> tuple[tuple[int, ...], ...]:
-    """Cut the ranks into neighbouring groups of ``size``: ``blocks(4, 2) == ((0, 1), (2, 3))``."""
+    """Divide the ranks into neighbouring groups of ``size``: ``blocks(4, 2) == ((0, 1), (2, 3))``."""
     return tuple(tuple(range(start, start + size)) for start in range(0, world_size, size))
 
 
@@ -40,14 +41,10 @@ class RankLayout:
     sp_size: int = 1
 
     def __post_init__(self) -> None:
-        divisors = [str(d) for d in range(1, self.world_size + 1) if self.world_size % d == 0]
-        problems = [
-            f"--{name} {size}: must divide the world size {self.world_size}; possible are {', '.join(divisors)}"
-            for name, size in (("engine_tp_size", self.engine_tp_size), ("sp_size", self.sp_size))
-            if size < 1 or self.world_size % size
-        ]
-        if problems:
-            raise ConfigError(problems)
+        sizes = {"engine_tp_size": self.engine_tp_size, "sp_size": self.sp_size}
+        problems = [indivisible(name, size, self.world_size) for name, size in sizes.items()]
+        if any(problems):
+            raise ConfigError([problem for problem in problems if problem])
 
     @property
     def engine_groups(self) -> tuple[tuple[int, ...], ...]:
@@ -81,7 +78,7 @@ class RankLayout:
         return blocks(self.world_size, self.shard_size(shard_size))
 
     def shard_size(self, wanted: int | None) -> int:
-        """``wanted`` ranks, or fewer where the world has fewer or is not a multiple; None means all."""
+        """``wanted`` ranks, or fewer if the world has fewer or is not a multiple; None means all."""
         limit = self.world_size if wanted is None else max(1, min(wanted, self.world_size))
         return max(size for size in range(1, limit + 1) if self.world_size % size == 0)
 
@@ -105,7 +102,7 @@ class ProcessGroups:
         return self._mine(self.layout.data_groups)
 
     def _mine(self, groups: tuple[tuple[int, ...], ...]) -> dist.ProcessGroup | None:
-        """My group; None where there is no process group at all, or where I would be alone in it."""
+        """This rank's group; None if there is no process group, or if the rank is alone in it."""
         if not dist.is_initialized() or len(groups[0]) == 1:
             return None
         if len(groups) == 1:

@@ -1,4 +1,4 @@
-"""Copies of a model's training state on the host, for a save that goes on while training does."""
+"""Copies of a model's training state in host memory, for a save during training."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from .device import synchronize
 
 
 class HostCopies:
-    """Copies whose memory serves the next save again: fresh pages take longer to get than to fill.
+    """Copies whose memory is reused by the next save: allocating pages takes longer than filling them.
 
-    Between saves it holds as much memory as the last one took; pinned where the state lies on an accelerator.
+    Between saves it keeps the memory of the last one; pinned if the state is on an accelerator.
     """
 
     def __init__(self) -> None:
@@ -20,7 +20,7 @@ class HostCopies:
 
     @torch.no_grad()
     def take(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Copy ``tensors``; they may change as soon as this returns. What the call before returned is overwritten."""
+        """Copy ``tensors``; they may change as soon as this returns. It overwrites the copies of the previous call."""
         before, self._kept = self._kept, {}
         for name, tensor in tensors.items():
             copy = before.pop(name, None)

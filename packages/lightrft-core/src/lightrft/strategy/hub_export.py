@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,18 +13,12 @@ from torch import nn
 
 from .disk import explain_write, replace_folder
 from .errors import CheckpointError
+from .hub_files import shard_names, write_shard_index
 from .hub_layout import hub_models, unwrap
 from .weights import DEFAULT_BUCKET_BYTES, TensorSpec, UpdatePlan, WeightBucket, plan_buckets
 
 if TYPE_CHECKING:
     from .strategy_base import StrategyBase
-
-
-def shard_names(buckets: list[list[TensorSpec]]) -> list[str]:
-    """The hub's file names: one plain file, or numbered ones."""
-    if len(buckets) == 1:
-        return ["model.safetensors"]
-    return [f"model-{i + 1:05d}-of-{len(buckets):05d}.safetensors" for i in range(len(buckets))]
 
 
 def save_hub_model(
@@ -37,14 +30,14 @@ def save_hub_model(
     bucket_bytes: int = DEFAULT_BUCKET_BYTES,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """See :meth:`StrategyBase.save_model`. The folder appears whole or not at all.
+    """See :meth:`StrategyBase.save_model`. The folder appears only when complete.
 
     :raises CheckpointError: rank 0 could not write it; raised on every rank.
     """
     specs = tuple(spec.cast(dtype) for spec in strategy.export_spec(model))
     plan = UpdatePlan(version=0, specs=specs, dtype=dtype, bucket_bytes=bucket_bytes)
     buckets = plan_buckets(plan)
-    names = shard_names(buckets)
+    names = shard_names(len(buckets))
     output_dir = output_dir.resolve()
     staging = output_dir.with_name(f".{output_dir.name}.partial")
     writer = strategy.is_rank_0()
@@ -56,7 +49,7 @@ def save_hub_model(
             try:
                 with explain_write(staging, output_dir, needed):
                     work(*arguments, **keywords)
-            except Exception as error:  # noqa: BLE001 - raised below, once every rank can hear of it
+            except Exception as error:  # noqa: BLE001 - raised below, when every rank can learn of it
                 problems.append(error)
 
     problems: list[Exception] = []
@@ -89,18 +82,15 @@ def _write_rest(
     model: nn.Module, tokenizer: Any, folder: Path, names: list[str], buckets: list[list[TensorSpec]]
 ) -> None:
     """The index of several files, the configuration and the tokenizer."""
-    if len(names) > 1:
-        weight_map = {spec.name: name for name, specs in zip(names, buckets, strict=True) for spec in specs}
-        total = sum(spec.nbytes for specs in buckets for spec in specs)
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    weight_map = {spec.name: name for name, specs in zip(names, buckets, strict=True) for spec in specs}
+    write_shard_index(folder, weight_map, sum(spec.nbytes for specs in buckets for spec in specs))
     save_configuration(model, folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
 
 def save_configuration(model: nn.Module, folder: Path) -> None:
-    """The configuration and generation defaults of the transformers model inside, where there is one."""
+    """The configuration and generation defaults of the transformers model inside, if there is one."""
     for _, inner in hub_models(unwrap(model))[:1]:
         config: Any = inner.config
         if getattr(config, "architectures", None) is None:

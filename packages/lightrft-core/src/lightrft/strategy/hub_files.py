@@ -15,18 +15,18 @@ from .hub_layout import HubTensor
 from .state_source import WEIGHT, FilledByReading, StateSource, TensorEntry, read_json
 from .tensor_files import StoredTensor, TensorFileWriter, stored_tensors
 
-WEIGHTS_INDEX, CONFIG = "model.safetensors.index.json", "config.json"
+WEIGHTS, WEIGHTS_INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 
 
 def is_hub_folder(folder: Path) -> bool:
-    """Does it hold a configuration and safetensors?"""
+    """Whether it has a configuration and safetensors files."""
     return (folder / CONFIG).is_file() and next(folder.glob("*.safetensors"), None) is not None
 
 
 def hub_index(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of a hub folder, by name.
 
-    :raises CheckpointError: a file is missing or damaged, or lacks a tensor that the index promises.
+    :raises CheckpointError: a file is missing or damaged, or has not all tensors of the index.
     """
     if not (folder / WEIGHTS_INDEX).is_file():
         names = sorted(path.name for path in folder.glob("*.safetensors"))
@@ -37,14 +37,14 @@ def hub_index(folder: Path) -> dict[str, StoredTensor]:
     files = {name: stored_tensors(folder / name)[0] for name in sorted(set(weight_map.values()))}
     for key, name in weight_map.items():
         if key not in files[name]:
-            raise CheckpointError(f"{folder / name}: lacks {key}, which {WEIGHTS_INDEX} promises")
+            raise CheckpointError(f"{folder / name}: has no {key}, which {WEIGHTS_INDEX} lists")
     return {key: files[name][key] for key, name in weight_map.items()}
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
     """Hub name to file, by a folder's index.
 
-    :raises CheckpointError: it is no index, or names files that are missing or outside of the folder.
+    :raises CheckpointError: it is not an index, or names files that are missing or outside the folder.
     """
     index = read_json(folder / WEIGHTS_INDEX)
     if not isinstance(index, dict) or not isinstance(weight_map := index.get("weight_map"), dict):
@@ -61,7 +61,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
 
 
 def pretrained_files(name: str) -> dict[str, Path]:
-    """Hub name to safetensors file, of a folder or of a hub name in the local cache; empty where there is none.
+    """Hub name to safetensors file, of a folder or of a hub name in the local cache; empty if there is none.
 
     :raises CheckpointError: an index names files that are missing.
     """
@@ -72,7 +72,7 @@ def pretrained_files(name: str) -> dict[str, Path]:
         from transformers.utils.hub import cached_file
 
         found = None
-        for file in ("model.safetensors.index.json", "model.safetensors"):
+        for file in (WEIGHTS_INDEX, WEIGHTS):
             try:
                 found = found or cached_file(name, file, local_files_only=True)
             except OSError:  # not in the cache
@@ -100,7 +100,7 @@ def hub_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
 # ---- as training state -----------------------------------------------------------------------------------------------
 @dataclass(frozen=True, kw_only=True)
 class _Assembled(FilledByReading):
-    """A module tensor that several hub tensors make up."""
+    """A module tensor that consists of several hub tensors."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -118,7 +118,7 @@ class _Assembled(FilledByReading):
 
 
 def open_hub(folder: Path, tensors: Sequence[HubTensor], shapes: Mapping[str, Sequence[int]]) -> StateSource:
-    """A hub folder as training state under module names; weights alone.
+    """A hub folder as training state under module names; only weights.
 
     :param tensors: the model's hub tensors. :param shapes: whole shape of each of its module tensors.
     :raises CheckpointError: the first hub tensor that is absent or has another shape.
@@ -135,7 +135,7 @@ def open_hub(folder: Path, tensors: Sequence[HubTensor], shapes: Mapping[str, Se
         parts[hub.source].append((hub, stored))
     entries, pieces = {}, {}
     for name, shape in shapes.items():
-        # A tensor without hub names cannot be: every module tensor is in the layout.
+        # Every module tensor has hub names: all are in the layout.
         dtype = parts[name][0][1].dtype
         entries[name] = TensorEntry(shape=tuple(shape), dtypes={WEIGHT: dtype})
         pieces[name, WEIGHT] = [(0, _Assembled(shape=tuple(shape), dtype=dtype, parts=tuple(parts[name])))]
@@ -143,10 +143,25 @@ def open_hub(folder: Path, tensors: Sequence[HubTensor], shapes: Mapping[str, Se
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
+def shard_names(count: int) -> list[str]:
+    """The hub's names for ``count`` weight files: one plain file, or numbered ones."""
+    return [WEIGHTS] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+
+
+def write_shard_index(folder: Path, weight_map: Mapping[str, str], total_bytes: int) -> None:
+    """Write the index of several weight files; one file needs none.
+
+    :param weight_map: file by hub name.
+    """
+    if len(set(weight_map.values())) > 1:
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        (folder / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2))
+
+
 def plan_files(
     tensors: Sequence[HubTensor], max_bytes: int, dtypes: Mapping[str, torch.dtype]
 ) -> dict[str, list[HubTensor]]:
-    """Which tensors go into which file; a tensor above the limit has a file of its own.
+    """Assign tensors to files; a tensor above the limit gets its own file.
 
     :param dtypes: by source.
     """
@@ -159,9 +174,7 @@ def plan_files(
             room = max_bytes
         groups[-1].append(tensor)
         room -= size
-    if len(groups) == 1:
-        return {"model.safetensors": groups[0]}
-    return {f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups)}
+    return dict(zip(shard_names(len(groups)), groups, strict=True))
 
 
 def write_hub(
@@ -178,7 +191,7 @@ def write_hub(
 
     :param dtype: cast floating-point tensors; None keeps the precision that they are stored in.
     :param max_bytes: of one file. :param progress: told each tensor's name and bytes.
-    :param whole: gives a whole module tensor, where it is more than what ``source`` holds under its name.
+    :param whole: returns a whole module tensor, if it is more than ``source`` has under its name.
     """
     read = source.whole if whole is None else whole
     dtypes = {name: cast_dtype(entry.dtypes[WEIGHT], dtype) for name, entry in source.entries.items()}
@@ -191,18 +204,15 @@ def write_hub(
             for key in writer.order:
                 hub = by_name[key]
                 if hub.source != of:
-                    del held  # before the next is read: one module tensor is held at a time
+                    del held  # before the next is read: only one module tensor is in memory at a time
                     held, of = read(hub.source), hub.source
                 tensor = hub.view(held).to(dtypes[hub.source]).contiguous()
                 writer.write(key, tensor)
                 progress(key, tensor.nbytes)
-    if len(files) > 1:
-        weight_map = {hub.name: name for name, group in files.items() for hub in group}
-        total = sum(torch.Size(hub.shape).numel() * dtypes[hub.source].itemsize for hub in tensors)
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2))
+    total = sum(torch.Size(hub.shape).numel() * dtypes[hub.source].itemsize for hub in tensors)
+    write_shard_index(folder, {hub.name: name for name, group in files.items() for hub in group}, total)
 
 
 def cast_dtype(own: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
-    """What a tensor is written in: casts touch floating-point tensors only."""
+    """The dtype in which a tensor is written: only floating-point tensors are cast."""
     return wanted if wanted is not None and own.is_floating_point else own

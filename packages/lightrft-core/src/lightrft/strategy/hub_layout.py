@@ -1,9 +1,9 @@
 """A model's parameters under the names and shapes that they have on the hub.
 
-transformers 5 keeps some models otherwise than their checkpoints: experts are stacked in 3-D, prefixes move. Its weight
-conversion can be reverted; we revert it once, on meta tensors, and remember for each hub tensor *which view of which
-module parameter* it is. From then on export is a view and import is a copy into a view: no conversion runs again, and
-one module parameter (an "atom") can be gathered, cast and sent without the rest of the model.
+transformers 5 stores some models differently from their checkpoints: experts are stacked in 3-D, prefixes differ. Its
+weight conversion can be reverted; we revert it once, on meta tensors, and record for each hub tensor *which view of
+which module parameter* it is. After that export is a view and import is a copy into a view: no conversion runs again,
+and one module parameter (an "atom") can be gathered, cast and sent without the rest of the model.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .adapters import Adapter, find_adapters, plain_name
 from .errors import HubLayoutError
 from .weights import TensorSpec, UpdateKind
 
-# What peft writes before a name of the model that it adapts.
+# peft's prefix of the adapted model's names.
 PEFT_PREFIX = "base_model.model."
 
 
@@ -48,11 +48,11 @@ class HubTensor:
 class HubLayout:
     """The hub's view of one module. ``by_source`` lists, for each module tensor, the hub tensors inside it.
 
-    ``adapters`` has the LoRA adapters by the module tensor that they add to: the hub tensors of such a one are views of
-    the two merged. The adapters' own tensors are here too, under peft's names, and are exported only when asked for.
+    ``adapters`` has the LoRA adapters by the module tensor that they add to, whose hub tensors are views of the merged
+    weight. The adapters' own tensors are here too, under peft's names, and are exported only on request.
 
     :param shapes: whole shape of each module tensor by name, for backends whose parameters show their shard's.
-    :raises HubLayoutError: a hub tensor is no view of one module tensor (a model family that mixes several), or an
+    :raises HubLayoutError: a hub tensor is not a view of one module tensor (some model families mix several), or an
         adapter cannot be merged.
     """
 
@@ -86,7 +86,7 @@ class HubLayout:
 
     @property
     def tensors(self) -> list[HubTensor]:
-        """What the model has on the hub, in module order: adapters are no tensors there."""
+        """The model's hub tensors in module order, without adapters."""
         return [hub for source, hubs in self.by_source.items() if source not in self._factors for hub in hubs]
 
     @property
@@ -95,7 +95,7 @@ class HubLayout:
         return [tensor.spec for tensor in self.tensors]
 
     def specs_of(self, kind: UpdateKind) -> list[TensorSpec]:
-        """Export specs of the "full" model, or of its "adapter" alone, in module order."""
+        """Export specs of the "full" model, or only of its "adapter", in module order."""
         if kind == "full":
             return self.specs
         return [hub.spec for source, hubs in self.by_source.items() if source in self._factors for hub in hubs]
@@ -107,14 +107,14 @@ class HubLayout:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Strip data-parallel and engine wrappers: whatever keeps the user's model under ``.module``."""
+    """Strip data-parallel and engine wrappers, which have the user's model as ``.module``."""
     while isinstance(inner := getattr(model, "module", None), nn.Module):
         model = inner
     return model
 
 
 def is_pretrained_model(module: nn.Module) -> bool:
-    """Is it a transformers model? Told by its class, because core must not import transformers."""
+    """Whether it is a transformers model, by its class, because core must not import transformers."""
     return any(
         c.__name__ == "PreTrainedModel" and c.__module__.startswith("transformers.") for c in type(module).__mro__
     )
@@ -135,6 +135,15 @@ def hub_models(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return found
 
 
+def inner_prefix(model: nn.Module) -> str:
+    """Prefix of the one transformers model inside ``model``: "model." in an actor, "" if it is the module itself.
+
+    Also "" if there is none, or several.
+    """
+    inner = hub_models(model)
+    return inner[0][0] if len(inner) == 1 else ""
+
+
 def hub_sources(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Parameters, each once (tied ones under their first name), then persistent buffers, with their module names."""
     model = unwrap(model)
@@ -152,8 +161,7 @@ def _peft_names(
     model: nn.Module, adapters: Iterable[Adapter], sources: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """The adapters' own tensors under the names that peft gives them in a file."""
-    inner = hub_models(model)
-    prefix = inner[0][0] if len(inner) == 1 else ""  # an actor's own level is not the model's
+    prefix = inner_prefix(model)  # the actor's level does not belong to the model
     return {
         f"{PEFT_PREFIX}{adapter.layer.removeprefix(prefix)}.{factor}.weight": sources[name]
         for adapter in adapters
@@ -186,7 +194,7 @@ def _revert_conversions(model: nn.Module, sources: Mapping[str, torch.Tensor]) -
         claimed.update(prefix + name for name in mine)
         with _KeepViews():
             reverted = revert_weight_conversion(module, mine)  # pyright: ignore[reportArgumentType]
-        # An actor that wraps one model speaks that model's own names; two models in one keep their prefixes apart.
+        # An actor that wraps one model uses that model's names; two models in one keep their prefixes.
         kept = prefix if len(inner) > 1 else ""
         result.update({kept + name: tensor for name, tensor in reverted.items()})
     result.update({name: tensor for name, tensor in sources.items() if name not in claimed})

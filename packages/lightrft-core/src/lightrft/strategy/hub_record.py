@@ -1,4 +1,4 @@
-"""What a checkpoint keeps of its model besides state: enough to write a hub folder without building the model.
+"""What a checkpoint stores about its model: enough to write a hub folder without building the model.
 
 ``layout.json`` in a model's folder says which view of which parameter each hub tensor is, and
 which adapter is merged into it; ``hub/`` holds the configuration, generation defaults and tokenizer as
@@ -20,14 +20,14 @@ from torch import nn
 from .adapters import Adapter, with_adapter
 from .errors import CheckpointError, HubLayoutError
 from .hub_export import save_configuration
-from .hub_layout import HubLayout, HubTensor, hub_models
+from .hub_layout import HubLayout, HubTensor, inner_prefix
 from .state_source import StateSource, read_json
 
 if TYPE_CHECKING:
     from .strategy_base import StrategyBase
 
 LAYOUT, HUB = "layout.json", "hub"
-# What a hub folder holds besides weights. Never code: a model that needs it names it in its configuration.
+# Files of a hub folder besides weights. Never code: a model that needs code names it in its configuration.
 _COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja")
 
 
@@ -35,7 +35,7 @@ _COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja")
 class HubRecord:
     """A model's hub tensors.
 
-    :param prefix: under which the one transformers model inside the module stands ("" for none or several).
+    :param prefix: of the one transformers model inside the module ("" for none or several).
     :param tensors: in module order.
     :param adapters: LoRA adapters by the module tensor that they add to.
     """
@@ -61,7 +61,7 @@ class HubRecord:
 
     @classmethod
     def read(cls, folder: Path) -> HubRecord | None:
-        """The record in a model's folder; None where there is none.
+        """The record in a model's folder; None if there is none.
 
         :raises CheckpointError: it is damaged.
         """
@@ -91,21 +91,15 @@ def write_record(strategy: StrategyBase, model: nn.Module, folder: Path, tokeniz
     try:
         HubRecord.of(model, strategy.hub_layout(model)).write(folder)
     except HubLayoutError:
-        return  # such a model has no hub form: its checkpoints move between backends, not to the hub
+        return  # a model without a hub form: its checkpoints can move between backends, but not to the hub
     (folder / HUB).mkdir(exist_ok=True)
     save_configuration(model, folder / HUB)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder / HUB)
 
 
-def inner_prefix(model: nn.Module) -> str:
-    """Where the one transformers model stands inside a module: "model." in an actor, "" where it is the module."""
-    inner = hub_models(model)
-    return inner[0][0] if len(inner) == 1 else ""
-
-
 def copy_companions(sources: Iterable[Path], folder: Path) -> None:
-    """Copy configuration and tokenizer files; an earlier source wins."""
+    """Copy configuration and tokenizer files; earlier sources take precedence."""
     for source in sources:
         for pattern in _COMPANIONS:
             for path in sorted(source.glob(pattern)):

@@ -1,11 +1,11 @@
-"""Who is late, with what: every rank notes what it does, so that a failed wait can name the culprit.
+"""Each rank notes what it does, so that a failed wait can name the rank at fault.
 
-A process-group timeout names no rank. Each rank therefore keeps a journal in the launcher's key-value store:
+The timeout of a process group names no rank. So each rank keeps a journal in the launcher's key-value store:
 
 - ``op``: sequence number, name and call site of each operation that waits for others, posted as it is entered;
-- ``beat``: posted by a thread at intervals: that the process lives, where its main thread stands, and how many
-  collectives it has started in each process group. A killed or stopped process beats no more;
-- ``left``: how it left: the exception that passed through an operation or ended it, or its end.
+- ``beat``: a heartbeat, posted by a thread: the line of the main thread, and the number of collectives that it has
+  started in each process group. A killed or stopped process posts no more;
+- ``left``: how the rank left: the exception that passed through an operation or ended it, or its end.
 
 When a wait fails, the others' journals say who raised, who is silent, who is behind, and where.
 """
@@ -37,12 +37,12 @@ from .group_waits import GroupDeadline, collectives_started, default_patience
 
 SHOWN_RANKS = 8
 _KINDS = ("op", "beat", "left")
-_ALL, _SILENT = "all", "a rank fell silent"
+_ALL, _SILENT = "all", "a rank became silent"
 
 
 @dataclass(kw_only=True)
 class _Self:
-    """What this rank is about in one world, shared by all journals and the heart."""
+    """This rank's state in one process group, shared by all its journals and the heartbeat's thread."""
 
     rank: int
     store: dist.Store
@@ -58,33 +58,33 @@ class _Self:
     stop: threading.Event = field(default_factory=threading.Event)
 
     def post_departure(self, how: str, text: str) -> None:
-        """Tell the others how this rank leaves. Never raises: it is called on the way out."""
+        """Tell the others how this rank leaves. Never raises, since it is called while the rank ends."""
         if how == "ended" and self.left_in == self.sequence:
-            return  # the reason is told already
+            return  # the reason has been told already
         self.left_in = self.sequence
-        with contextlib.suppress(RuntimeError):  # the store died with its host
+        with contextlib.suppress(RuntimeError):  # the store's host has ended
             self.store.set(f"left/{self.rank}", json.dumps([how, self.sequence, text]))
 
 
 class RankJournal:
     """Posts this rank's operations and reads the others'. Without other ranks it does nothing.
 
-    Journals of one process group are one: several strategies count their operations together.
+    Strategies of one process group share one journal: their operations are counted together.
 
-    :param timeout: seconds after which a wait ends. The last of them are spent on finding out who is at fault.
-    :param ends_process: no exception ends a wait of this device (NCCL): at the deadline the journal writes the error
+    :param timeout: seconds after which a wait ends. The last ones are spent on finding the rank at fault.
+    :param ends_process: no exception ends a wait on this device (NCCL): at the deadline the journal writes the error
         and ends the process.
     """
 
     def __init__(self, rank: int, world_size: int, timeout: float, *, ends_process: bool = False) -> None:
         self.rank, self.world_size, self.timeout = rank, world_size, timeout
         self.interval = min(2.0, max(0.1, timeout / 20))
-        # Long enough for a living rank to beat, on a busy machine too.
+        # Long enough for a heartbeat of a living rank, even on a busy machine.
         self.patience = min(2 * self.interval + 1.0, timeout / 4)
         self._self: _Self | None = None
         if world_size == 1:
             return
-        # Where the journal ends the process, torch's own watchdog must not come first: it names nobody.
+        # Where the journal ends the process, torch's own watchdog must not be first: it names no rank.
         group_timeout = 1.5 * timeout + self.patience if ends_process else self.wait_seconds
         world = dist.distributed_c10d._get_default_group()
         mine = self._self = _selves.get(world)
@@ -112,18 +112,18 @@ class RankJournal:
 
     @property
     def _store(self) -> dist.Store:
-        assert self._self is not None, "a rank alone has no others"
+        assert self._self is not None, "a single rank has no others"
         return self._self.store
 
     @property
     def wait_seconds(self) -> float:
-        """How long a collective may wait: the deadline, less the time to find out who is at fault."""
+        """How long a collective may wait: the deadline minus the time to find the rank at fault."""
         return self.timeout - self.patience
 
     # ---- operations --------------------------------------------------------------------------------------------------
     @contextlib.contextmanager
     def operation(self, name: str) -> Iterator[None]:
-        """Everything within waits for the other ranks.
+        """Wraps an operation that waits for the other ranks.
 
         :raises RankTimeoutError: the wait failed; names the ranks at fault, their operation and their line.
         """
@@ -158,7 +158,7 @@ class RankJournal:
         self._self.deadline.impose()
 
     def _tell(self, error: BaseException, entry: Entry) -> None:
-        """Tell the others that an exception passes through an operation; the innermost one tells."""
+        """Tell the others that an exception passes through an operation; only the innermost operation does."""
         assert self._self is not None
         if describe(error) == self._self.told or isinstance(error, GeneratorExit):
             return
@@ -170,12 +170,12 @@ class RankJournal:
 
     # ---- agreement ---------------------------------------------------------------------------------------------------
     def agree(self, problem: str | None) -> str | None:
-        """Tell the others whether this rank succeeded, and hear whether all did; the store carries it, so that a rank
-        that failed in the middle of a collective can tell.
+        """Tell the others whether this rank succeeded, and learn whether all did. It uses the store, so that a rank
+        that failed in the middle of a collective can take part.
 
-        :param problem: what went wrong here; this rank then waits for nobody.
-        :return: the first problem of any rank, with its rank; None where all succeeded.
-        :raises RuntimeError: a rank did not come in time.
+        :param problem: what went wrong here; this rank then does not wait.
+        :return: the first problem of any rank, with its rank; None if all succeeded.
+        :raises RuntimeError: a rank did not answer in time.
         """
         if self._self is None:
             return problem
@@ -196,9 +196,9 @@ class RankJournal:
         return None if found == _ALL else found
 
     def _await(self, store: dist.Store, key: str) -> None:
-        """Wait for a key, with an eye on the next rank: no connection breaks here when it falls silent.
+        """Wait for a key and watch the next rank: no connection breaks here when it becomes silent.
 
-        It asks ever less often, a twentieth of the time waited so far: torch logs each wait that times out.
+        It polls at intervals of a twentieth of the time waited so far: torch logs each wait that times out.
         """
         neighbour, number = (self.rank + 1) % self.world_size, -1
         began = looked = changed = time.monotonic()
@@ -211,13 +211,13 @@ class RankJournal:
                 if notes.beat is not None and notes.beat.number != number:
                     number, changed = notes.beat.number, now
                 ended = notes.departure is not None and notes.departure.how == "ended"
-                # Longer than `patience`: here the silence itself is the verdict, and a rank that loads is silent too.
+                # Longer than `patience`: here silence alone decides, and a rank that loads is silent too.
                 if ended or now - changed > 8 * self.interval + 1.0:
                     store.compare_set(key, "", _SILENT)
             time.sleep(min(0.2, max(0.0002, 0.05 * (now - began))))
 
     def all_have_agreed(self, seconds: float) -> bool:
-        """Has every rank left the latest agreement, with success or without? Waits for them, so long."""
+        """Whether every rank has left the latest agreement. Waits so long for them."""
         if self._self is None:
             return True
         until = time.monotonic() + seconds
@@ -229,7 +229,7 @@ class RankJournal:
 
     # ---- naming the culprit ------------------------------------------------------------------------------------------
     def notes(self, store: dist.Store | None = None) -> dict[int, RankNotes]:
-        """What the other ranks have posted. :raises RuntimeError: the store died with its host."""
+        """What the other ranks have posted. :raises RuntimeError: the store's host has ended."""
         store = store or self._store
         others = [rank for rank in range(self.world_size) if rank != self.rank]
         keys = [f"{kind}/{rank}" for rank in others for kind in _KINDS]
@@ -244,7 +244,7 @@ class RankJournal:
         )
 
     def explain(self, entry: Entry, waited: float, store: dist.Store | None = None) -> str:
-        """Why a wait failed: looks at the others' journals for up to ``patience`` seconds."""
+        """Why a wait failed: reads the others' journals for up to ``patience`` seconds."""
         try:
             before = self.notes(store)
             after, until = before, time.monotonic() + self.patience
@@ -255,7 +255,7 @@ class RankJournal:
                     break
             causes = blame(entry.sequence, collectives_started(), before, after)
         except RuntimeError as error:
-            causes = [f"the journal is gone, and with it the process that hosts it (the launcher, or rank 0): {error}"]
+            causes = [f"the process that hosts the key-value store (the launcher, or rank 0) is gone: {error}"]
         more = f"; and {len(causes) - SHOWN_RANKS} more ranks" if len(causes) > SHOWN_RANKS else ""
         return (
             f"{entry} on rank {self.rank} failed after {waited:.1f} s (deadline {self.timeout:g} s, --dist_timeout). "
@@ -265,7 +265,7 @@ class RankJournal:
 
 # ---- threads ---------------------------------------------------------------------------------------------------------
 def _connect() -> dist.Store:
-    """A connection of its own: whoever waits on one blocks it."""
+    """A separate connection: a wait blocks the one that it uses."""
     shared: Any = dist.distributed_c10d._get_default_store()
     store = dist.PrefixStore("lightrft.journal", shared.clone())
     store.set_timeout(timedelta(seconds=5))
@@ -273,14 +273,14 @@ def _connect() -> dist.Store:
 
 
 def _beat_on(mine: _Self, store: dist.Store) -> None:
-    """The thread that posts signs of life, as long as this process group exists."""
+    """The thread that posts heartbeats as long as this process group exists."""
     number = 0
     while _is_current(mine):
         beat = Beat(number=number, wall=time.time(), at=stands_at(mine.thread), started=collectives_started())
         try:
             store.set(f"beat/{mine.rank}", json.dumps(vars(beat)))
             mine.deadline.impose()
-        except RuntimeError:  # the store is gone, and with it everybody who might read
+        except RuntimeError:  # the store is gone: no one can read them
             return
         number += 1
         if mine.stop.wait(mine.interval):
@@ -288,7 +288,7 @@ def _beat_on(mine: _Self, store: dist.Store) -> None:
 
 
 def _end_waits(journal: RankJournal, mine: _Self, store: dist.Store) -> None:
-    """The thread that ends this process with the named error, once an operation has made no progress in time."""
+    """The thread that ends this process with the error if an operation has made no progress in time."""
     progress, since = (-1, -1), time.monotonic()
     while _is_current(mine) and not mine.stop.wait(journal.interval / 2):
         if (now := (sum(collectives_started().values()), pieces_done())) != progress:
@@ -318,13 +318,13 @@ _watching: list[bool] = []
 
 
 def note_departure(error: BaseException | None) -> None:
-    """Tell the other ranks that this one ends, and why (None: it is done). Never raises."""
+    """Tell the other ranks that this one ends, and why (None: normally). Never raises."""
     for mine in list(_selves.values()):
         if error is None:
             mine.post_departure("ended", "")
         elif isinstance(error, RankTimeoutError):
             mine.post_departure("gave up", "gave up waiting")
-        elif describe(error) != mine.told:  # else the operation has told
+        elif describe(error) != mine.told:  # else the operation has told them
             mine.post_departure("raised", f"{describe(error)}, at {origin(error)}")
 
 
@@ -344,7 +344,7 @@ def _watch_the_end() -> None:
 
 
 def _end() -> None:
-    """Stop the hearts before the interpreter goes."""
+    """Stop the heartbeats before the interpreter ends."""
     note_departure(None)
     for mine in list(_selves.values()):
         mine.stop.set()

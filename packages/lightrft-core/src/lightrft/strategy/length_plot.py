@@ -1,4 +1,4 @@
-"""The distribution of response lengths, as a picture every so many steps (``--plot_every``, ``--log_dir``)."""
+"""Plots of the distribution of response lengths (``--plot_every``, ``--log_dir``)."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 class LengthPlot:
     """Collects lengths and draws ``plots/response_lengths_STEP.png`` in ``log_dir``.
 
-    :param log_dir: None: nothing is drawn. :param every: draw every so many steps; -1: never.
+    :param log_dir: None: no plots. :param every: steps between plots; -1: never.
     """
 
     def __init__(self, log_dir: str | None, every: int) -> None:
         self.log_dir, self.every = log_dir, every
         self._lengths: list[int] = []
-        self._drawn: int | None = None  # the step whose picture holds these lengths
+        self._drawn: int | None = None  # the step whose plot has these lengths
         self._paused = False
 
     @property
@@ -25,7 +25,7 @@ class LengthPlot:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Take no notice of what is generated meanwhile, such as an evaluation's answers."""
+        """Ignore what is generated within it, such as the answers of an evaluation."""
         self._paused = True
         try:
             yield
@@ -33,9 +33,9 @@ class LengthPlot:
             self._paused = False
 
     def record(self, lengths: Sequence[int], step: int, *, write: bool) -> Path | None:
-        """Add one rollout's lengths in tokens; returns the picture's path if one was drawn (``write``: here).
+        """Add one rollout's lengths in tokens; returns the plot's path if one was drawn (only with ``write``).
 
-        :param step: counted from 0; a step with several rollouts draws its picture again.
+        :param step: counted from 0; another rollout of the same step draws its plot again.
         """
         if not self.active:
             return None

@@ -1,8 +1,8 @@
-"""The life of a rollout engine: one state machine for all engines.
+"""The states of a rollout engine: one state machine for all engines.
 
-Weights are resident, offloaded (a copy waits on the host), dropped (nothing is kept) or partial (an update is under
-way or was broken off). The KV cache is resident or released. Sleep levels derive from these: level 1 releases the KV
-cache and keeps the weights on the host, level 2 drops them.
+Weights are resident, offloaded (kept on the host), dropped (nothing is kept) or partial (an update is in progress or
+was aborted). The KV cache is resident or released. Sleep levels follow from these: level 1 releases the KV cache and
+offloads the weights, level 2 drops them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Resource = Literal["weights", "kv_cache"]
 
 
 class EngineStatus(Enum):
-    """What the documents ask of an engine: is it asleep?"""
+    """Whether an engine is asleep, by the documents' names."""
 
     SLEEPED = 0
     WAKEUP = 1
@@ -26,7 +26,7 @@ class EngineStatus(Enum):
 class Weights(Enum):
     """Where an engine's weights are."""
 
-    ABSENT = "absent"  # an engine born without weights: the first update brings them
+    ABSENT = "absent"  # an engine that starts without weights: the first update sends them
     RESIDENT = "resident"
     OFFLOADED = "offloaded"
     DROPPED = "dropped"
@@ -34,14 +34,14 @@ class Weights(Enum):
 
 
 class KVCache(Enum):
-    """Whether the KV cache has its memory."""
+    """State of the KV cache."""
 
     RESIDENT = "resident"
     RELEASED = "released"
 
 
 class Phase(Enum):
-    """What an engine is at."""
+    """What an engine is doing."""
 
     ABSENT = "absent"
     READY = "ready"
@@ -51,7 +51,7 @@ class Phase(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class EngineState:
-    """A snapshot of an engine's life. ``version`` is that of the last whole weight update (0: as loaded)."""
+    """A snapshot of an engine's state. ``version`` is that of the last complete weight update (0: as loaded)."""
 
     phase: Phase = Phase.ABSENT
     weights: Weights = Weights.ABSENT
@@ -70,7 +70,8 @@ class EngineState:
 
 
 class Lifecycle:
-    """Guards every move of an engine. An illegal move raises; a repeated one reports that nothing is to be done."""
+    """Checks the transitions of an engine. An illegal one raises; a repeated one returns that there is nothing to
+    do."""
 
     def __init__(self) -> None:
         self.state = EngineState()
@@ -83,11 +84,12 @@ class Lifecycle:
         )
 
     def check_generate(self) -> None:
-        """:raises StaleWeightsError: weights are not whole. :raises EngineStateError: asleep, syncing or absent."""
+        """:raises StaleWeightsError: the weights are incomplete. :raises EngineStateError: asleep, syncing or
+        absent."""
         self._require_phase("generate", Phase.READY)
         if self.state.weights in (Weights.DROPPED, Weights.PARTIAL, Weights.ABSENT):
             raise StaleWeightsError(
-                f"generate: the engine's weights are {self.state.weights.value}; send a whole update first: "
+                f"generate: the engine's weights are {self.state.weights.value}; send a complete update first: "
                 "strategy.update_engine_weights(actor)"
             )
         if self.state.weights is Weights.OFFLOADED or self.state.kv_cache is KVCache.RELEASED:
@@ -96,7 +98,7 @@ class Lifecycle:
             )
 
     def released(self, what: Resource, *, keep: bool) -> bool:
-        """Note a release. Returns False where there was nothing left to release."""
+        """Note a release. Returns False if there was nothing to release."""
         self._require_phase(f"release {what}", Phase.READY)
         if what == "kv_cache":
             if self.state.kv_cache is KVCache.RELEASED:
@@ -107,13 +109,13 @@ class Lifecycle:
         if held is Weights.RESIDENT or (held is Weights.OFFLOADED and not keep):
             self.state = replace(self.state, weights=Weights.OFFLOADED if keep else Weights.DROPPED)
             return True
-        if held is Weights.PARTIAL:  # worthless anyway: a whole update must come
+        if held is Weights.PARTIAL:  # a complete update is needed anyway
             self.state = replace(self.state, weights=Weights.DROPPED)
             return True
         return False
 
     def restored(self, what: Resource) -> bool:
-        """Note a restoration. Returns False where the resource was already there."""
+        """Note a restoration. Returns False if the resource was there already."""
         self._require_phase(f"restore {what}", Phase.READY)
         if what == "kv_cache":
             if self.state.kv_cache is KVCache.RESIDENT:
@@ -139,7 +141,7 @@ class Lifecycle:
         self.state = replace(self.state, phase=Phase.READY, weights=Weights.RESIDENT, version=version)
 
     def update_aborted(self) -> None:
-        """The weights stay partial: only a whole update makes the engine generate again."""
+        """The weights stay partial: the engine generates again only after a complete update."""
         if self.state.phase is Phase.SYNCING:
             self.state = replace(self.state, phase=Phase.READY)
 
@@ -155,6 +157,6 @@ class Lifecycle:
                 Phase.ABSENT: "start it first: strategy.setup_inference_engine(args)",
                 Phase.SYNCING: "a weight update is under way: finish it or abort it",
                 Phase.FAILED: "it failed and must be shut down and set up again",
-                Phase.READY: "no weight update was begun",
+                Phase.READY: "call begin_update first",
             }[self.state.phase]
             raise EngineStateError(f"{move}: the engine is {self.state.phase.value}; {hint}")

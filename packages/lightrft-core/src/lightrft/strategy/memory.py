@@ -1,4 +1,4 @@
-"""Memory in figures: what a device or this process holds."""
+"""Memory figures of a device or of this process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 class MoveReport:
     """What moving a model or an optimizer took: bytes moved and seconds.
 
-    :param note: why nothing can move, where a backend keeps these tensors in one place.
+    :param note: why nothing was moved, if a backend keeps these tensors in one place.
     """
 
     nbytes: int

@@ -1,8 +1,8 @@
 """Fill models that were built on the meta device: from safetensors, or by the modules' own initialisation.
 
-Nothing is ever left as it was allocated. What the pretrained files hold stays on the meta device until it is sharded
-and is then read straight into each rank's rows; the rest is initialised block by block, alike on all ranks and for any
-number of them. Where nothing says how to fill a parameter, the model refuses to run.
+No tensor keeps uninitialised memory. What the pretrained files have stays on the meta device until it is sharded and is
+then read directly into each rank's rows; the rest is initialised block by block, with the same values on any number of
+ranks. If a parameter cannot be filled, the model refuses to run.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ logger = logging.getLogger("lightrft")
 
 @dataclass(kw_only=True)
 class FillPlan:
-    """How a meta model becomes real.
+    """How a model on the meta device gets its values.
 
     :param files: hub name to (file, key in it), for what is read after sharding.
-    :param streamed: module tensors that these hub names make up.
+    :param streamed: module tensors that consist of these hub tensors.
     :param unknown: module tensors for which there is neither a file nor an initialisation.
     """
 
@@ -48,15 +48,15 @@ class FillPlan:
 
 
 def is_meta(model: nn.Module) -> bool:
-    """Was any of the model built on the meta device?"""
+    """Whether any tensor of the model is on the meta device."""
     return any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
 
 
 def plan_fill(model: nn.Module) -> FillPlan:
-    """Decide for each meta tensor of an unsharded model where its value comes from.
+    """Decide where each meta tensor of an unsharded model gets its value from.
 
     A transformers model whose configuration names a folder (or a hub name in the local cache) is read from there. One
-    whose configuration names nothing was built from scratch, and is initialised.
+    whose configuration names none is initialised.
     """
     plan, layout = FillPlan(), HubLayout(model)
     inner = hub_models(model)
@@ -66,7 +66,7 @@ def plan_fill(model: nn.Module) -> FillPlan:
         files = pretrained_files(name)
         mine = {source for source, _ in hub_sources(model) if source.startswith(prefix)}
         if name and not files:
-            logger.info("%r is neither a folder with safetensors nor in the local cache", name)
+            logger.info("%r is neither a folder with safetensors files nor in the local cache", name)
             plan.unknown |= mine
             continue
         wanted = [hub for source in mine for hub in layout.by_source[source]]
@@ -87,7 +87,7 @@ def plan_fill(model: nn.Module) -> FillPlan:
         plan.unknown |= names - plan.streamed
     fresh = {name for name, t in hub_sources(model) if t.is_meta} - plan.streamed - plan.unknown
     if plan.streamed and fresh:
-        logger.warning("not in the pretrained files, newly initialised: %s", ", ".join(sorted(fresh)))
+        logger.warning("not in the pretrained files, initialised anew: %s", ", ".join(sorted(fresh)))
     return plan
 
 
@@ -108,7 +108,7 @@ def initialise(
         for module in model.modules():
             fresh = _materialise_own(module, kept_by_id)
             if fresh:
-                # Each module draws from its own stream: how the model is cut into units must not matter.
+                # Each module has its own random stream, so that the values do not depend on the units of sharding.
                 torch.manual_seed(seed + _stable_hash(names.get(id(module), "")))
                 if module in owners:
                     owners[module](module)
@@ -121,7 +121,7 @@ def initialise(
 def materialise(
     model: nn.Module, device: torch.device, rows: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
 ) -> None:
-    """Give memory to what is still on the meta device: after sharding, a rank's rows alone. Values must follow.
+    """Allocate what is still on the meta device: after sharding, only a rank's rows. Values must follow.
 
     :param rows: this rank's part of a tensor, sharing its memory.
     """
@@ -133,11 +133,11 @@ def materialise(
 
 
 def fill_whole(model: nn.Module, device: torch.device, seed: int) -> FillPlan | None:
-    """Give a model that was built on the meta device, and stays whole on each rank, memory on ``device`` and values.
+    """Allocate and fill, on ``device``, a model that was built on the meta device and stays whole on each rank.
 
     What the pretrained files hold must follow: see :class:`Unfilled`.
 
-    :return: the plan, or None for a model that has memory already; that one is moved.
+    :return: the plan, or None for a model that is not on the meta device; it is moved to ``device``.
     """
     plan = plan_fill(model) if is_meta(model) else None
     if plan is not None:
@@ -148,7 +148,7 @@ def fill_whole(model: nn.Module, device: torch.device, seed: int) -> FillPlan | 
 
 
 class Unfilled:
-    """The models that wait for values, and that refuse to be used until they have come."""
+    """The models that still wait for values and cannot be used before."""
 
     def __init__(self) -> None:
         self._waiting: weakref.WeakKeyDictionary[nn.Module, tuple[FillPlan, Any]] = weakref.WeakKeyDictionary()
@@ -167,7 +167,7 @@ class Unfilled:
             handle.remove()
 
     def require_none(self, model: nn.Module) -> None:
-        """:raises UnfilledModelError: values of this model have not come."""
+        """:raises UnfilledModelError: this model still waits for values."""
         if unwrap(model) in self._waiting:
             raise UnfilledModelError(unfilled_message(self._waiting[unwrap(model)][0]))
 
@@ -183,7 +183,7 @@ def refuse_forward(model: nn.Module, plan: FillPlan) -> Any:
 
 
 def unfilled_message(plan: FillPlan) -> str:
-    """What is missing, and what to call."""
+    """An error that says what is missing and what to call."""
     lacking = sorted(plan.unknown or plan.streamed)
     first = lacking[0]
     return (
@@ -203,7 +203,8 @@ def _spellings(name: str, base: str) -> Iterator[str]:
 
 
 def _initialisers(model: nn.Module) -> dict[nn.Module, Any]:
-    """What fills each module's own tensors: its transformers model's initialisation, or its own reset_parameters."""
+    """The function that fills each module's own tensors: its transformers model's initialisation, or its own
+    reset_parameters."""
     found: dict[nn.Module, Any] = {}
 
     def walk(module: nn.Module, initialise: Any) -> None:
@@ -222,7 +223,7 @@ def _initialisers(model: nn.Module) -> dict[nn.Module, Any]:
 
 
 def _materialise_own(module: nn.Module, kept: set[int]) -> dict[str, torch.Tensor]:
-    """Give host memory to a module's own meta tensors, filled with what no initialisation leaves behind."""
+    """Allocate a module's own meta tensors on the host, filled with a value that no initialisation produces."""
     fresh: dict[str, torch.Tensor] = {}
     for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
         if tensor.is_meta and id(tensor) not in kept and not hasattr(tensor, "device_mesh"):  # that is FSDP2's shard
@@ -243,7 +244,7 @@ def _check_filled(path: str, fresh: dict[str, torch.Tensor]) -> None:
 
 
 def _poison(dtype: torch.dtype) -> Any:
-    """A value that no initialisation leaves behind."""
+    """A value that no initialisation produces."""
     if dtype.is_floating_point:
         return float("nan")
     return False if dtype == torch.bool else torch.iinfo(dtype).max
@@ -251,7 +252,7 @@ def _poison(dtype: torch.dtype) -> Any:
 
 @torch.no_grad()
 def _swap(tensor: torch.Tensor, value: torch.Tensor) -> None:
-    """Replace a tensor's inside: the object stays, and with it ties and optimizers that hold it."""
+    """Replace a tensor's data in place: ties and optimizers keep referring to the same object."""
     if isinstance(tensor, nn.Parameter):
         value = nn.Parameter(value, requires_grad=tensor.requires_grad)
     torch.utils.swap_tensors(tensor, value)

@@ -1,6 +1,6 @@
 """The smallest engine that honours the contract: no model, no dependency, deterministic.
 
-FakeStrategy brings it for unit tests; ``lightrft.testing.FakeEngine`` is this engine with faults to order.
+FakeStrategy uses it in unit tests; ``lightrft.testing.FakeEngine`` is this engine with faults on request.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .weights import TensorSpec, UpdateKind, UpdatePlan, WeightBucket, take_samp
 class MinimalEngine(RolloutEngine):
     """Answers with tokens of the prompt, chosen by a hash of prompt, seed and weight version.
 
-    Weights are kept as they come, so that they can be compared; they do not shape the answers, their version does.
+    Weights are kept as sent, so that they can be compared. Answers depend only on their version.
     """
 
     name: ClassVar[str] = "minimal"
@@ -79,7 +79,7 @@ class MinimalEngine(RolloutEngine):
 
     def _release(self, what: Resource, keep: bool) -> int:
         if what == "kv_cache" or keep:
-            return 0  # nothing lives on a device
+            return 0  # nothing is on a device
         freed = sum(tensor.nbytes for tensor in self.weights.values())
         self.weights = {}
         return freed

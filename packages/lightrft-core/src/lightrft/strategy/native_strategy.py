@@ -1,6 +1,6 @@
 """A strategy whose models are plain or sharded torch modules, and whose optimizers are torch's own.
 
-FakeStrategy is this with one process; FSDP2 is this with sharded parameters. What differs is in the hooks.
+FakeStrategy is one in a single process, FSDP2 one with sharded parameters. They differ in the hooks.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from . import plain_state
 from .backend_strategy import BackendStrategy
-from .checkpoint import import_by_name
-from .hub_layout import hub_sources
 from .optimizers import rebind
 from .strategy_base import ModelRecord
 from .training_state import StateItem
@@ -24,10 +23,10 @@ from .weights import TensorSpec, UpdatePlan, WeightBucket
 
 
 class NativeStrategy(BackendStrategy):
-    """Steps torch's optimizers over torch modules, and clips by itself. Override the hooks at the end."""
+    """Steps torch's optimizers over torch modules, and clips gradients itself. Override the hooks at the end."""
 
     def _prepare(self, model: nn.Module, shard_size: int) -> nn.Module:
-        """Place and shard a model, and re-bind the optimizer that was made before."""
+        """Place and shard a model, and re-bind an optimizer that was made before."""
         record = self.record(model)
         if record.shard_size is not None:
             return model  # prepared already
@@ -53,24 +52,10 @@ class NativeStrategy(BackendStrategy):
         super().load_state(model, optimizer, items)
         self._unfilled.filled(model)
 
-    @torch.no_grad()
     def _import(
         self, model: nn.Module, specs: Mapping[str, TensorSpec], source: Iterable[tuple[str, torch.Tensor]]
     ) -> None:
-        layout, tensors = self.hub_layout(model), dict(hub_sources(model))
-
-        def whole(name: str) -> torch.Tensor:
-            hub = layout.by_name[name]
-            return hub.view(tensors[hub.source].detach())
-
-        import_by_name(specs, source, whole)
-        self._clear_adapters(model)
-
-    def _clear_adapters(self, model: nn.Module) -> None:
-        """The weights are whole without them: let every LoRA adapter add nothing."""
-        tensors = dict(hub_sources(model))
-        for adapter in self.hub_layout(model).adapters.values():
-            self._local(tensors[adapter.b]).zero_()
+        plain_state.import_weights(model, self.hub_layout(model), specs, source)
 
     # ---- training ----------------------------------------------------------------------------------------------------
     def _backpropagate(self, record: ModelRecord, loss: torch.Tensor) -> None:
@@ -90,7 +75,7 @@ class NativeStrategy(BackendStrategy):
         return finite, norm.item()
 
     def _scale_gradients(self, parameters: Sequence[nn.Parameter], norm: torch.Tensor, loss_scale: float) -> None:
-        """Undo the loss scale and clip to ``max_norm`` (0: no clipping), in one pass where anything is to be done."""
+        """Undo the loss scale and clip to ``max_norm`` (0: no clipping), in one pass, if needed."""
         factor = 1 / loss_scale
         if self.config.max_norm > 0:
             factor *= min(self.config.max_norm / (norm.item() + 1e-6), 1.0)
@@ -99,11 +84,11 @@ class NativeStrategy(BackendStrategy):
 
     # ---- hooks -------------------------------------------------------------------------------------------------------
     def _place(self, model: nn.Module, shard_size: int) -> nn.Module:
-        """Put the model where it computes; a sharded backend shards it over ``shard_size`` ranks, in place."""
+        """Move the model to its device; a sharded backend shards it over ``shard_size`` ranks, in place."""
         return model.to(self.device)
 
     def _waits_in_forward(self, model: nn.Module) -> bool:
-        """Does a forward pass wait for other ranks? Then the one that does not come is named."""
+        """Whether a forward pass waits for other ranks, so that a late one must be named."""
         return False
 
     def _grad_norm(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:

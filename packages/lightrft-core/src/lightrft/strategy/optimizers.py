@@ -27,7 +27,7 @@ def decay_groups(
 
 
 def rebind(optimizer: Optimizer, names: Mapping[int, str], parameters: Mapping[str, nn.Parameter]) -> None:
-    """Make an optimizer that was built before sharding work on the parameters that came of it, in place.
+    """Re-bind an optimizer that was built before sharding to the sharded parameters, in place.
 
     :param names: name by ``id`` of the parameter that the optimizer holds now.
     :param parameters: the parameters after sharding, by name.

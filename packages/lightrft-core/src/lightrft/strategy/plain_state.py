@@ -1,4 +1,4 @@
-"""Training state of plain (unsharded) modules."""
+"""Weights and training state of plain (unsharded) modules."""
 
 from __future__ import annotations
 
@@ -9,11 +9,32 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from .hub_layout import hub_sources
+from .checkpoint import import_by_name
+from .hub_layout import HubLayout, hub_sources
 from .state_source import WEIGHT, Fragment, TensorEntry, share_of
 from .training_state import StateItem, receive_items
+from .weights import TensorSpec
 
 STEP = "step"
+
+
+@torch.no_grad()
+def import_weights(
+    model: nn.Module, layout: HubLayout, specs: Mapping[str, TensorSpec], source: Iterable[tuple[str, torch.Tensor]]
+) -> None:
+    """See :meth:`StrategyBase.import_weights`.
+
+    :param specs: the hub tensors that must come, by name.
+    """
+    tensors = dict(hub_sources(model))
+
+    def target(name: str) -> torch.Tensor:
+        hub = layout.by_name[name]
+        return hub.view(tensors[hub.source].detach())
+
+    import_by_name(specs, source, target)
+    for adapter in layout.adapters.values():  # the imported weights include them
+        tensors[adapter.b].zero_()
 
 
 def iter_state(model: nn.Module, optimizer: Optimizer | None = None) -> Iterator[StateItem]:
@@ -23,9 +44,9 @@ def iter_state(model: nn.Module, optimizer: Optimizer | None = None) -> Iterator
         moments = {
             k: _copy(v)
             for k, v in state.items()
-            if isinstance(v, torch.Tensor) and v.shape == tensor.shape and k != "step"
+            if isinstance(v, torch.Tensor) and v.shape == tensor.shape and k != STEP
         }
-        yield StateItem(name=name, weight=_copy(tensor), moments=moments, step=int(state.get("step", 0)))
+        yield StateItem(name=name, weight=_copy(tensor), moments=moments, step=int(state.get(STEP, 0)))
 
 
 @torch.no_grad()
@@ -38,14 +59,14 @@ def load_state(model: nn.Module, optimizer: Optimizer | None, items: Iterable[St
         tensor.copy_(item.weight)
         if optimizer is None:
             continue
-        optimizer.state.pop(tensor, None)  # a parameter that had not stepped yet must not keep what it has seen since
+        optimizer.state.pop(tensor, None)  # had not stepped when it was saved: drop the present state
         if item.moments:
             state: dict[str, Any] = {k: v.to(tensor.device, copy=True) for k, v in item.moments.items()}
             optimizer.state[tensor] = {STEP: step_count(optimizer, tensor, item.step), **state}
 
 
 def local_state(model: nn.Module, optimizer: Optimizer | None, index: int = 0, replicas: int = 1) -> Iterator[Fragment]:
-    """See :meth:`StrategyBase.local_state`, where every rank holds everything.
+    """See :meth:`StrategyBase.local_state`; here every rank has everything.
 
     :param index: this rank's place among the ``replicas``, each of which writes its share.
     """
@@ -67,11 +88,11 @@ def state_entries(model: nn.Module, optimizer: Optimizer | None) -> dict[str, tu
 
 
 def make_states(model: nn.Module, optimizer: Optimizer, entries: Mapping[str, TensorEntry]) -> None:
-    """Give the optimizer, for each parameter, the states that a checkpoint holds, as zeros, and its step."""
+    """Allocate, as zeros, the optimizer states that a checkpoint has for each parameter, and set its step."""
     for name, tensor in hub_sources(model):
         entry = entries[name]
         if not entry.moments:
-            optimizer.state.pop(tensor, None)  # it had not stepped yet, and must not keep what it has seen since
+            optimizer.state.pop(tensor, None)  # had not stepped when it was saved: drop the present state
             continue
         state = optimizer.state[tensor]
         for kind in entry.moments:
@@ -83,7 +104,7 @@ def make_states(model: nn.Module, optimizer: Optimizer, entries: Mapping[str, Te
 
 
 def step_count(optimizer: Optimizer, tensor: torch.Tensor, steps: int = 0) -> torch.Tensor:
-    """0-d fp32, as torch's own optimizers count: a fused kernel wants it beside the moments of ``tensor``."""
+    """0-d fp32, as torch's optimizers count; a fused kernel needs it on the device of ``tensor``."""
     fused = any(group.get("fused") for group in optimizer.param_groups)
     return torch.tensor(float(steps), dtype=torch.float32, device=tensor.device if fused else "cpu")
 

@@ -1,4 +1,4 @@
-"""Prompts as a rank brings them, turned into one template a prompt. Pure: no rank, no engine."""
+"""Turn the prompts given to a rank into requests. Pure: no rank, no engine."""
 
 from __future__ import annotations
 
@@ -84,14 +84,14 @@ def _images_per_prompt(
     if images_num is not None and not any(isinstance(item, (list, tuple)) for item in images):
         if len(images_num) != count or sum(images_num) != len(images):
             raise ValueError(
-                f"images_num must have one count a prompt and add up to the images: {len(images_num)} for {count} "
-                f"prompts, together {sum(images_num)} for {len(images)} images"
+                f"images_num must have one count per prompt, and their sum must be the number of images: "
+                f"{len(images_num)} for {count} prompts, together {sum(images_num)} for {len(images)} images"
             )
         starts = [sum(images_num[:i]) for i in range(count)]
         return [tuple(images[start : start + number]) for start, number in zip(starts, images_num, strict=True)]
     if len(images) != count:
         raise ValueError(
-            f"all_images has {len(images)} entries for {count} prompts; give one (or None, or a list) a prompt"
+            f"all_images has {len(images)} entries for {count} prompts; give one (or None, or a list) for each prompt"
         )
     each = [() if item is None else tuple(item) if isinstance(item, (list, tuple)) else (item,) for item in images]
     if images_num is not None and [len(item) for item in each] != list(images_num):

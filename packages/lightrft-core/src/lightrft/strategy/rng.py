@@ -39,7 +39,7 @@ def restore_rng(device: torch.device, plain: dict[str, Any], tensors: dict[str, 
 
 @contextlib.contextmanager
 def preserved_rng(device: torch.device) -> Iterator[None]:
-    """Leave the process's random state as it was found: engines must not move the trainer's."""
+    """Restore the process's random state at the end: engines must not change the trainer's."""
     plain, tensors = rng_state(device)
     try:
         yield

@@ -11,10 +11,10 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# Names that an engine's own object or an older script uses for one of our fields.
+# Other names of our fields, in an engine's own object or an older script.
 ALIASES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "sampling_seed": "seed"}
-# What an engine's own object says besides, and what changes nothing about which tokens are sampled: how outputs are
-# written, and what a model's GenerationConfig has of its own. Its do_sample and eos_token_id are read apart.
+# Further settings of an engine's own object that do not change which tokens are sampled: how outputs are written, and
+# what a model's GenerationConfig has besides. do_sample and eos_token_id are read separately.
 _BESIDES = (
     "bos_token_id",
     "detokenize",
@@ -46,8 +46,8 @@ class SamplingParams:
     :param max_tokens: longest response, in tokens.
     :param min_tokens: end and stop tokens cannot be drawn before this many.
     :param stop_token_ids: tokens that end a response, besides the model's own end tokens.
-    :param ignore_eos: go on after the model's own end token.
-    :param seed: every sample's seed derives from it (see :func:`sample_seed`); None takes the run's.
+    :param ignore_eos: continue after the model's own end token.
+    :param seed: every sample's seed derives from it (see :func:`sample_seed`); None: the run's seed.
     :param logprobs: return the logprob of each sampled token under the distribution it was drawn from.
     """
 
@@ -93,8 +93,8 @@ class SamplingParams:
     def coerce(cls, value: Any) -> SamplingParams:
         """Accept ours, a mapping with vLLM's names, an object with such attributes, or None for the defaults.
 
-        :raises ValueError: a mapping's name is unknown, or an object sets what is not one of ours: neither a typo nor a
-            foreign setting may silently change what is sampled.
+        :raises ValueError: a mapping's name is unknown, or an object sets what is not one of ours: neither a typo nor
+            an unknown setting may silently change what is sampled.
         """
         if value is None:
             return cls()
@@ -135,13 +135,13 @@ class SamplingParams:
 
 
 def _settings_besides(value: Any, known: Container[str]) -> list[str]:
-    """What an engine's own object was given, as ``name=value``, other than ``known``."""
+    """Settings of an engine's own object other than ``known``, as ``name=value``."""
     try:
         untouched = type(value)()
     except (TypeError, ValueError):  # a type without defaults
         return []
     fields = getattr(value, "__struct_fields__", None) or getattr(value, "__dict__", ())  # vLLM's is a msgspec struct
-    # What the type itself does not have is no setting of it: a Namespace may hold anything.
+    # Attributes that the type does not have are not settings: a Namespace may have any.
     settings = [name for name in fields if name[0] != "_" and name not in known and hasattr(untouched, name)]
     default, given = ({name: repr(getattr(one, name)) for name in settings} for one in (untouched, value))
     return [f"{name}={given[name]}" for name in settings if given[name] != default[name]]
@@ -150,8 +150,7 @@ def _settings_besides(value: Any, known: Container[str]) -> list[str]:
 def sample_seed(run_seed: int, step: int, prompt_index: int, sample_index: int) -> int:
     """The seed of one sample, a pure function of its place in the run and of nothing else.
 
-    World size, tensor-parallel size, batch composition and engine do not enter, so that a sample stays the same when
-    they change.
+    It does not depend on world size, tensor-parallel size, batch composition or engine, so neither does the sample.
 
     :return: an int in [0, 2**63).
     """

@@ -1,4 +1,4 @@
-"""Reward models that an engine serves: sequences in, one score for each out."""
+"""Reward models in an engine: one score for each sequence."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 class ScoringEngine(ABC):
-    """Serves a sequence classifier with one output. Name it in the entry-point group ``lightrft.scoring_engines``.
+    """Runs a sequence classifier with one output. Register it in the entry-point group ``lightrft.scoring_engines``.
 
     Every rank of a tensor-parallel group runs it, with the same sequences.
 
-    :cvar name: the value of ``--engine_type`` that it goes with.
+    :cvar name: the value of ``--engine_type`` that selects it.
     :cvar devices: device types that it runs on.
     """
 
@@ -44,24 +44,24 @@ class ScoringEngine(ABC):
 
     @abstractmethod
     def release(self) -> None:
-        """Give memory back: weights to the host, caches dropped. Repeating it does nothing."""
+        """Free memory: move weights to the host, drop caches. Repeating it does nothing."""
 
     @abstractmethod
     def restore(self) -> None:
-        """Take the memory again, weights in place. Repeating it does nothing."""
+        """Allocate the memory again and restore the weights. Repeating it does nothing."""
 
     @abstractmethod
     def shutdown(self) -> None:
-        """End it: memory, processes, shared memory. Repeating it does nothing."""
+        """Free everything: memory, processes, shared memory. Repeating it does nothing."""
 
 
 class RewardEngine:
-    """A reward model in an engine, seen from a rank: scores that rank's sequences, and sleeps between the calls.
+    """A reward model in an engine, as a rank uses it: scores that rank's sequences, and sleeps between calls.
 
     :param pretrain: a folder or hub name of a sequence classifier.
-    :param engine_type: whose scoring engine; None takes ``--engine_type``.
+    :param engine_type: the engine to use; None: ``--engine_type``.
     :raises PluginError: that engine serves no reward models.
-    :raises ConfigError: it cannot do what the settings ask.
+    :raises ConfigError: it does not support the settings.
     """
 
     def __init__(self, strategy: StrategyBase, pretrain: str, engine_type: str | None = None) -> None:
@@ -69,11 +69,9 @@ class RewardEngine:
         cls: type[ScoringEngine] = load_plugin("scoring_engines", engine_type or config.engine_type)
         problems = []
         if device.type not in cls.devices:
-            problems.append(
-                f"--rm_use_engine: {cls.name} serves no reward model on {device.type}; leave the flag away there"
-            )
+            problems.append(f"--rm_use_engine: {cls.name} serves no reward model on {device.type}; drop the flag there")
         if config.rm_engine_cudagraph and not replays_graphs(device):
-            problems.append(f"--rm_engine_cudagraph: there are no CUDA graphs on {device.type}; leave it away")
+            problems.append(f"--rm_engine_cudagraph: there are no CUDA graphs on {device.type}; drop it")
         if problems:
             raise ConfigError(problems)
         self.pretrain = pretrain
@@ -90,7 +88,7 @@ class RewardEngine:
         self._rest()
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[float]:
-        """One score for each of this rank's sequences; ranks may bring different numbers, or none. Every rank calls.
+        """One score for each of this rank's sequences; ranks may have different numbers, or none. Every rank calls.
 
         :raises RolloutError: the engine returned another number of scores.
         """

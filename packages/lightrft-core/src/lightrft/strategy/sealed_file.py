@@ -1,4 +1,4 @@
-"""A file that is digested while it is written and flushed when it is closed, so that nobody reads it again for that."""
+"""A file that is digested while it is written and flushed when it is closed, so that it need not be read again."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class SealedFile:
         self._digest, self._size = xxhash.xxh3_128(), 0
 
     def write(self, data: Any) -> int:
-        """Append bytes, or whatever shows its memory as such; their number."""
+        """Append bytes, or an object with the buffer protocol; returns their number."""
         view = memoryview(data).cast("B")
         self._file.write(view)
         self._digest.update(view)
@@ -48,7 +48,7 @@ class SealedFile:
         return self._size
 
     def flush(self) -> None:
-        """Hand what is buffered to the system; :meth:`close` brings it to the disk."""
+        """Pass buffered bytes to the system; :meth:`close` flushes them to the disk."""
         self._file.flush()
 
     def close(self) -> None:
@@ -75,11 +75,11 @@ class SealedFile:
         try:
             self._file.close()
         except OSError:
-            pass  # what is still buffered does not fit either; the error on its way says why
+            pass  # the buffered rest does not fit either; the error that is being raised says why
 
 
 def seal_of(path: Path, *, flush: bool) -> Seal:
-    """The seal of a file that something else wrote: it is read once."""
+    """The seal of a file that something else wrote; reads it once."""
     digest, size = xxhash.xxh3_128(), 0
     with path.open("rb", buffering=0) as file:
         while chunk := file.read(CHUNK):

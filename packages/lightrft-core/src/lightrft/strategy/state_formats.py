@@ -1,4 +1,4 @@
-"""Which formats of training state there are, and which one a folder holds."""
+"""The known formats of training state, and which one a folder has."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DCP_METADATA = ".metadata"
 
 
 def _open_dcp(folder: Path) -> StateSource:
-    from .dcp_files import open_dcp  # takes a while to import, and who trains with another backend never needs it
+    from .dcp_files import open_dcp  # slow to import, and not needed with another backend
 
     return open_dcp(folder)
 
@@ -42,14 +42,14 @@ def known_formats() -> Iterator[StateFormat]:
 
 
 def format_of(folder: Path) -> StateFormat | None:
-    """The format of a model's folder, or None where nobody knows it."""
+    """The format of a model's folder, or None if it is unknown."""
     return next((known for known in known_formats() if known.recognises(folder)), None)
 
 
 def open_state(folder: Path) -> StateSource:
-    """Open a model's training state, in whichever known format it is.
+    """Open a model's training state in any known format.
 
-    :raises CheckpointError: no format is recognised (says which are known), or the files are damaged.
+    :raises CheckpointError: the format is not known (names those that are), or the files are damaged.
     """
     found = format_of(folder)
     if found is None:

@@ -1,8 +1,8 @@
-"""Training state in files, whatever wrote them: names, shapes, kinds, and any flat range of any of them.
+"""Training state in files of any format: names, shapes, kinds, and any flat range of a tensor.
 
-Every format that we read cuts a tensor into contiguous ranges of its flattened elements: ZeRO 1 and 2 cut flat groups,
-ZeRO-3 flat parameters, FSDP2 and DCP rows. So one index of *pieces* reads them all, and any backend takes its own part
-of what any other wrote, at any number of ranks, without communication.
+Every format that we read stores a tensor as contiguous ranges of its flattened elements: ZeRO 1 and 2 split flat
+groups, ZeRO-3 flat parameters, FSDP2 and DCP rows. So one index of *pieces* reads them all, and any backend can read
+its part of any other's files, on any number of ranks, without communication.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ WEIGHT = "weight"
 
 @dataclass(frozen=True, kw_only=True)
 class Fragment:
-    """A flat range of one tensor that this rank holds, sharing its memory.
+    """A flat range of one tensor on this rank, sharing its memory.
 
-    :param kind: ``weight`` (in the optimizer's precision where it keeps a copy), ``exp_avg``, ``exp_avg_sq``, ...
+    :param kind: ``weight`` (in the optimizer's precision if it has a copy), ``exp_avg``, ``exp_avg_sq``, ...
     :param start: of the whole tensor's flattened elements, row after row.
     :param owned: the part of ``values``, flat, that this rank writes; the rest is a replica of another rank's, or a
-        rounded copy, that is only read into.
+        rounded copy, and is only read.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Fragment:
 
     @property
     def written(self) -> tuple[int, torch.Tensor]:
-        """Where it begins, and the flat elements that this rank writes."""
+        """Start and flat elements of what this rank writes."""
         first, *_ = self.owned.indices(self.values.numel())
         return self.start + first, self.values.detach().reshape(-1)[self.owned]
 
@@ -75,30 +75,30 @@ class Piece(Protocol):
         ...
 
     def fill(self, values: torch.Tensor, start: int = 0) -> None:
-        """Put its flat elements from ``start`` on into all of ``values``, of whatever shape, dtype and device."""
+        """Fill ``values``, of any shape, dtype and device, with its flat elements from ``start`` on."""
         ...
 
 
 class FilledByReading:
-    """For a piece whose file knows no shorter way than to read and to copy."""
+    """Fills by reading and copying, for files without a shorter way."""
 
     def fill(self: Piece, values: torch.Tensor, start: int = 0) -> None:
         """See :meth:`Piece.fill`."""
         values.copy_(self.read(start, start + values.numel()).view(values.shape))
 
 
-Placed = tuple[int, Piece]  # where in the whole tensor, and what
+Placed = tuple[int, Piece]  # (start in the whole tensor, piece)
 
 
 class StateSource:
     """Opened files.
 
     :param folder: named in errors. :param format: the format's name.
-    :param entries: what is there, in module order, by module name.
+    :param entries: the tensors, by module name, in module order.
     :param pieces: by (name, kind), in any order; replicas may be listed more than once.
-    :param prefix: under which the one transformers model inside the saved module stands; None: not known.
+    :param prefix: of the one transformers model inside the saved module; None: not known.
     :param scalars: what optimizer and scheduler hold besides tensors (see ``checkpoint.SCALARS``), as far as known.
-    :raises CheckpointError: a range is nowhere: a rank's file is missing.
+    :raises CheckpointError: a range is missing: a rank's file is absent.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class StateSource:
         return torch.empty(0, dtype=entry.dtypes[kind]) if values is None else values
 
     def fill(self, values: torch.Tensor, name: str, kind: str, start: int = 0) -> None:
-        """Put the flat elements from ``start`` on into all of ``values``, of whatever shape, dtype and device."""
+        """Fill ``values``, of any shape, dtype and device, with the flat elements from ``start`` on."""
         done, stop = start, start + values.numel()
         if not values.is_contiguous():
             values.copy_(self.read(name, kind, start, stop).view(values.shape))
@@ -162,7 +162,7 @@ class StateSource:
             yield StateItem(name=name, weight=self.whole(name), moments=moments, step=entry.step)
 
     def renamed(self, names: Mapping[str, str]) -> StateSource:
-        """The same under other names; what ``names`` does not mention is left out."""
+        """The same under other names, without those that ``names`` does not have."""
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
         other.entries = {new: self.entries[old] for old, new in names.items()}
@@ -180,7 +180,7 @@ class StateSource:
         return other
 
     def named_as(self, shapes: Mapping[str, Sequence[int]], prefix: str = "") -> StateSource:
-        """The same under the names of a model that may wrap its transformers model otherwise.
+        """The same under the names of a model that may wrap its transformers model differently.
 
         :param shapes: the model's, by name. :param prefix: of the transformers model inside it.
         :raises CheckpointError: it is another model's; says the first name or shape that differs.
@@ -194,7 +194,7 @@ class StateFormat:
     """A kind of file that training state is kept in.
 
     :param name: short. :param title: for messages.
-    :param recognises: whether a folder looks like it. :param open: read its index.
+    :param recognises: whether a folder has this format. :param open: read its index.
     """
 
     name: str
@@ -226,7 +226,7 @@ def match_names(
     mine: Mapping[str, Sequence[int]],
     my_prefix: str,
 ) -> dict[str, str]:
-    """A checkpoint's names to a model's, in the model's order; wrappers may have put prefixes before either.
+    """Map a checkpoint's names to a model's, in the model's order; wrappers may have added prefixes to either.
 
     :param theirs: shapes by name. :param their_prefix: None: not known; found by trying.
     :raises CheckpointError: it is another model's; says the first name or shape that differs.
@@ -243,7 +243,7 @@ def match_names(
         there = list(theirs[back[name]]) if name in back else "absent"
         if there != list(mine[name]):
             raise CheckpointError(
-                f"{folder}: a checkpoint of another model: {name} is {there} there, {list(mine[name])} here"
+                f"{folder}: a checkpoint of another model: {name} is {there} there, but {list(mine[name])} here"
             )
     for name in theirs:
         if name not in names:
@@ -261,7 +261,7 @@ def share_of(numel: int, index: int, replicas: int) -> slice:
 def read_json(path: Path) -> Any:
     """A JSON file.
 
-    :raises CheckpointError: it is missing or no JSON.
+    :raises CheckpointError: it is missing or not JSON.
     """
     try:
         return json.loads(path.read_text())
@@ -270,7 +270,7 @@ def read_json(path: Path) -> Any:
 
 
 def _prefixes(names: Iterable[str]) -> list[str]:
-    """What a wrapper may have put before a model's own names: nothing, or the first part of some."""
+    """Prefixes that a wrapper may have added to a model's own names: none, or the first part of some name."""
     return ["", *sorted({f"{name.partition('.')[0]}." for name in names if "." in name})]
 
 
@@ -282,5 +282,6 @@ def _check_whole(folder: Path, name: str, kind: str, numel: int, placed: Sequenc
         done = max(done, begin + piece.numel)
     if done < numel:
         raise CheckpointError(
-            f"{folder}: {kind} of {name} lacks elements from {done} on (of {numel}): a rank's file is missing or cut"
+            f"{folder}: {kind} of {name} has no elements from {done} on (of {numel}): a rank's file is missing or "
+            "truncated"
         )

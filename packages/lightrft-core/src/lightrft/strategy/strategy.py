@@ -1,4 +1,4 @@
-"""The factory: from settings to the strategy that they ask for."""
+"""The factory: from settings to a strategy."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def get_strategy(args: Any = None) -> StrategyBase:
 
     :param args: a Namespace, dict, :class:`StrategyConfig`, or any object with attributes; kept as ``strategy.args``.
     :raises ConfigError: every fault of the settings at once.
-    :raises PluginError: the backend is not installed; says which ``pip install`` brings it.
+    :raises PluginError: the backend is not installed; says what to ``pip install``.
     """
     config = StrategyConfig.from_args(args).checked()
     cls = load_plugin("strategies", config.backend)

@@ -1,4 +1,4 @@
-"""The interface behind which every training backend stands, and the defaults that hold for all of them."""
+"""The interface of training backends, with the parts that are the same for all of them."""
 
 from __future__ import annotations
 
@@ -35,8 +35,7 @@ from .errors import CheckpointError, ConfigError, LightRFTError, RankTimeoutErro
 from .groups import ProcessGroups, RankLayout
 from .host_copies import HostCopies
 from .hub_export import save_hub_model
-from .hub_layout import HubLayout, hub_sources, unwrap
-from .hub_record import inner_prefix
+from .hub_layout import HubLayout, hub_sources, inner_prefix, unwrap
 from .journal import RankJournal
 from .lifecycle import EngineStatus
 from .memory import MoveReport, memory_figures
@@ -55,7 +54,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("lightrft")
 T = TypeVar("T")
-# Joining takes as long as the slowest process needs to start, however short the deadline of a collective is.
+# Joining takes as long as the slowest process needs to start, even if the deadline of a collective is shorter.
 JOIN_SECONDS = 60.0
 
 
@@ -64,7 +63,7 @@ class StepResult:
     """What ``optimizer_step`` did.
 
     :param stepped: the weights moved. False between accumulation boundaries, and when the step was skipped.
-    :param skipped: a boundary was reached and the gradient norm was not finite, on any rank.
+    :param skipped: a boundary was reached, but the gradient norm was not finite on some rank.
     :param grad_norm: global norm before clipping; None between boundaries.
     """
 
@@ -75,7 +74,7 @@ class StepResult:
 
 @dataclass(kw_only=True)
 class ModelRecord:
-    """What a strategy knows of one prepared model, which it does not keep alive."""
+    """What a strategy knows about one prepared model. It does not keep the model alive."""
 
     reference: weakref.ref[nn.Module]
     optimizer: Optimizer | None = None
@@ -85,37 +84,42 @@ class ModelRecord:
     at_boundary: bool = False
     skipped_steps: int = 0
     loss_scale: LossScale = field(default_factory=lambda: LossScale(enabled=False))
-    copies: HostCopies = field(default_factory=HostCopies)  # what an asynchronous save writes from
+    copies: HostCopies = field(default_factory=HostCopies)  # from which an asynchronous save writes
 
     @property
     def model(self) -> nn.Module:
         """What the user calls: the model itself or a backend's wrapper.
 
-        :raises ValueError: it was a wrapper that nobody kept.
+        :raises ValueError: it was a wrapper that has been garbage-collected.
         """
         model = self.reference()
         if model is None:
-            raise ValueError("this model's prepared form is gone: keep what prepare() returned, and use that")
+            raise ValueError("the prepared model no longer exists: keep what prepare() returned, and use that")
         return model
 
     @model.setter
     def model(self, model: nn.Module) -> None:
         self.reference = weakref.ref(model)
 
+    def remember(self, optimizer: Optimizer | None = None, scheduler: Any = None) -> None:
+        """Use these from now on; None keeps the present one."""
+        self.optimizer = self.optimizer if optimizer is None else optimizer
+        self.scheduler = self.scheduler if scheduler is None else scheduler
+
 
 class StrategyBase(ABC):
-    """One object that trains, samples and saves, on whichever backend and engine were chosen.
+    """One object that trains, generates and saves, with the chosen backend and engine.
 
     Set-up is lazy: the first call that needs ranks sets them up. Every method that communicates must be called by all
-    ranks in the same order, but for those that say otherwise.
+    ranks in the same order, except where its documentation says otherwise.
 
-    :param seed: and the other keywords: any field of :class:`StrategyConfig`; they win over ``args``.
-    :param args: a Namespace, dict, config or object with attributes; kept untouched as ``strategy.args``.
+    :param seed: and the other keywords: any field of :class:`StrategyConfig`; they override ``args``.
+    :param args: a Namespace, dict, config or object with attributes; kept unchanged as ``strategy.args``.
     :raises ConfigError: every fault of the configuration at once.
     """
 
     name: ClassVar[str] = ""
-    # Settings that choosing this class implies.
+    # Settings that this class implies.
     implied: ClassVar[Mapping[str, Any]] = {}
     # Formats of training state that this backend's own library writes, for load_ckpt and `lightrft convert`.
     state_formats: ClassVar[tuple[StateFormat, ...]] = ()
@@ -141,7 +145,7 @@ class StrategyBase(ABC):
         base = StrategyConfig.from_args(args)
         known = {spec.name for spec in dataclasses.fields(base)}
         if strange := sorted(set(settings) - known):
-            raise ConfigError([f"{key}={settings[key]!r}: no such setting; see StrategyConfig" for key in strange])
+            raise ConfigError([f"{key}={settings[key]!r}: unknown setting; see StrategyConfig" for key in strange])
         self.config = dataclasses.replace(base, **{**self.implied, **settings, **given}).checked()
         self.args = self.config if args is None else args
         self.device = local_device(self.config.local_rank)
@@ -169,7 +173,7 @@ class StrategyBase(ABC):
     def create_optimizer(self, model: nn.Module, **kwargs: Any) -> Optimizer:
         """AdamW for the model's trainable parameters; learning rate, betas and decay come from the configuration.
 
-        The object stays valid when the model is prepared later: it is re-bound in place.
+        The object stays valid if the model is prepared later: it is re-bound in place.
 
         :param kwargs: lr, betas, eps, weight_decay override the configuration.
         """
@@ -178,9 +182,9 @@ class StrategyBase(ABC):
     def prepare(self, *models: Any, is_rlhf: bool = False, trainable: Sequence[nn.Module] | None = None) -> Any:
         """Hand models to the backend: bare, or as (model, optimizer, scheduler). None passes through.
 
-        :param is_rlhf: several roles at once (actor, critic, reward, reference); the order is kept either way.
+        :param is_rlhf: the models have several roles (actor, critic, reward, reference); the order is kept in any case.
         :param trainable: the ones that get an optimizer; the others are frozen. None decides by ``requires_grad``.
-        :return: what was given, prepared, in its shape: one object for one argument, else a tuple.
+        :return: the prepared arguments, in the same form: one object for one argument, else a tuple.
         """
 
     @abstractmethod
@@ -199,18 +203,18 @@ class StrategyBase(ABC):
         :param loss: 0-d tensor.
         :param scale: this micro-batch's share of a global mean: the gradient is the sum over ranks and micro-batches of
             ``scale * loss``. None: ``loss / accumulation steps``, averaged over ranks.
-        :param boundary: whether the optimizer acts after this micro-batch; None counts up to the accumulation steps.
+        :param boundary: whether an optimizer step follows this micro-batch; None counts the accumulation steps.
         """
 
     @abstractmethod
     def optimizer_step(
         self, optimizer: Optimizer, model: nn.Module, scheduler: Any = None, name: str = "model", **kwargs: Any
     ) -> StepResult:
-        """Clip, step, clear the gradients and move the scheduler; acts only at an accumulation boundary.
+        """At an accumulation boundary: clip, step optimizer and scheduler, clear the gradients. Else do nothing.
 
         The norm is global over this model's parameters. A norm that is not finite skips the step on all ranks together.
 
-        :param scheduler: moves by one step; None: none does, not even one that was prepared with the model.
+        :param scheduler: the scheduler to step; None: none, not even one that was prepared with the model.
         :param name: the model's name in messages.
         """
 
@@ -220,11 +224,11 @@ class StrategyBase(ABC):
 
     @abstractmethod
     def load_ckpt(self, model: nn.Module | Mapping[str, nn.Module], load_dir: str | Path, **kwargs: Any) -> Any:
-        """Read the newest whole checkpoint; keywords and result: :func:`lightrft.strategy.checkpoint.load`."""
+        """Read the newest complete checkpoint; keywords and result: :func:`lightrft.strategy.checkpoint.load`."""
 
     # ---- ranks -------------------------------------------------------------------------------------------------------
     def join_ranks(self, timeout: timedelta | float | None = None) -> None:
-        """The part of ``setup_distributed`` that no backend does differently. Repeating it does nothing.
+        """The part of ``setup_distributed`` that is the same for all backends. Repeating it does nothing.
 
         :raises ConfigError: sizes do not fit the number of ranks.
         """
@@ -242,7 +246,7 @@ class StrategyBase(ABC):
             world_size=world_size, engine_tp_size=self.config.engine_tp_size, sp_size=self.config.sp_size
         )
         self.groups = ProcessGroups(self.layout, self.rank, timedelta(seconds=seconds))
-        # NCCL ends no wait by an exception: there the journal ends the process.
+        # No exception ends a wait for NCCL: there the journal ends the process.
         self._journal = RankJournal(self.rank, world_size, seconds, ends_process=self.device.type != "cpu")
         self._set_up = True
         self.set_seed(self.config.seed)
@@ -257,7 +261,7 @@ class StrategyBase(ABC):
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 
     def set_seed(self, seed: int) -> None:
-        """Seed python, numpy and torch, alike on all ranks: what must differ between ranks is seeded by index."""
+        """Seed python, numpy and torch, equally on all ranks: what must differ between ranks is seeded by index."""
         random.seed(seed)
         numpy.random.seed(seed % 2**32)
         torch.manual_seed(seed)
@@ -269,7 +273,7 @@ class StrategyBase(ABC):
 
     @property
     def data_parallel_size(self) -> int:
-        """Ranks that see different data."""
+        """Number of data ranks: groups of ranks with different data."""
         self.setup_distributed()
         return self.layout.data_parallel_size
 
@@ -291,7 +295,7 @@ class StrategyBase(ABC):
 
     @property
     def sequence_group(self) -> dist.ProcessGroup | None:
-        """Ranks that share each sequence (``--sp_size``) and so hold the same data; None where each has its own."""
+        """Ranks that share each sequence (``--sp_size``) and so have the same data; None if each has its own."""
         self.setup_distributed()
         return self.groups.sequence
 
@@ -312,7 +316,7 @@ class StrategyBase(ABC):
 
     @contextlib.contextmanager
     def waits_for_ranks(self, operation: str) -> Iterator[None]:
-        """Wrap what waits for other ranks: when it fails, the error names who was late, with what and where.
+        """Wrap a wait for other ranks: if it fails, the error names the late rank, its operation and line.
 
         :raises RankTimeoutError: a rank died or did not come within the deadline.
         """
@@ -322,12 +326,12 @@ class StrategyBase(ABC):
             with self._journal.operation(operation):
                 yield
         except torch.OutOfMemoryError as error:
-            error.add_note(f"{operation}: flags that lower the memory: {LESS_MEMORY}")
+            error.add_note(f"{operation}: flags that need less memory: {LESS_MEMORY}")
             raise
 
     @contextlib.contextmanager
     def together(self, operation: str, kind: type[LightRFTError] = LightRFTError) -> Iterator[None]:
-        """Wrap work of which each rank does its part: where one raises, all raise. Nobody goes on before all are done.
+        """Wrap work that all ranks do: if one raises, all raise. No rank continues before all are done.
 
         The rank that failed raises its own error, at once; the others, as soon as they have done their part, ``kind``
         with that rank and its error. Work that communicates may be within.
@@ -346,18 +350,18 @@ class StrategyBase(ABC):
                 raise kind.echo(problem)
 
     def all_are_done(self, seconds: float) -> bool:
-        """After :meth:`together` failed here: have the others done their part? Waits for them up to ``seconds``."""
+        """After :meth:`together` failed here: whether the others are done. Waits up to ``seconds`` for them."""
         return self._journal is None or self._journal.all_have_agreed(seconds)
 
     @property
     def _everyone(self) -> Any:
-        """The group that "all ranks" means."""
+        """The group of "all ranks"."""
         return None if self.distributed else collectives.ALONE
 
     def all_reduce(self, data: Any, op: str = "mean") -> Any:
         """Reduce tensors, numbers, or dicts of them over all ranks: "mean", "sum", "max" or "min".
 
-        ``data`` is not changed; dtypes and 0-d shapes survive; Python numbers come back as Python numbers.
+        ``data`` is not changed; dtypes and 0-d shapes are kept; Python numbers are returned for Python numbers.
         """
         with self.waits_for_ranks("all_reduce"):
             return collectives.all_reduce(data, op, self._everyone, device=self.device)
@@ -373,22 +377,22 @@ class StrategyBase(ABC):
             return collectives.all_gather_object(data, self._everyone)
 
     def reduce_over_data(self, data: Any, op: str = "mean") -> Any:
-        """:meth:`all_reduce` in which ranks that share their sequences, and so their data, count once."""
+        """:meth:`all_reduce` in which the data of ranks that share their sequences count once."""
         with self.waits_for_ranks("reduce_over_data"):
             return collectives.all_reduce(data, op, self._data_ranks, device=self.device)
 
     def gather_over_data(self, data: Any) -> Any:
         """:meth:`all_gather` from one rank of each sequence group, in the order of their data ranks; a list or a tuple
-        comes back as a list with one entry a data rank.
+        is returned as a list with one entry per data rank.
         """
         with self.waits_for_ranks("gather_over_data"):
             return collectives.all_gather(data, self._data_ranks)
 
     def once_a_sequence(self, act: Callable[[], T], kind: type[LightRFTError] = LightRFTError) -> T:
-        """``act()`` on one rank of each sequence group; all its ranks get the result, or raise: that one its own error,
-        the others ``kind``.
+        """Call ``act`` on one rank of each sequence group. All ranks of the group get its result, or raise: that rank
+        its own error, the others ``kind``.
 
-        For what may differ from call to call, or costs: the grading of responses.
+        For work that is expensive or not deterministic, such as grading responses.
         """
         if self.sequence_group is None:
             return act()
@@ -398,7 +402,7 @@ class StrategyBase(ABC):
                 result = act()
             except Exception as error:  # noqa: BLE001 - raised again once the group's other ranks know of it
                 problem = error
-        told = None if problem is None else f"{type(problem).__name__}: {problem}"
+        told = None if problem is None else describe(problem)
         with self.waits_for_ranks("once_a_sequence"):
             shared, text = collectives.all_gather_object((result, told), self.sequence_group)[0]
         if problem is not None:
@@ -409,11 +413,11 @@ class StrategyBase(ABC):
 
     @property
     def _data_ranks(self) -> Any:
-        """The group that "all data" means: this rank and its like of every other sequence group."""
+        """The group of "all data": this rank and the one at the same place in each other sequence group."""
         return collectives.ALONE if self.data_parallel_size == 1 else self.groups.data
 
     def barrier(self) -> None:
-        """Wait until every rank is here."""
+        """Wait until all ranks have called this."""
         with self.waits_for_ranks("barrier"):
             if self.layout.world_size > 1:
                 dist.barrier()
@@ -434,7 +438,7 @@ class StrategyBase(ABC):
         args: Any,
         max_steps: int,
     ) -> tuple[Any, Any, Any, Any]:
-        """Everything that PPO needs, in the order that scripts unpack.
+        """Prepare everything that PPO needs.
 
         :param reward_models: a model, a list of them, or None. :param initial_model: the reference, or None.
         :param args: read for the learning rates and the schedule; None takes this strategy's configuration.
@@ -467,7 +471,7 @@ class StrategyBase(ABC):
         )
 
     def record(self, model: nn.Module) -> ModelRecord:
-        """What this strategy knows of a model; made on first sight."""
+        """The record of a model, made when it is first asked for."""
         if model not in self._records:
             self._records[model] = ModelRecord(
                 reference=weakref.ref(model), loss_scale=LossScale(enabled=self.config.fp16)
@@ -475,19 +479,20 @@ class StrategyBase(ABC):
         return self._records[model]
 
     def unwrap_model(self, model: nn.Module) -> nn.Module:
-        """The user's own module inside a backend's wrapper."""
+        """The user's module inside a backend's wrapper."""
         return unwrap(model)
 
     @contextlib.contextmanager
     def init_model_context(self, meta_init: bool = False) -> Iterator[None]:
-        """Build models within it; with ``meta_init`` without memory, until ``prepare`` fills each rank's shard."""
+        """A context to build models in; with ``meta_init`` on the meta device, until ``prepare`` fills each rank's
+        shard."""
         with torch.device("meta") if meta_init else contextlib.nullcontext():
             yield
 
     def prepare_average(self, model: nn.Module) -> nn.Module:
-        """Prepare the frozen model that :meth:`moving_average` moves, sharded as the one that it follows.
+        """Prepare the frozen model for :meth:`moving_average`, sharded like the one that it averages.
 
-        It is held in fp32 also where the run computes in 16 bit: there most of its updates would round away.
+        It is held in fp32 even if the run computes in 16 bits, where most of its updates would be rounded away.
         """
         return self.prepare_model(model.float())
 
@@ -495,7 +500,7 @@ class StrategyBase(ABC):
     def moving_average(self, model: nn.Module, model_ema: nn.Module, beta: float = 0.992, device: Any = None) -> None:
         """``ema = beta * ema + (1 - beta) * model``, shard by shard; ``model_ema`` comes from :meth:`prepare_average`.
 
-        :param device: where ``model_ema`` lives, when not beside the model; default: wherever it is.
+        :param device: to which ``model_ema`` is moved first; default: it stays where it is.
         """
         target = dict(hub_sources(model_ema))
         for name, value in hub_sources(model):
@@ -518,8 +523,8 @@ class StrategyBase(ABC):
     ) -> StatefulDataLoader[Any]:
         """A loader that shards a map-style dataset over the data ranks and can be resumed.
 
-        :param batch_size: samples a batch on this rank.
-        :param consumed_samples: samples, over all ranks, to skip at the start; ``state_dict`` keeps the position later.
+        :param batch_size: samples per batch on this rank.
+        :param consumed_samples: samples, over all ranks, to skip at the start; later ``state_dict`` has the position.
         """
         return make_dataloader(
             replay_buffer,
@@ -537,7 +542,8 @@ class StrategyBase(ABC):
 
     # ---- memory ------------------------------------------------------------------------------------------------------
     def move(self, target: nn.Module | Optimizer, device: torch.device | str) -> MoveReport:
-        """Move a model's parameters or an optimizer's states to ``device``; says bytes and seconds. No collective."""
+        """Move a model's parameters or an optimizer's states to ``device``; returns bytes and seconds. No
+        collective."""
         begun, device = time.monotonic(), torch.device(device)
         if isinstance(target, Optimizer):
             nbytes = move_optimizer(target, device, pin=self.device.type != "cpu")
@@ -550,19 +556,19 @@ class StrategyBase(ABC):
         return MoveReport(nbytes=nbytes, seconds=time.monotonic() - begun)
 
     def offload_model(self, model: nn.Module) -> MoveReport:
-        """Move a model's parameters to the host; :meth:`reload_model` brings them back. No collective."""
+        """Move a model's parameters to the host, until :meth:`reload_model`. No collective."""
         return self.move(model, "cpu")
 
     def reload_model(self, model: nn.Module) -> MoveReport:
-        """Bring an offloaded model back to this rank's device. Does nothing where it is there. No collective."""
+        """Move an offloaded model back to this rank's device, if it is not there. No collective."""
         return self.move(model, self.device)
 
     def maybe_offload_optimizer(self, optimizer: Optimizer) -> MoveReport:
-        """Move optimizer states to the host, into pinned memory where there is an accelerator. No collective."""
+        """Move optimizer states to the host, into pinned memory if there is an accelerator. No collective."""
         return self.move(optimizer, "cpu")
 
     def maybe_load_optimizer(self, optimizer: Optimizer, device: Any = None) -> MoveReport:
-        """Bring optimizer states back. Does nothing before any offload. No collective."""
+        """Move optimizer states back, if they were offloaded. No collective."""
         return self.move(optimizer, self.device if device is None else device)
 
     def report_memory(self, prefix: str = "") -> dict[str, float]:
@@ -572,7 +578,7 @@ class StrategyBase(ABC):
         return figures
 
     def sync_and_clear_cache(self) -> None:
-        """Wait for the device and hand cached memory back. No collective."""
+        """Wait for the device and free cached memory. No collective."""
         synchronize(self.device)
         empty_cache(self.device)
 
@@ -586,7 +592,7 @@ class StrategyBase(ABC):
     def export_spec(self, model: nn.Module, kind: UpdateKind = "full") -> list[TensorSpec]:
         """Hub name, shape, dtype and atom of everything that :meth:`export_weights` sends. No collective.
 
-        :param kind: "full": the whole model, LoRA adapters merged; "adapter": the adapters alone, under peft's names.
+        :param kind: "full": the whole model, LoRA adapters merged; "adapter": only the adapters, under peft's names.
         """
         return self.hub_layout(model).specs_of(kind)
 
@@ -600,34 +606,26 @@ class StrategyBase(ABC):
             views = {hub.name: hub.view(merged[hub.source]) for hub in hubs}
             yield WeightBucket(index, {spec.name: views[spec.name].to(spec.dtype) for spec in specs})
 
-    @torch.no_grad()
     def import_weights(self, model: nn.Module, source: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Copy whole tensors, by hub name, into the model. LoRA adapters begin anew: B becomes 0.
+        """Copy whole tensors, by hub name, into the model. LoRA adapters are reset: B becomes 0.
 
-        :raises CheckpointError: a name or shape is not the model's, or one of the model's is missing.
+        :raises CheckpointError: a name or shape is not the model's, or one is missing.
         """
-        layout, tensors = self.hub_layout(model), dict(hub_sources(model))
-
-        def whole(name: str) -> torch.Tensor:
-            hub = layout.by_name[name]
-            return hub.view(tensors[hub.source].detach())
-
-        checkpoint.import_by_name({spec.name: spec for spec in layout.specs}, source, whole)
-        for adapter in layout.adapters.values():
-            tensors[adapter.b].zero_()
+        layout = self.hub_layout(model)
+        plain_state.import_weights(model, layout, {spec.name: spec for spec in layout.specs}, source)
 
     def iter_state(self, model: nn.Module, optimizer: Optimizer | None = None) -> Iterator[StateItem]:
-        """Stream the training state, one whole parameter at a time, in module order, on every rank."""
+        """Stream the training state, one unsharded parameter at a time, in module order, on every rank."""
         return plain_state.iter_state(model, optimizer)
 
     def load_state(self, model: nn.Module, optimizer: Optimizer | None, items: Iterable[StateItem]) -> None:
-        """Take a stream that :meth:`iter_state` of any backend wrote."""
+        """Load a stream that came from any backend's :meth:`iter_state`."""
         plain_state.load_state(model, optimizer, items)
 
     def local_state(self, model: nn.Module, optimizer: Optimizer | None = None) -> Iterator[Fragment]:
-        """What this rank holds of the training state, as flat ranges that share its memory. No collective.
+        """This rank's part of the training state, as flat ranges that share its memory. No collective.
 
-        A sharded backend overrides it; the default is for modules that every rank holds whole.
+        Sharded backends override it; the default is for modules that are whole on every rank.
         """
         return plain_state.local_state(model, optimizer, self.rank, self.layout.world_size)
 
@@ -638,17 +636,17 @@ class StrategyBase(ABC):
         return plain_state.state_entries(model, optimizer)
 
     def make_states(self, model: nn.Module, optimizer: Optimizer, entries: Mapping[str, TensorEntry]) -> None:
-        """Give the optimizer room for the states that a checkpoint holds, and its step; values follow. No collective.
+        """Allocate the optimizer's states that a checkpoint has, and set their steps; values follow. No collective.
 
-        :raises CheckpointError: it holds a state that this optimizer does not keep.
+        :raises CheckpointError: it has a state that this optimizer does not use.
         """
         plain_state.make_states(model, optimizer, entries)
 
     @torch.no_grad()
     def take_state(self, model: nn.Module, optimizer: Optimizer | None, source: StateSource) -> None:
-        """Read this rank's ranges of what any backend wrote at any number of ranks. Every rank must call.
+        """Read this rank's part of a state, written by any backend on any number of ranks. Every rank must call.
 
-        :param optimizer: None leaves optimizer states alone.
+        :param optimizer: None skips optimizer states.
         :raises CheckpointError: another model's or a damaged checkpoint; raised on every rank.
         """
         with self.together("load_ckpt", CheckpointError):
@@ -669,7 +667,7 @@ class StrategyBase(ABC):
 
         :param asynchronous: copy the state (``record.copies``), return, and write the copy in the background.
         :return: seals of files that this rank wrote with :class:`SealedFile`, or with ``asynchronous`` a future of
-            them; files of which nothing is said are read for their digests, and flushed, when the save is completed.
+            them; other files are read again to digest them, and flushed, when the save is completed.
         """
         if self.is_rank_0():
             fragments.write_index(self.state_entries(record.model, record.optimizer), folder, self.layout.world_size)
@@ -678,11 +676,11 @@ class StrategyBase(ABC):
         return fragments.write(mine, folder, self.rank, self.layout.world_size, copies=copies)
 
     def read_state(self, record: ModelRecord, folder: Path, *, optimizer: bool) -> None:
-        """Read what any backend's :meth:`write_state` wrote, at any world size, loading weights only (no pickle)."""
+        """Read what any backend's :meth:`write_state` wrote, at any world size, without unpickling code."""
         self.take_state(record.model, record.optimizer if optimizer else None, open_state(folder))
 
     def finish_checkpoint(self, *, block: bool = True) -> bool:
-        """Complete an asynchronous save: digests, rename, ``latest``. True where none is pending any more."""
+        """Complete an asynchronous save: digests, rename, ``latest``. True if none is pending any more."""
         return checkpoint.finish(self, block=block)
 
     def save_model(self, model: nn.Module, tokenizer: Any, output_dir: str | Path, **kwargs: Any) -> None:
@@ -691,23 +689,23 @@ class StrategyBase(ABC):
         Streams bucket by bucket: no rank's device ever holds the whole model.
 
         :param tokenizer: a tokenizer or processor, or None.
-        :param kwargs: ``bucket_bytes`` (size of a file), ``dtype``.
+        :param kwargs: ``bucket_bytes`` (size limit of a file), ``dtype``.
         """
         save_hub_model(self, model, tokenizer, Path(output_dir), **kwargs)
 
     # ---- rollout -----------------------------------------------------------------------------------------------------
     def setup_inference_engine(self, args: Any, engine_type: str = "vllm", actor: nn.Module | None = None) -> Any:
-        """Start a rollout engine; it is awake afterwards. Also works before there is an actor: it loads ``--pretrain``.
+        """Start a rollout engine; it is awake afterwards. Without an actor it loads ``--pretrain``.
 
         :param args: settings of the engine; None takes this strategy's. :param actor: sync its weights at once.
-        :return: the engine (None on ranks that own none).
+        :return: the engine (None on ranks that have none).
         """
         return self.engine_host.setup(args, engine_type, actor)
 
     def setup_reward_engine(self, pretrain: str, engine_type: str | None = None) -> RewardEngine:
-        """Serve a reward model by an engine instead of preparing it: ``.score(sequences)`` replaces its forward.
+        """Run a reward model in an engine instead of preparing it: call ``.score(sequences)`` instead of the model.
 
-        Where memory is short set it up before the rollout engine: it sleeps whenever it does not score.
+        If memory is scarce, set it up before the rollout engine: it sleeps whenever it does not score.
 
         :param pretrain: a folder or hub name of a sequence classifier with one output.
         :param engine_type: None takes ``--engine_type``.
@@ -724,9 +722,9 @@ class StrategyBase(ABC):
         return self.engine_host.status
 
     def update_engine_weights(self, actor: nn.Module) -> SyncReceipt:
-        """Bring the actor's weights to the engine, bucket by bucket, and prove it.
+        """Send the actor's weights to the engine, bucket by bucket, and verify them.
 
-        :raises WeightSyncError: a tensor was lost, doubled, altered or misnamed; raised on every rank.
+        :raises WeightSyncError: a tensor was lost, duplicated, altered or misnamed; raised on every rank.
         """
         return self.engine_host.update_weights(actor)
 
@@ -747,11 +745,11 @@ class StrategyBase(ABC):
         :param sampling_params: :class:`SamplingParams`, a dict with vLLM's names, or the engine's own object.
         :param all_prompt_token_ids: prompts as ids, or ``all_prompts`` as text; one of the two.
         :param all_images: per prompt None, an image or a list of them; or, with ``images_num``, a flat list.
-        :param sleep_engine: let the engine sleep afterwards, where sleep is enabled.
-        :param prompt_indices: global index of each prompt, from which its samples' seeds derive; default: position in
-            rank order.
+        :param sleep_engine: let the engine sleep afterwards, if sleep is enabled.
+        :param prompt_indices: global index of each prompt, from which its samples' seeds derive; default: its position
+            over all ranks.
         :param step: counts rollouts in the seeds; default: the strategy's own counter.
-        :return: this rank's outputs in its order, the n samples of a prompt one after the other.
+        :return: this rank's outputs in the order of its prompts, with the n samples of a prompt together.
         """
         return self.engine_host.generate(
             sampling_params,
@@ -767,28 +765,28 @@ class StrategyBase(ABC):
     def engine_generate_local(
         self, sampling_params: Any, prompt_token_ids: Any = None, multi_modal_inputs: Any = None
     ) -> list[GenerationOutput]:
-        """Generate on this rank's engine alone, without gathering. No collective for an engine of one rank.
+        """Generate only on this rank's engine, without gathering. No collective for an engine of one rank.
 
         :param multi_modal_inputs: dicts with ``prompt`` and ``multi_modal_data = {"image": [...]}``.
         """
         return self.engine_host.generate_local(sampling_params, prompt_token_ids, multi_modal_inputs)
 
     def wakeup_inference_engine(self) -> None:
-        """Bring weights and KV cache back. Does nothing while awake."""
+        """Wake the engine: restore weights and KV cache. Does nothing while awake."""
         self.engine_host.wake()
 
     def maybe_sleep_inference_engine(self) -> None:
-        """Let the engine sleep, where ``--enable_engine_sleep`` is on. Does nothing while asleep."""
+        """Let the engine sleep, if ``--enable_engine_sleep`` is on. Does nothing while asleep."""
         self.engine_host.sleep()
 
     def engines_sleep(self, engines: Sequence[Any]) -> None:
-        """Let several engines sleep (at ``--engine_sleep_level``). None stands for one that another rank owns."""
+        """Let several engines sleep (at ``--engine_sleep_level``). None stands for another rank's engine."""
         for engine in engines:
             if engine is not None:
                 self.engine_host.sleep_engine(engine)
 
     def engines_wake_up(self, engines: Sequence[Any]) -> None:
-        """Wake several engines. None stands for one that another rank owns."""
+        """Wake several engines. None stands for another rank's engine."""
         for engine in engines:
             if engine is not None:
                 self.engine_host.wake_engine(engine)

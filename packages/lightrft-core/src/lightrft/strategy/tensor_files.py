@@ -78,7 +78,7 @@ class TensorFileWriter:
         :raises AssertionError: something was announced and did not come.
         """
         self._file.close()
-        assert self._next == len(self.order), f"{self.order[self._next]} did not come"
+        assert self._next == len(self.order), f"{self.order[self._next]} is missing"
 
     def __enter__(self) -> TensorFileWriter:
         return self
@@ -136,9 +136,7 @@ class StoredTensor:
         except OSError as error:
             raise CheckpointError(f"{self.path}: {self.name} cannot be read: {error}") from error
         if done < len(wanted):
-            raise CheckpointError(
-                f"{self.path}: is cut short: it ends {len(wanted) - done} bytes before {self.name} does"
-            )
+            raise CheckpointError(f"{self.path}: is truncated: {len(wanted) - done} bytes of {self.name} are missing")
 
 
 def stored_tensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
@@ -152,7 +150,7 @@ def stored_tensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
                 raise CheckpointError(
-                    f"{path}: no safetensors file, or cut short: a header of {length} bytes in {size}"
+                    f"{path}: not a safetensors file, or truncated: a header of {length} bytes in {size}"
                 )
             header = json.loads(file.read(length))
         metadata = header.pop("__metadata__", {})
@@ -170,7 +168,7 @@ def stored_tensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: not readable as a safetensors file: {error}") from error
     if ends and max(ends) > size:
-        raise CheckpointError(f"{path}: is cut short: {size} bytes of {max(ends)}")
+        raise CheckpointError(f"{path}: is truncated: {size} bytes of {max(ends)}")
     return found, metadata
 
 

@@ -1,4 +1,4 @@
-"""AdamW for ZeRO: torch's own, or with ``--adam_offload`` DeepSpeed's for the host, where it can be compiled."""
+"""AdamW for ZeRO: torch's, or with ``--adam_offload`` DeepSpeed's for the host, if it can be compiled."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .environment import load_deepspeed
 def lacking_for_cpu_adam(
     which: Callable[[str], str | None] = shutil.which, environ: Mapping[str, str] = os.environ
 ) -> str | None:
-    """What this machine lacks to build DeepSpeedCPUAdam at its first use, or None where nothing is missing.
+    """What this machine lacks to build DeepSpeedCPUAdam, or None if nothing is missing.
 
     torch builds extensions with ``$CXX`` (or c++) and ninja.
     """
@@ -31,7 +31,7 @@ def make_adamw(
 ) -> Optimizer:
     """AdamW over ``groups``; on the host DeepSpeed's compiled one, else torch's, which computes the same.
 
-    :param options: AdamW's keywords. :param say: told in one line why torch's own steps on the host.
+    :param options: AdamW's keywords. :param say: called with the reason if torch's AdamW steps on the host.
     """
     if on_host:
         load_deepspeed()
@@ -42,7 +42,7 @@ def make_adamw(
         if lacking is None:
             try:
                 return DeepSpeedCPUAdam(groups, **options)
-            except RuntimeError as error:  # it says no more than that the build failed; its cause says why
+            except RuntimeError as error:  # it says only that the build failed; its cause says why
                 lacking = f"a working build ({error.__cause__ or error})"
         say(f"--adam_offload: DeepSpeedCPUAdam needs {lacking}; torch's AdamW steps on the host instead, to the same")
     return torch.optim.AdamW(groups, **{"fused": True, **options})

@@ -1,8 +1,8 @@
-"""A module that becomes a DeepSpeed engine when its optimizer comes.
+"""A module that becomes a DeepSpeed engine when its optimizer is created.
 
-DeepSpeed wants model and optimizer at once; the documents prepare first and create the optimizer later. This wrapper
-is what ``prepare`` hands out. It keeps the engine out of the module tree (an engine that is its own grandchild
-recurses) and sends every forward pass through it: under ZeRO-3 a call of the raw module silently loses gradients.
+DeepSpeed needs model and optimizer together; the documents prepare first and create the optimizer later. So ``prepare``
+returns this wrapper. It keeps the engine out of the module tree (which would be recursive) and sends every forward pass
+through it: with ZeRO-3 a call of the raw module silently loses gradients.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ Operation = Callable[[str], contextlib.AbstractContextManager[None]]
 
 
 class DeferredEngine(nn.Module):
-    """``module`` is the user's own; attributes that the wrapper lacks are the module's.
+    """``module`` is the user's; attributes that the wrapper does not have are the module's.
 
     :param operation: the strategy's ``waits_for_ranks``, a bound method that is not kept alive: a sharded model waits
-        for other ranks while it computes, and the one that does not come is named.
+        for other ranks while it computes, and a late one must be named.
     """
 
     module: nn.Module
@@ -42,13 +42,13 @@ class DeferredEngine(nn.Module):
 
     @property
     def optimizer(self) -> Optimizer | None:
-        """What the engine steps with, as the user holds it; None while the model does not train."""
+        """The user's optimizer, with which the engine steps; None while the model does not train."""
         return self.__dict__["_optimizer"]
 
     def bind(self, engine: Any, optimizer: Optimizer | None) -> None:
         """Send forward passes through ``engine`` from now on (None: through the module).
 
-        The engine ends with the wrapper: its hooks on autograd's nodes would keep engine and module alive for ever.
+        The engine ends with the wrapper: otherwise its autograd hooks would keep engine and module alive forever.
         """
         if (ending := self.__dict__.get("_ending")) is not None:
             ending.detach()
@@ -59,7 +59,7 @@ class DeferredEngine(nn.Module):
             ending.atexit = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's forward pass, through the engine where there is one."""
+        """The module's forward pass, through the engine if there is one."""
         if self.engine is None:
             return self.module(*args, **kwargs)
         operation = self.__dict__["_operation"]()
@@ -81,6 +81,6 @@ class DeferredEngine(nn.Module):
 
 
 def _end(engine: Any) -> None:
-    """Let go of an engine's module. Without ranks the process is about to end, and DeepSpeed would ask for its own."""
+    """Release an engine's module. Without a process group the process is about to end, and DeepSpeed would need one."""
     if dist.is_initialized():
         engine.destroy()

@@ -11,8 +11,8 @@ from lightrft.strategy.optimizers import LossScale
 def get_ds_train_config(config: StrategyConfig) -> dict[str, Any]:
     """DeepSpeed's configuration of a trained model.
 
-    Gradient accumulation is ours: each backward pass adds its share of a global mean, and ``step`` is called at the
-    boundary only (``managed_gradient_accumulation`` is off; see :func:`boundary_is_told` for the exception).
+    We accumulate gradients ourselves: each backward pass adds its share of a global mean, and ``step`` is called only
+    at the boundary (``managed_gradient_accumulation`` is off; see :func:`boundary_is_told` for the exception).
     """
     zero: dict[str, Any] = {
         "stage": config.zero_stage,
@@ -29,16 +29,16 @@ def get_ds_train_config(config: StrategyConfig) -> dict[str, Any]:
         "gradient_clipping": config.max_norm,
         "data_types": {"grad_accum_dtype": accumulate},
         "communication_data_type": accumulate,
-        # Any torch optimizer will do, and none of DeepSpeed's compiled ones is needed.
+        # Allow any torch optimizer: DeepSpeed's compiled ones are not needed.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
 
 
 def boundary_is_told(config: StrategyConfig) -> bool:
-    """Must the engine know before a backward pass whether it is the last of a step?
+    """Whether the engine must be told before a backward pass that it is the last of a step.
 
-    Stage 1 reduces only then, and can overlap that with the pass only if it knows.
+    Stage 1 reduces only then, and can overlap it with the pass only if it knows.
     """
     return config.zero_stage == 1 and config.overlap_comm
 
@@ -56,7 +56,7 @@ def _common(config: StrategyConfig) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": config.micro_train_batch_size,
         "gradient_accumulation_steps": 1,
         "bf16": {"enabled": config.dtype_name == "bfloat16"},
-        # The scale of fp16 losses is ours, one on every backend: it is set before each backward pass.
+        # We scale fp16 losses ourselves, equally on every backend, before each backward pass.
         "fp16": {"enabled": config.dtype_name == "float16", "loss_scale": LossScale(enabled=True).value},
         "steps_per_print": None,
         "wall_clock_breakdown": False,

@@ -1,4 +1,4 @@
-"""Import DeepSpeed so that it runs where we run: on a CPU too, without a compiler, and without its banner."""
+"""Import DeepSpeed so that it also runs on a CPU, without a compiler, and without its banner."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from lightrft.strategy.errors import ConfigError
 def load_deepspeed() -> ModuleType:
     """DeepSpeed's module, set up once.
 
-    On a CPU it would build a shared-memory collective with a C++ compiler as soon as it joins the process group, and
-    die where there is none; gloo does without.
+    On a CPU it would build a shared-memory collective with a C++ compiler when it joins the process group, and fail if
+    there is none; gloo does not need it.
     """
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -37,7 +37,7 @@ def load_deepspeed() -> ModuleType:
 
 
 def require_dtype(dtype_name: str) -> None:
-    """Refuse a precision that DeepSpeed does not offer on this device.
+    """Refuse a precision that DeepSpeed does not support on this device.
 
     :raises ConfigError: fp16 on a CPU without fp16 instructions, and the like.
     """
@@ -47,18 +47,18 @@ def require_dtype(dtype_name: str) -> None:
     accelerator: Any = get_accelerator()
     if dtype_name == "float16" and not accelerator.is_fp16_supported():
         raise ConfigError(
-            [f"--fp16: DeepSpeed does not compute in it on this {accelerator.device_name()}; use --bf16, or --fsdp"]
+            [f"--fp16: DeepSpeed does not support it on this {accelerator.device_name()}; use --bf16, or --fsdp"]
         )
     if dtype_name == "bfloat16" and not accelerator.is_bf16_supported():
         raise ConfigError(
-            [f"--bf16: DeepSpeed does not compute in it on this {accelerator.device_name()}; use --fp16, or --fsdp"]
+            [f"--bf16: DeepSpeed does not support it on this {accelerator.device_name()}; use --fp16, or --fsdp"]
         )
 
 
 def make_secondary_group(ranks: int) -> None:
     """Make the groups of ``--zpg``, once.
 
-    DeepSpeed 0.19 makes them for a model that trains, and calls a missing method for one that does not.
+    DeepSpeed 0.19 makes them for a model that trains, but calls a missing method for a frozen one.
     """
     load_deepspeed()
     from deepspeed.utils import groups
@@ -68,14 +68,14 @@ def make_secondary_group(ranks: int) -> None:
 
 
 def join_process_group() -> None:
-    """Let DeepSpeed use the process group that torch has now.
+    """Let DeepSpeed use torch's present process group.
 
-    It keeps a clone of the first one that it saw; where torch's was destroyed and made anew, that clone is forgotten.
+    It keeps a clone of the first one; if torch's was destroyed and made again, that clone is dropped.
     """
     deepspeed = load_deepspeed()
     from deepspeed.utils import groups
 
-    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asserts it, also for a plain `python script.py`
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed needs it even for a plain `python script.py`
     current = dist.distributed_c10d._get_default_group()
     if _seen and _seen[0]() is not current:
         groups._release_process_group_references(group=None)

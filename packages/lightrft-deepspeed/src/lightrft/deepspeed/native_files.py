@@ -1,4 +1,4 @@
-"""What ``engine.save_checkpoint`` wrote under ZeRO 1, 2 or 3, read without its engine, its loader or its pickles.
+"""Read what ``engine.save_checkpoint`` wrote with ZeRO 1, 2 or 3, without its engine, its loader or its pickles.
 
 ::
 
@@ -8,7 +8,7 @@
     TAG/*zero_pp_rank_R_mp_rank_00_optim_states.pt  fp32 weights and moments of rank R, in flat groups
 
 Files are opened weights-only, with the few classes allowed that DeepSpeed pickles into them, and without their tensors:
-of these only the places in the file are noted, and each flat range is read when it is asked for.
+only their places in the file are noted, and each flat range is read when it is needed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def open_native(folder: Path) -> StateSource:
     """Read a checkpoint's index.
 
     :raises CheckpointError: a file is missing, damaged, names a class that no checkpoint needs, or was written with
-        model or expert parallelism, which are not read.
+        model or expert parallelism, which are not supported.
     """
     folder = _tag_folder(folder)
     optimizers = _by_rank(folder, OPTIMIZER_FILES)
@@ -45,21 +45,21 @@ def open_native(folder: Path) -> StateSource:
     stage = int(getattr(states[0]["zero_stage"], "value", states[0]["zero_stage"]) if "zero_stage" in states[0] else 1)
     ranks = states[0].get("partition_count", len(states))
     if (ranks := max(ranks) if isinstance(ranks, list) else int(ranks)) != len(states):
-        raise CheckpointError(f"{folder}: {ranks} ranks wrote it, and optimizer states of {len(states)} are here")
+        raise CheckpointError(f"{folder}: {ranks} ranks wrote it, but there are optimizer states of {len(states)}")
     models = [_load(path) for path in _by_rank(folder, MODEL_FILES)]
     try:
         files = optimizers, states, models
         if stage == 3:
             if len(models) != ranks:
-                raise CheckpointError(f"{folder}: {ranks} ranks wrote it, and model states of {len(models)} are here")
+                raise CheckpointError(f"{folder}: {ranks} ranks wrote it, but there are model states of {len(models)}")
             return _stage_3(folder, *files)
         return _stage_1_2(folder, *files)
     except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder}: not a ZeRO checkpoint as DeepSpeed 0.19 writes it: {error!r}") from error
+        raise CheckpointError(f"{folder}: not a ZeRO checkpoint in the form of DeepSpeed 0.19: {error!r}") from error
 
 
 def recognises(folder: Path) -> bool:
-    """Is it a tag's folder, or one whose ``latest`` names such a folder?"""
+    """Whether it is a tag's folder, or one whose ``latest`` names such a folder."""
     try:
         return next(_tag_folder(folder).glob(OPTIMIZER_FILES), None) is not None
     except (OSError, CheckpointError):
@@ -78,7 +78,8 @@ NATIVE = StateFormat(
 def _stage_1_2(
     folder: Path, paths: Sequence[Path], states: Sequence[Mapping[str, Any]], models: Sequence[Mapping[str, Any]]
 ) -> StateSource:
-    """Each group's parameters lie one after the other in a flat vector, which the ranks have cut into partitions."""
+    """Stages 1 and 2: each group's parameters are concatenated into a flat vector, which is split into the ranks'
+    partitions."""
     model, model_path = models[0], _by_rank(folder, MODEL_FILES)[0]
     pieces: dict[tuple[str, str], list[Placed]] = {}
     done: dict[str, int] = {}
@@ -87,7 +88,7 @@ def _stage_1_2(
         for group, fragments in enumerate(state["param_slice_mappings"]):
             flats = {WEIGHT: state["single_partition_of_fp32_groups"][group], **_moments(base, group)}
             for name, address in fragments.items():
-                start = done.get(name, 0)  # ranks follow each other in the vector, and so do a parameter's parts
+                start = done.get(name, 0)  # the partitions are in rank order, and so are a parameter's parts
                 done[name] = start + address.numel
                 for kind, flat in flats.items():
                     part = PieceOf(piece=_stored(path, kind, flat), start=address.start, numel=address.numel)
@@ -102,7 +103,7 @@ def _stage_1_2(
 def _stage_3(
     folder: Path, paths: Sequence[Path], states: Sequence[Mapping[str, Any]], models: Sequence[Mapping[str, Any]]
 ) -> StateSource:
-    """Each parameter is cut into equal padded parts; a rank's parts lie one after the other, in flat groups."""
+    """Stage 3: each parameter is split into equal padded parts; a rank's parts are concatenated in flat groups."""
     model, ranks = models[0], len(states)
     shapes = {name: shape for group in model["param_shapes"] for name, shape in group.items()}
     pieces: dict[tuple[str, str], list[Placed]] = {}
@@ -134,7 +135,7 @@ def _stage_3(
 
 
 def _spans(begins: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-    """The flat groups that ``[start, stop)`` lies in: (group, from, to)."""
+    """The flat groups that overlap ``[start, stop)``: (group, from, to)."""
     for group, (low, high) in enumerate(pairwise(begins)):
         if max(low, start) < min(high, stop):
             yield group, max(low, start), min(high, stop)
@@ -148,7 +149,7 @@ def _source(
     pieces: dict[tuple[str, str], list[Placed]],
     untrained: Mapping[str, tuple[int, ...]],
 ) -> StateSource:
-    """Put it together.
+    """Build the source.
 
     :param path: of the first rank's optimizer file. :param base: the optimizer's state in it.
     :param untrained: shapes of frozen parameters and buffers.
@@ -177,7 +178,7 @@ def _moments(base: Mapping[str, Any], group: int) -> dict[str, Any]:
 
 
 def _untrained(model: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Frozen parameters and buffers, which stages 1 and 2 keep whole (stage 1 does not list the frozen ones)."""
+    """Frozen parameters and buffers, which stages 1 and 2 store whole (stage 1 does not list the frozen ones)."""
     trained = {name for group in model["param_shapes"] for name in group}
     tied = model.get("shared_params") or {}
     return {name: tensor for name, tensor in model["module"].items() if name not in trained and name not in tied}
@@ -194,19 +195,19 @@ def _tag_folder(folder: Path) -> Path:
         return folder
     tag = (folder / LATEST).read_text().strip()
     if Path(tag).name != tag or not (folder / tag).is_dir():
-        raise CheckpointError(f"{folder / LATEST}: names {tag!r}, which is no folder here")
+        raise CheckpointError(f"{folder / LATEST}: names {tag!r}, which is not a folder here")
     return folder / tag
 
 
 def _by_rank(folder: Path, pattern: str) -> list[Path]:
-    """A kind of file, in rank order.
+    """All files of a kind, in rank order.
 
     :raises CheckpointError: one is missing.
     """
     found: dict[int, Path] = {}
     for path in folder.glob(pattern):
         if not re.search(r"mp_rank_00_", path.name) or "expert" in path.name:
-            raise CheckpointError(f"{path}: written with model or expert parallelism, which is not read")
+            raise CheckpointError(f"{path}: written with model or expert parallelism, which is not supported")
         rank = re.search(r"zero_pp_rank_(\d+)_", path.name)
         found[int(rank[1]) if rank else 0] = path
     for rank in range(max(found, default=0) + 1):
@@ -229,7 +230,7 @@ def _load(path: Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path}: not loaded, it names what no checkpoint needs: {_first_line(error)}") from error
     except (OSError, RuntimeError, EOFError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read, it is damaged or cut short: {_first_line(error)}") from error
+        raise CheckpointError(f"{path}: cannot be read, it is damaged or truncated: {_first_line(error)}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a checkpoint's dict")
     return content
@@ -238,12 +239,12 @@ def _load(path: Path) -> dict[str, Any]:
 def _optimizer_state(path: Path, content: Mapping[str, Any]) -> Mapping[str, Any]:
     state = content.get("optimizer_state_dict")
     if not isinstance(state, dict):
-        raise CheckpointError(f"{path}: holds no optimizer state")
+        raise CheckpointError(f"{path}: has no optimizer state")
     return state
 
 
 def _stored(path: Path, name: str, tensor: torch.Tensor) -> StoredTensor:
-    """Where in its file a loaded tensor lies."""
+    """The place of a loaded tensor in its file."""
     begin: Any = tensor.untyped_storage()._checkpoint_offset
     offset = int(begin) + int(tensor.storage_offset()) * tensor.dtype.itemsize
     return StoredTensor(path=path, name=name, dtype=tensor.dtype, shape=tuple(tensor.shape), offset=offset)

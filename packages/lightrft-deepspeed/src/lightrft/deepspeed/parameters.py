@@ -28,17 +28,17 @@ Product = tuple[torch.Tensor, torch.Tensor, float]
 
 
 def is_sharded(tensor: Any) -> bool:
-    """Is it a ZeRO-3 parameter, of which each rank holds a flat part?"""
+    """Whether it is a ZeRO-3 parameter, of which each rank has a flat part."""
     return hasattr(tensor, "ds_tensor")
 
 
 def whole_shape(tensor: Any) -> torch.Size:
-    """The shape that the parameter has when it is whole."""
+    """The parameter's shape when it is whole."""
     return getattr(tensor, "ds_shape", tensor.shape)
 
 
 def gathered(tensor: torch.Tensor, *, written: bool = False) -> AbstractContextManager[Any]:
-    """Within it the parameter is whole; ``written``: rank 0's value is kept. Collective under ZeRO-3."""
+    """Within it the parameter is whole; ``written``: rank 0's value is kept. Collective with ZeRO-3."""
     return load_deepspeed().zero.GatheredParameters(
         [tensor], modifier_rank=0 if written else None, enabled=is_sharded(tensor)
     )
@@ -75,7 +75,7 @@ def _gather(
 ) -> dict[str, torch.Tensor]:
     """Whole tensors by name. One collective for all shards of the same group and dtype.
 
-    :param products: what is to be added to some of them.
+    :param products: the adapters' products to add to some of them.
     """
     whole = {name: tensor.detach() for name, tensor in tensors.items() if not is_sharded(tensor)}
     whole |= {name: merge(whole[name], *product) for name, product in products.items() if name in whole}
@@ -116,7 +116,7 @@ def _shard_with(tensor: Any, product: Product | None) -> torch.Tensor:
 
 
 def clear_adapters(model: nn.Module, zero: Any, layout: HubLayout) -> None:
-    """Let every LoRA adapter add nothing. Collective under ZeRO-3."""
+    """Let every LoRA adapter add nothing. Collective with ZeRO-3."""
     tensors = dict(hub_sources(model))
     for adapter in layout.adapters.values():
         tensor = tensors[adapter.b]
@@ -137,9 +137,9 @@ def set_weight(tensor: torch.Tensor, value: torch.Tensor, zero: Any) -> None:
 
 
 class Assembler:
-    """Puts whole hub tensors together into parameters, each of which is set as soon as it is complete.
+    """Assembles whole hub tensors into parameters, each of which is set as soon as it is complete.
 
-    At most the parameters whose hub tensors have not all come are held, on the host.
+    Only parameters whose hub tensors have partly arrived are held, on the host.
 
     :param specs: the hub tensors that will come.
     """
@@ -150,7 +150,7 @@ class Assembler:
         self._left = Counter(layout.by_name[name].source for name in specs)
 
     def target(self, name: str) -> torch.Tensor:
-        """Where to write the hub tensor ``name``. What was asked for before must be written by now."""
+        """Where to write the hub tensor ``name``. The one asked for before must have been written."""
         self.set_complete()
         hub = self._layout.by_name[name]
         self._left[hub.source] -= 1
@@ -195,9 +195,9 @@ def _on_host(tensor: torch.Tensor | None) -> torch.Tensor:
 
 @torch.no_grad()
 def load_state(model: nn.Module, zero: Any, items: Iterable[StateItem], *, with_optimizer: bool) -> None:
-    """Take a stream of state, the same on every rank. Collective under ZeRO-3.
+    """Load a stream of state, the same on every rank. Collective under ZeRO-3.
 
-    :param with_optimizer: take the moments too, else only the (master) weights.
+    :param with_optimizer: load the moments too, else only the (master) weights.
     :raises CheckpointError: names or shapes differ from the model's.
     """
     from deepspeed.utils import safe_set_full_optimizer_state
@@ -215,7 +215,7 @@ def load_state(model: nn.Module, zero: Any, items: Iterable[StateItem], *, with_
 
 
 def adam_step(zero: Any) -> int:
-    """Optimizer steps so far; every parameter has seen as many."""
+    """Optimizer steps so far, the same for every parameter."""
     states = list(zero.optimizer.state.values()) if zero is not None else []
     return int(states[0]["step"]) if states and "step" in states[0] else 0
 
@@ -229,7 +229,7 @@ def flat_partitions(zero: Any) -> list[torch.Tensor]:
 
 
 def _make_states(zero: Any, step: int) -> None:
-    """Give the inner optimizer its moments, as its first step would, so that values can be set."""
+    """Create the inner optimizer's moments, as its first step would, so that values can be set."""
     inner = zero.optimizer
     for flat in flat_partitions(zero):
         state = inner.state[flat]
@@ -241,10 +241,10 @@ def _make_states(zero: Any, step: int) -> None:
 
 
 def link_states(zero: Any) -> None:
-    """Let each parameter find its moments in the flat partitions.
+    """Link each parameter to its moments in the flat partitions.
 
-    DeepSpeed links stages 1 and 2 during the first step, after the first parameter group alone: the other groups have
-    no state then, and stay without.
+    DeepSpeed does this for stages 1 and 2 during the first step, but right after the first parameter group: the other
+    groups have no state then and are never linked.
     """
     if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
         zero._hp_optimizer_states_linked = False
@@ -255,7 +255,7 @@ def link_states(zero: Any) -> None:
 def local_state(model: nn.Module, zero: Any, rank: int, ranks: int, *, with_optimizer: bool) -> Iterator[Fragment]:
     """See :meth:`StrategyBase.local_state`. No communication.
 
-    A trained parameter is written from the fp32 partition; its 16-bit copy is only read into.
+    A trained parameter is saved from the fp32 partition; its 16-bit copy is only loaded.
 
     :param zero: the engine's ZeRO optimizer, or None for a frozen model.
     """
@@ -271,7 +271,7 @@ def local_state(model: nn.Module, zero: Any, rank: int, ranks: int, *, with_opti
 
 
 def _computed_with(tensor: Any, rank: int, ranks: int) -> Iterator[tuple[int, torch.Tensor, int, int]]:
-    """What the forward pass uses on this rank: (start, values, how many ranks hold the same, this one's place)."""
+    """What the forward pass uses on this rank: (start, values, number of ranks with the same, this one's index)."""
     if not is_sharded(tensor):
         yield 0, tensor.detach(), ranks, rank
         return
@@ -283,14 +283,14 @@ def _computed_with(tensor: Any, rank: int, ranks: int) -> Iterator[tuple[int, to
 
 
 def _shard(tensor: Any, padded: torch.Tensor) -> tuple[int, torch.Tensor]:
-    """A ZeRO-3 parameter's flat part without its padding: where it begins in the whole, and its elements."""
+    """A ZeRO-3 parameter's flat part without its padding: its start in the whole, and its elements."""
     flat = padded.detach().view(-1)
     start = dist.get_rank(tensor.ds_process_group) * tensor.ds_tensor.ds_numel
     return min(start, tensor.ds_numel), flat[: max(0, min(flat.numel(), tensor.ds_numel - start))]
 
 
 def _stepped_on(zero: Any, tensor: Any, with_optimizer: bool) -> Iterator[tuple[str, int, torch.Tensor]]:
-    """What the optimizer holds of a parameter on this rank: (kind, start, values)."""
+    """The optimizer's states of a parameter on this rank: (kind, start, values)."""
     if is_sharded(tensor):
         group, offset, numel = zero.grad_position[zero.get_param_id(tensor)]
         flat = zero.fp32_partitioned_groups_flat[group]
@@ -299,7 +299,7 @@ def _stepped_on(zero: Any, tensor: Any, with_optimizer: bool) -> Iterator[tuple[
             yield kind, *_shard(tensor, values.narrow(0, offset, numel))
         return
     mapping = tensor._hp_mapping
-    if mapping is None:  # it lies in other ranks' partitions
+    if mapping is None:  # it is in other ranks' partitions
         return
     start = mapping.lp_fragment_address.start
     yield WEIGHT, start, mapping.hp_fragment.detach()
@@ -322,15 +322,15 @@ def state_entries(model: nn.Module, zero: Any) -> dict[str, tuple[Sequence[int],
 
 
 def make_states(model: nn.Module, zero: Any, entries: Mapping[str, TensorEntry]) -> None:
-    """See :meth:`StrategyBase.make_states`. One step count serves all parameters of a ZeRO optimizer.
+    """See :meth:`StrategyBase.make_states`. A ZeRO optimizer has one step count for all parameters.
 
-    :raises CheckpointError: a state that Adam does not keep.
+    :raises CheckpointError: a state that Adam does not use.
     """
     trained = {name: entries[name] for name, tensor in hub_sources(model) if tensor.requires_grad}
     for name, entry in trained.items():
         if strange := set(entry.moments) - set(MOMENTS):
             lacking = ", ".join(sorted(strange))
-            raise CheckpointError(f"{name}: the checkpoint holds {lacking}, which this optimizer does not keep")
+            raise CheckpointError(f"{name}: the checkpoint has {lacking}, which this optimizer does not use")
     if any(entry.moments for entry in trained.values()):
         _make_states(zero, max(entry.step for entry in trained.values()))
     else:
@@ -338,7 +338,7 @@ def make_states(model: nn.Module, zero: Any, entries: Mapping[str, TensorEntry])
 
 
 def renew_secondary_shards(model: nn.Module) -> None:
-    """Let the secondary shards (``--zpg``) follow primary ones that were written directly. Collective."""
+    """Update the secondary shards (``--zpg``) after the primary ones were written directly. Collective."""
     for _, tensor in hub_sources(model):
         if is_sharded(tensor) and getattr(tensor, "ds_secondary_tensor", None) is not None:
             with gathered(tensor, written=True):

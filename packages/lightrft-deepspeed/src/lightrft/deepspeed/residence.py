@@ -1,7 +1,8 @@
 """Moving a ZeRO model's tensors to the host and back.
 
-ZeRO steps on flat buffers, and parameters and moments are views of them: to free memory a buffer itself must move, and
-its views must follow. DeepSpeed's own ``offload_states`` does not take torch's AdamW on stage 3, nor stage 1 in bf16.
+ZeRO steps on flat buffers, and parameters and moments are views of them: to free memory the buffer itself must be
+moved, and its views updated. DeepSpeed's ``offload_states`` supports neither torch's AdamW on stage 3 nor stage 1 in
+bf16.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def move_parameters(model: nn.Module, zero: Any, device: torch.device, *, pin: b
 
 
 def is_elsewhere(tensor: torch.Tensor, device: torch.device) -> bool:
-    """Must the tensor move to be on ``device``?"""
+    """Whether the tensor is not on ``device`` yet."""
     return tensor.device.type != device.type
 
 
@@ -80,7 +81,7 @@ def _flat_parameters(zero: Any) -> list[torch.Tensor]:
 
 
 def _repoint_parameters(zero: Any, flats: list[torch.Tensor]) -> None:
-    """Make every view of the flat parameters a view of where they are now."""
+    """Update every view of the flat parameters to their new place."""
     if hasattr(zero, "lp_param_buffer"):  # stage 3
         from deepspeed.runtime.zero.utils import get_mapping_to_flat_buffer
 
@@ -100,7 +101,7 @@ def _repoint_parameters(zero: Any, flats: list[torch.Tensor]) -> None:
 
 
 def _follow(zero: Any) -> None:
-    """Make each parameter find its master weights and moments again; stage 3 looks them up at each use."""
+    """Link each parameter to its master weights and moments again; stage 3 looks them up at each use."""
     if hasattr(zero, "_link_all_hp_params"):
         zero._link_all_hp_params()
         link_states(zero)

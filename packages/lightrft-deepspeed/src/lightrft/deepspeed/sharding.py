@@ -1,4 +1,4 @@
-"""Cutting a ZeRO-3 model over ranks: over fewer than there are, and one that was built without memory."""
+"""Sharding ZeRO-3 models: over fewer ranks than all, and models that were built on the meta device."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def cast(model: nn.Module, dtype: torch.dtype | None) -> None:
 def shard_unfilled(
     model: nn.Module, plan: FillPlan, config: dict[str, Any], group: ShardGroup | None, dtype: Any, seed: int
 ) -> None:
-    """Give a model on the meta device its shards, one module at a time: no rank ever holds more whole parameters.
+    """Give a model on the meta device its shards, one module at a time, so that only one is whole.
 
-    What is initialised has its values afterwards; what the plan reads from files waits for them. Collective.
+    Initialised parameters have their values afterwards; those that the plan reads from files do not yet. Collective.
 
     :param config: DeepSpeed's, of a model that does not train. :param dtype: what to hold parameters in, or None.
     """
@@ -52,10 +52,10 @@ def shard_unfilled(
 
 
 def hold_root_weakly(model: nn.Module) -> None:
-    """Let a stage-3 model be freed when nobody holds it.
+    """Let a stage-3 model be garbage-collected.
 
-    Each ``deepspeed.initialize`` pushes the root module on a global stack, from which nothing takes it (0.19.8,
-    ``DeepSpeedZeRoOffload.setup_zero_stage3_hooks``). To be dropped when that pop exists.
+    Each ``deepspeed.initialize`` pushes the root module on a global stack, from which it is never removed (0.19.8,
+    ``DeepSpeedZeRoOffload.setup_zero_stage3_hooks``). Remove this when DeepSpeed pops it.
     """
     from deepspeed.runtime.zero import parameter_offload
 
@@ -70,11 +70,11 @@ def hold_root_weakly(model: nn.Module) -> None:
 
 
 def forget_backward_hooks(model: nn.Module) -> None:
-    """Let the next engine serve backward passes, after another has served this model.
+    """Let a new engine of the same model run backward passes.
 
-    The first one leaves functions of its own on every module, which ``destroy`` does not take and the next engine does
-    not replace (0.19.8, ``DeepSpeedZeRoOffload._register_deepspeed_module``). Gathering for backward would stay with an
-    engine that has seen no forward pass, which prefetches nothing. To be dropped when ``destroy`` takes them.
+    The first one leaves its functions on every module, which ``destroy`` does not remove and the next engine does not
+    replace (0.19.8, ``DeepSpeedZeRoOffload._register_deepspeed_module``). Then an engine without a forward pass would
+    gather for backward, and prefetch nothing. Remove this when ``destroy`` removes them.
     """
     for module in model.modules():
         for name in ("pre_bwd_fn", "post_bwd_fn"):
@@ -82,7 +82,7 @@ def forget_backward_hooks(model: nn.Module) -> None:
 
 
 class ShardGroup:
-    """The part of a Megatron-style ``mpu`` that DeepSpeed asks for: shards live within neighbouring ranks."""
+    """The part of a Megatron-style ``mpu`` that DeepSpeed uses: shards over neighbouring ranks."""
 
     def __init__(self, groups: tuple[tuple[int, ...], ...]) -> None:
         self._group: Any = dist.new_subgroups_by_enumeration([list(group) for group in groups])[0]

@@ -91,7 +91,7 @@ class DeepspeedStrategy(BackendStrategy):
         return wrapper
 
     def _fill(self, model: nn.Module, shard_size: int) -> None:
-        """Put a model where it computes, in the dtype that it computes in; one without memory gets it, and values."""
+        """Move a model to its device and dtype; one on the meta device is allocated and filled."""
         dtype = self._held_dtype(model)
         if self.config.zero_stage == 3:
             if not meta_init.is_meta(model):
@@ -108,7 +108,8 @@ class DeepspeedStrategy(BackendStrategy):
         self._read_pretrained(model, plan)
 
     def _held_dtype(self, model: nn.Module) -> torch.dtype | None:
-        """What parameters are held in; None leaves them: in fp32 a frozen model computes in what it was loaded in."""
+        """The dtype of parameters; None leaves them: in fp32 a frozen model computes in the dtype that it was loaded
+        in."""
         if model in self._averages:
             return torch.float32
         trains = any(parameter.requires_grad for parameter in model.parameters())
@@ -120,7 +121,7 @@ class DeepspeedStrategy(BackendStrategy):
         return get_ds_eval_config(wide if model in self._averages else self.config)
 
     def _bind_training(self, wrapper: DeferredEngine, optimizer: Optimizer | None) -> None:
-        """Replace what ``prepare`` bound by an engine that trains with ``optimizer``."""
+        """Replace the engine of ``prepare`` by one that trains with ``optimizer``."""
         if wrapper.engine is not None:
             wrapper.engine.destroy()
             forget_backward_hooks(wrapper.module)
@@ -144,7 +145,7 @@ class DeepspeedStrategy(BackendStrategy):
         """The ranks that share a model's shards; None for all of them."""
         if config["zero_optimization"].get("zero_hpz_partition_size", 1) > 1:
             make_secondary_group(self.config.zpg)
-            return None  # the secondary shard takes the place of shards over fewer ranks
+            return None  # the secondary shard replaces sharding over fewer ranks
         if shard_size == self.layout.world_size:
             return None
         if shard_size not in self._shard_groups:
@@ -213,14 +214,14 @@ class DeepspeedStrategy(BackendStrategy):
     def move(self, target: nn.Module | Optimizer, device: torch.device | str) -> MoveReport:
         """Move a model's parameters, or its optimizer's moments and master weights. No collective.
 
-        With ``--adam_offload`` DeepSpeed keeps the optimizer's on the host; the report's note says so.
+        With ``--adam_offload`` the optimizer's are always on the host; the report's note says so.
         """
         begun, device = time.monotonic(), torch.device(device)
         pin = self.device.type != "cpu"
         if isinstance(target, nn.Module):
             nbytes = residence.move_parameters(target, self._zero(target), device, pin=pin)
         elif self.config.adam_offload:
-            note = "with --adam_offload DeepSpeed keeps these states on the host, where they stay"
+            note = "with --adam_offload these states are always on the host"
             logger.info("optimizer states: %s", note)
             return MoveReport(nbytes=0, seconds=0.0, note=note)
         else:

@@ -1,4 +1,4 @@
-"""What a model expects of a weight update: its tensors by hub name, held against what a trainer announces."""
+"""What a model expects of a weight update: its tensors by hub name, to compare with what a trainer announces."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _SHOWN = 8
 class Manifest:
     """Hub names and shapes of one model.
 
-    :param shapes: what must come. :param aliases: second names of tied weights, to the first: may come or not.
+    :param shapes: what must be sent. :param aliases: second names of tied weights, by which they may be sent too.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     aliases: Mapping[str, str] = field(default_factory=dict)
 
     def check(self, specs: Sequence[TensorSpec]) -> None:
-        """:raises WeightSyncError: names or shapes differ; all kinds of difference are named at once."""
+        """:raises WeightSyncError: names or shapes differ; names all kinds of difference."""
         announced = {spec.name: spec.shape for spec in specs}
         taken = {**self.shapes, **{alias: self.shapes[name] for alias, name in self.aliases.items()}}
         missing = [name for name in self.shapes if name not in announced]
@@ -50,6 +50,14 @@ class Manifest:
         """:raises WeightSyncError: the engine has no weights of such names."""
         if unknown := [name for name in names if self.aliases.get(name, name) not in self.shapes]:
             raise WeightSyncError(f"the engine has no weights named {', '.join(unknown[:_SHOWN])}")
+
+
+def untied(name: str, owner: str) -> WeightSyncError:
+    """The error for another value of ``name``, which is tied to ``owner`` in the engine."""
+    return WeightSyncError(
+        f"{name} is tied to {owner} in the engine's model, but another value was sent for it: "
+        "give the engine a model with tie_word_embeddings=False, or tie the trainer's"
+    )
 
 
 def read_manifest(model: Any, layout: HubLayout, sources: Mapping[str, torch.Tensor]) -> Manifest:

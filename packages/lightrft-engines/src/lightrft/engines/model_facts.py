@@ -1,4 +1,4 @@
-"""What an engine must know of a model before it starts, from the transformers configuration. Pure."""
+"""What an engine must know about a model before it starts, from its transformers configuration. Pure."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ def text_config(config: Any) -> Any:
 
 
 def takes_images(config: Any) -> bool:
-    """Has the model a vision tower?"""
+    """Whether the model has a vision tower."""
     return getattr(config, "vision_config", None) is not None
 
 
 def context_length(config: Any, asked: int | None) -> int | None:
-    """Most tokens of prompt and response: what was asked for, bounded by the model's positions."""
+    """Most tokens of prompt and response: the requested number, at most the model's positions."""
     own = getattr(text_config(config), "max_position_embeddings", None)
     known = [limit for limit in (asked, own) if isinstance(limit, int) and limit > 0]
     return min(known) if known else None
 
 
 def cache_bytes_per_token(spec: EngineSpec, config: Any) -> int:
-    """Bytes that one token takes in the KV cache of one rank: keys and values of every layer."""
+    """Bytes of one token in the KV cache of one rank: keys and values of every layer."""
     text = text_config(config)
     heads = text.num_attention_heads
     key_heads = getattr(text, "num_key_value_heads", None) or heads
@@ -43,7 +43,7 @@ def cache_bytes_per_token(spec: EngineSpec, config: Any) -> int:
 
 
 def cache_bytes_on_cpu(spec: EngineSpec, config: Any, context: int | None, sequences: int) -> int:
-    """Bytes for the KV cache of one rank: what full sequences need, within this rank's share of the free memory."""
+    """Bytes for the KV cache of one rank: for full sequences, within this rank's share of the free memory."""
     one = cache_bytes_per_token(spec, config) * (math.ceil((context or 2048) / 128) + 1) * 128
     free = int(psutil.virtual_memory().available * spec.memory_utilization / int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     return max(2 * one, min(sequences * one, free))
@@ -59,7 +59,7 @@ def end_tokens(config: Any, generation_config: Any) -> tuple[int, ...]:
 
 
 def stop_tokens(sampling: SamplingParams, ends: Sequence[int]) -> list[int]:
-    """What ends a response, each once. :param ends: the model's own end tokens."""
+    """The tokens that end a response, each once. :param ends: the model's own end tokens."""
     return list(dict.fromkeys((*(() if sampling.ignore_eos else ends), *sampling.stop_token_ids)))
 
 

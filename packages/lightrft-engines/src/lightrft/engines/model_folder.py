@@ -1,4 +1,5 @@
-"""A model's folder as an engine reads it: configurations, one written for an engine born without weights, a check."""
+"""A model's folder for an engine: read its configuration, write one for an engine without weights, check its
+weights."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ def read_configs(folder: str, *, trust_remote_code: bool) -> tuple[Any, Any]:
 
 
 def save_config(config: Any, folder: str) -> None:
-    """Write a model's configuration as a folder that an engine reads; the trainer's own object is left as it is."""
+    """Write a model's configuration as a folder that an engine reads; the trainer's object is not changed."""
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -42,12 +43,12 @@ def save_config(config: Any, folder: str) -> None:
 
 
 class WeightReader(Protocol):
-    """What shows the weights that an engine holds, by hub name."""
+    """Gives access to an engine's weights, by hub name."""
 
     manifest: Manifest
 
     def local(self, positions: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-        """Those flat positions that lie on this rank."""
+        """Those flat positions that are on this rank."""
         ...
 
     def sample(self, positions: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
@@ -56,10 +57,10 @@ class WeightReader(Protocol):
 
 
 def check_loaded(engine: str, weights: WeightReader, folder: str) -> None:
-    """Some elements of each tensor that the engine read, against the files that it read them from.
+    """Compare some elements of each of the engine's tensors with the files from which it read them.
 
     :param engine: its name, for the message. :param folder: or a hub name, whose files are in the local cache by now.
-    :raises NotBuiltError: it keeps a weight in another form than it was loaded in, so that a sync would garble it.
+    :raises NotBuiltError: it stores a weight in another form than the file, so that a sync would corrupt it.
     """
     from safetensors import safe_open
 
@@ -78,6 +79,6 @@ def check_loaded(engine: str, weights: WeightReader, folder: str) -> None:
             for name, held in weights.sample(mine).items():
                 if not torch.equal(held, wanted[name][mine[name]].to(held.dtype)):
                     raise NotBuiltError(
-                        f'engine "{engine}" keeps {name} in another form than the checkpoint on this device; weights '
-                        "cannot be streamed into it: take --engine_type hf for this model"
+                        f'engine "{engine}" stores {name} on this device in another form than the checkpoint; weights '
+                        "cannot be streamed into it: use --engine_type hf for this model"
                     )

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from lightrft.strategy.engine import EngineSpec, GenerationRequest, RequestId
+from lightrft.strategy.engine_checks import check_room
 
 
-@dataclass(eq=False)  # equal prompts are one object; hashing thousands of ids again would be waste
+@dataclass(eq=False)  # equal prompts are one object: no need to hash thousands of ids again
 class Prompt:
     """One distinct prompt.
 
@@ -24,7 +25,7 @@ class Prompt:
 
 
 def from_hub(spec: EngineSpec, loader: str) -> Any:
-    """What one of transformers' auto classes makes of the model's folder.
+    """Load the model's folder with one of transformers' auto classes.
 
     :raises ValueError: there is none.
     """
@@ -32,7 +33,7 @@ def from_hub(spec: EngineSpec, loader: str) -> Any:
 
     if spec.pretrain is None:
         raise ValueError(
-            "a prompt as text, or with images, needs the model's tokenizer and processor, and this engine was "
+            "a prompt as text, or with images, needs the model's tokenizer and processor, but this engine was "
             "built from a configuration: send prompt_token_ids, or start it from a folder (pretrain)"
         )
     return getattr(transformers, loader).from_pretrained(spec.pretrain, trust_remote_code=spec.trust_remote_code)
@@ -46,9 +47,9 @@ def prompt_key(request: GenerationRequest) -> tuple[Any, ...]:
 class PromptReader:
     """Turns a request into a :class:`Prompt`.
 
-    The tokenizer and the processor are loaded when the first prompt asks for them: token ids alone need neither.
+    The tokenizer and the processor are loaded when a prompt first needs them; token ids need neither.
 
-    :param load_tokenizer: gives a tokenizer. :param load_processor: gives a multimodal processor, or None.
+    :param load_tokenizer: returns a tokenizer. :param load_processor: returns a multimodal processor, or None.
     :param model_name: for messages.
     """
 
@@ -86,7 +87,7 @@ class PromptReader:
         return self._prompt(batch["input_ids"][0].tolist(), batch)
 
     def _expand(self, ids: Sequence[int], images: Sequence[Any]) -> Prompt:
-        """Ids with one placeholder for each image: what the processor writes for each takes its place."""
+        """Replace each image's placeholder in the ids by what the processor writes for the image."""
         placeholder = self._processor.image_token_id
         self._check_count(sum(token == placeholder for token in ids), len(images))
         text = [self._processor.image_token] * len(images)
@@ -129,20 +130,16 @@ def check_length(length: int, context: int | None) -> None:
     """:raises ValueError: a prompt is empty, or leaves no room for a response."""
     if not length:
         raise ValueError("a prompt is empty: it must have at least one token")
-    if context is not None and length >= context:
-        raise ValueError(
-            f"a prompt of {length} tokens leaves no room for a response in a context of {context}: shorten it "
-            "(--prompt_max_len) or give the engine a longer context (--max_model_len)"
-        )
+    check_room(length, context)
 
 
 def check_images(model_name: str, images: int, takes_images: bool, most: int | None) -> None:
-    """:raises ValueError: a prompt brings images to a text model, or more than ``most`` (None: any number)."""
+    """:raises ValueError: a prompt has images for a text model, or more than ``most`` (None: any number)."""
     if not takes_images:
-        raise ValueError(f"{model_name} takes no images: send text only, or set --pretrain to a vision-language model")
+        raise ValueError(f"{model_name} takes no images: send only text, or set --pretrain to a vision-language model")
     if most is not None and images > most:
         raise ValueError(
-            f"a prompt brings {images} images, at most {most} are allowed: send fewer, or raise max_images"
+            f"a prompt has {images} images, but at most {most} are allowed: send fewer, or raise max_images"
         )
 
 

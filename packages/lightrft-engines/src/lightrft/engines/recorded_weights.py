@@ -1,9 +1,9 @@
-"""Where each hub tensor lies in an engine's parameters, learnt from the engine's own loaders.
+"""Where each hub tensor is in an engine's parameters, recorded from the engine's own loaders.
 
-vLLM and SGLang fuse modules (qkv, gate-up, an expert set), split them over ranks and rename them. Rather than to know
-how, the model's ``load_weights`` is run once on meta tensors, and every copy that it would have made is written down:
-which slice of which hub tensor goes to which slice of which parameter. From then on a sync is these copies, one tensor
-at a time and in any order, and reading back is the same copies the other way round.
+vLLM and SGLang fuse modules (qkv, gate-up, an expert set), split them over ranks and rename them. Instead of knowing
+how, we run the model's ``load_weights`` once on meta tensors and record every copy that it would make: which slice of
+which hub tensor goes to which slice of which parameter. After that a sync repeats these copies, one tensor at a time
+and in any order, and reading back makes them in the other direction.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lightrft.strategy.errors import NotBuiltError, WeightSyncError
 from lightrft.strategy.hub_layout import HubLayout, hub_sources
 from lightrft.strategy.weights import TensorSpec, take_all_samples
 
-from .manifest import Manifest, read_manifest
+from .manifest import Manifest, read_manifest, untied
 
 _ALL = slice(None)
 
@@ -43,9 +43,9 @@ class WeightMap:
     """The weights of an engine's model by hub name.
 
     :param engine: its name, for messages. :param model: the engine's module.
-    :param config: the transformers configuration. :param dtype: in which weights come.
-    :param split: the module is one part of several, and may hold nothing of some tensors (:func:`check_whole`).
-    :raises NotBuiltError: the engine keeps some weights in a form that cannot be streamed into.
+    :param config: the transformers configuration. :param dtype: in which weights are sent.
+    :param split: the module is one part of several, and may have nothing of some tensors (:func:`check_whole`).
+    :raises NotBuiltError: the engine stores some weights in a form that cannot be streamed into.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class WeightMap:
         self.begin()
 
     def begin(self) -> None:
-        """A new update: nothing of it has come yet."""
+        """Start a new update."""
         self._written.clear()
 
     @torch.no_grad()
@@ -82,16 +82,13 @@ class WeightMap:
                 part = piece.source(tensor)
                 if owner in self._written:
                     if not torch.equal(piece.target, part.to(piece.target.device, piece.target.dtype)):
-                        raise WeightSyncError(
-                            f"{name} is tied to {owner} in the engine's model, but another value was sent for it: "
-                            "give the engine a model with tie_word_embeddings=False, or tie the trainer's"
-                        )
+                        raise untied(name, owner)
                     continue
                 piece.target.copy_(part)
             self._written.add(owner)
 
     def local(self, positions: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Those flat positions that lie on this rank."""
+        """Those flat positions that are on this rank."""
         self.manifest.check_known(list(positions))
         result = {}
         for name, at in positions.items():
@@ -120,8 +117,8 @@ class WeightMap:
         }
 
     def _join(self, name: str, at: torch.Tensor, parts: Sequence[tuple[Any, torch.Tensor]]) -> torch.Tensor:
-        """One tensor's elements from (which of the positions ``at``, their values) of each piece."""
-        if len(parts) == 1 and parts[0][0] is _ALL:  # at once, for it is the usual case
+        """One tensor's elements from each piece's (which of the positions ``at``, values)."""
+        if len(parts) == 1 and parts[0][0] is _ALL:  # the usual case, without assembling
             values = parts[0][1]
         else:
             values = torch.empty(at.shape, dtype=parts[0][1].dtype if parts else self._dtype)
@@ -130,8 +127,8 @@ class WeightMap:
                 values[inside] = part
                 here[inside] = True
             if not here.all():
-                raise WeightSyncError(f"{name}: {int((~here).sum())} of the elements asked for lie on another rank")
-        # An engine keeps a few weights in float32 whatever was asked; what came for them was in the engine's dtype.
+                raise WeightSyncError(f"{name}: {int((~here).sum())} of the requested elements are on another rank")
+        # An engine keeps a few weights always in float32; their values were sent in the engine's dtype.
         return values.to(self._dtype) if values.is_floating_point() else values
 
     def _lookups(self, name: str, at: torch.Tensor) -> Iterator[tuple[Piece, torch.Tensor]]:
@@ -148,19 +145,19 @@ class WeightMap:
         if not reached <= live:
             problems.append("some weights were repacked after loading")
         problems += [
-            f"its {name} is filled by no tensor of the hub"
+            f"its {name} is not filled by any tensor of the hub"
             for name, parameter in model.named_parameters()
             if parameter.untyped_storage()._cdata not in reached | padding
         ]
         if problems:
             raise NotBuiltError(
                 f'engine "{self._engine}": the weights of {type(model).__name__} cannot be streamed: '
-                f"{'; '.join(problems[:5])}; take --engine_type hf for this model"
+                f"{'; '.join(problems[:5])}; use --engine_type hf for this model"
             )
 
 
 def expected_manifest(config: Any) -> Manifest:
-    """Hub names and shapes of the model that ``config`` describes, from transformers, without any memory."""
+    """Hub names and shapes of the model that ``config`` describes, from transformers, on the meta device."""
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
@@ -172,22 +169,22 @@ def expected_manifest(config: Any) -> Manifest:
 
 
 def check_whole(engine: str, shapes: Mapping[str, tuple[int, ...]], held: Sequence[int]) -> None:
-    """:param held: how many elements of each tensor of ``shapes`` the parts of a split model hold together.
+    """:param held: number of elements of each tensor of ``shapes`` on all parts of a split model.
 
-    :raises NotBuiltError: some lie on none of them.
+    :raises NotBuiltError: some are on none of them.
     """
     sizes = [math.prod(shape) for shape in shapes.values()]
     if lost := [name for name, count, size in zip(shapes, held, sizes, strict=True) if count < size]:
         raise NotBuiltError(
-            f'engine "{engine}" holds only a part of {", ".join(lost[:5])}; weights cannot be streamed into it: '
-            "take --engine_type hf for this model"
+            f'engine "{engine}" loads only a part of {", ".join(lost[:5])}; weights cannot be streamed into it: '
+            "use --engine_type hf for this model"
         )
 
 
 def trace_copies(engine: str, model: Any, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> _CopyRecorder:
-    """Run ``model.load_weights`` on meta tensors and note each copy; nothing is written but zeros into padding.
+    """Run ``model.load_weights`` on meta tensors and record each copy; only zeros are written, into padding.
 
-    :return: for each name the ``pieces`` of it that this rank holds; in ``padding`` the storages that got nothing.
+    :return: by name, its ``pieces`` on this rank; in ``padding`` the storages that nothing was copied to.
     """
     whole = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
     recorder = _CopyRecorder(engine, whole)
@@ -197,7 +194,7 @@ def trace_copies(engine: str, model: Any, shapes: Mapping[str, tuple[int, ...]],
 
 
 class _CopyRecorder(TorchDispatchMode):
-    """Within it a copy out of one of the given meta tensors is noted instead of made."""
+    """Within it a copy from one of the given meta tensors is recorded instead of made."""
 
     def __init__(self, engine: str, whole: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
@@ -216,7 +213,7 @@ class _CopyRecorder(TorchDispatchMode):
         name = self._owner.get(source.untyped_storage()._cdata)
         if name is None:
             raise NotBuiltError(
-                f'engine "{self._engine}": a weight is computed from others while it loads; it cannot be streamed'
+                f'engine "{self._engine}": a weight is computed from others while loading, so it cannot be streamed'
             )
         source = source.expand(target.shape)
         piece = Piece(
@@ -230,13 +227,11 @@ class _CopyRecorder(TorchDispatchMode):
 
 
 def find_in_piece(piece: Piece, shape: tuple[int, ...], at: torch.Tensor) -> torch.Tensor:
-    """Flat index into the piece's target of each flat position of the whole tensor; -1 where it lies elsewhere.
+    """Flat index into the piece's target of each flat position of the whole tensor; -1 if it is elsewhere.
 
     :param shape: of the whole tensor. :param at: int64 ``[n]``. :return: int64 ``[n]``.
     """
-    numel = 1
-    for size in shape:
-        numel *= size
+    numel = math.prod(shape)
     if piece.target.numel() == numel and piece.offset == 0 and _is_contiguous(piece):
         return at
     own = [(size, stride) for size, stride in zip(piece.shape, piece.stride, strict=True) if size > 1]

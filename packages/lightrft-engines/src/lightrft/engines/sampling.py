@@ -1,11 +1,11 @@
 """Logits to tokens: temperature, truncation, Gumbel-max on counter-based noise, and the logprob of what was drawn.
 
 Each row of a batch is drawn from its own distribution with its own noise. The noise of a token is a pure function of
-(the sample's seed, the index of the output token, the vocabulary id), so that a sample does not depend on the rows
-beside it. Gumbel-max (Gumbel 1954; Maddison et al., 2014, "A* Sampling") turns a small change of the logits into a
+(the sample's seed, the index of the output token, the vocabulary id), so that a sample does not depend on the other
+rows. Gumbel-max (Gumbel 1954; Maddison et al., 2014, "A* Sampling") turns a small change of the logits into a
 changed token far more rarely than inverting the cumulative distribution does. It is computed as a race: the token
 with the largest p_i / e_i wins, e_i standard exponential. With g_i = -log(e_i) that is the largest log(p_i) + g_i, but
-it needs one logarithm an element less, and shares its exponentials with the logprob.
+it needs one logarithm per element less, and shares its exponentials with the logprob.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import torch
 _GOLDEN = -7046029254386353131  # 2**64 / golden ratio, odd, as int64: splitmix64's step
 _MIX_A, _MIX_B = -4658895280553007687, -7723592293110705685  # splitmix64's multipliers (Steele et al., 2014)
 _STEP32, _MUL32_A, _MUL32_B = -1640531527, 0x7FEB352D, 0x846CA68B - 2**32  # C. Wellons' low-bias 32-bit mixer
-_BLOCK = 2**19  # elements worked on at once: two megabytes of float32 stay in a core's cache
-_AHEAD = 2**17  # noises made at once where a token needs fewer: what they are made from stays in that cache, too
+_BLOCK = 2**19  # elements processed at once: two megabytes of float32 stay in a core's cache
+_AHEAD = 2**17  # noises made at once if a token needs fewer: their intermediate values stay in that cache, too
 _FIRST_CANDIDATES = 256  # top_p looks this far down the ranking before it sorts the whole vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowSampling:
-    """What a batch's rows ask for, one element a row; greedy rows have temperature 0.
+    """Sampling parameters of a batch, one element per row; greedy rows have temperature 0.
 
     :param temperature: float32 ``[rows]``. :param top_k: int64, 0 keeps all. :param top_p: float32, 1 keeps all.
     :param min_p: float32, 0 keeps all. :param stream: int64, :func:`noise_stream` of the samples' seeds.
@@ -39,10 +39,10 @@ class RowSampling:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingShape:
-    """Which of the steps any row of the batch needs: known on the host, so that no step asks the device.
+    """Which steps any row of the batch needs: known on the host, so that no step must wait for the device.
 
     :param any_temperature: some drawn row has a temperature other than 1.
-    :param max_top_k: the largest top_k, or 0 where some row keeps all tokens.
+    :param max_top_k: the largest top_k, or 0 if some row keeps all tokens.
     """
 
     all_greedy: bool = False
@@ -70,7 +70,7 @@ def splitmix64(state: torch.Tensor) -> torch.Tensor:
 
 
 def noise_stream(seed: torch.Tensor) -> torch.Tensor:
-    """Where each sample's noise begins: int64 of any shape, from int64 seeds. Constant over a sample's life."""
+    """The start of each sample's noise stream: int64 of any shape, from int64 seeds. Constant for a sample."""
     return splitmix64(seed)
 
 
@@ -112,7 +112,7 @@ def exponential_noise(keys: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Standard exponential noise for vocabulary ids.
 
     Built on a uniform in the open interval (0, 1) that keeps its relative precision near 0, so that a token of
-    probability 1e-9 is still drawn as rarely as that and no rarer.
+    probability 1e-9 is drawn with that probability.
 
     :param keys: int64 ``[rows]``. :param ids: int32 ``[ids]`` or ``[rows, ids]``.
     :return: float32 ``[rows, ids]``, above 0.
@@ -135,7 +135,7 @@ def noise_ahead(stream: torch.Tensor, index: torch.Tensor, vocabulary: int, toke
 
 
 def tokens_ahead(rows: int, vocabulary: int, left: int) -> int:
-    """For how many tokens noise is made at a time: small vocabularies cost more in calls than in numbers.
+    """Number of tokens for which noise is made at a time: with small vocabularies calls cost more than numbers.
 
     :param left: most tokens that any row will still draw.
     """
@@ -143,10 +143,10 @@ def tokens_ahead(rows: int, vocabulary: int, left: int) -> int:
 
 
 def truncate(logits: torch.Tensor, rows: RowSampling, shape: SamplingShape) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Drop tokens by min_p, then top_k, then top_p over what is left (vLLM's order). Dropped tokens become -inf.
+    """Drop tokens by min_p, then top_k, then top_p over the rest (vLLM's order). Dropped tokens become -inf.
 
     :param logits: float32 ``[rows, vocabulary]``, temperature already applied.
-    :return: values and their vocabulary ids (int64), ``[rows, candidates]`` ranked downwards; ids are None where no
+    :return: values and their vocabulary ids (int64), ``[rows, candidates]`` ranked downwards; ids are None if no
         ranking was needed and ``values`` covers the vocabulary.
     """
     if shape.min_p:
@@ -177,7 +177,7 @@ def truncate(logits: torch.Tensor, rows: RowSampling, shape: SamplingShape) -> t
 
 
 def _top_p(values: torch.Tensor, top_p: torch.Tensor, total: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keep ranked tokens until their probability reaches top_p; also says for each row whether they reached it."""
+    """Keep ranked tokens until their probability reaches top_p; also returns for each row whether it was reached."""
     share = (values - total.unsqueeze(1)).exp()
     before = share.cumsum(-1) - share
     limit = top_p.unsqueeze(1)
@@ -192,7 +192,7 @@ def draw(
     shape: SamplingShape,
     noise: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw one token a row.
+    """Draw one token per row.
 
     :param logits: ``[rows, vocabulary]`` of any floating dtype. :param index: int64 ``[rows]``, how many output tokens
         the row already has.
@@ -245,7 +245,9 @@ def _draw_block(
             )
             noise = exponential_noise(noise_keys(rows.stream, index), wanted)
         scores = shares / noise
-        if shape.any_greedy:  # two values near the peak may have one share: the greedy choice is by the values
+        if (
+            shape.any_greedy
+        ):  # two values near the peak may have equal probabilities: the greedy choice is by the values
             scores = torch.where((rows.temperature == 0).unsqueeze(1), values, scores)
     choice = scores.max(-1, keepdim=True).indices  # faster than argmax
     # Over a large vocabulary softmax adds up less exactly than sum does: 1e-5 of a logprob.

@@ -1,4 +1,4 @@
-"""What a spec must not ask of an engine, in the same words from every engine."""
+"""Checks of a spec that engines have in common."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ def require_model(engine: str, spec: EngineSpec) -> None:
 
 
 def check_dtype(engine: str, spec: EngineSpec) -> None:
-    """:raises NotBuiltError: an engine of its own kernels computes in none but the usual three."""
+    """:raises NotBuiltError: engines with their own kernels support only three dtypes."""
     if spec.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise NotBuiltError(f'engine "{engine}" computes in float32, bfloat16 or float16, not in {spec.dtype}')
 
 
 def check_extra(engine: str, spec: EngineSpec, ours: Iterable[str]) -> None:
-    """:param ours: options that the spec says, or that follow from what the engine is.
+    """:param ours: options that the spec or the engine itself sets.
 
-    :raises ValueError: ``spec.extra`` says one of them: a second way would be a way to break it.
+    :raises ValueError: ``spec.extra`` has one of them.
     """
     if said := sorted(set(spec.extra) & set(ours)):
         raise ValueError(
-            f'engine "{engine}": {", ".join(said)} follow from the flags; leave them out of the extra options'
+            f'engine "{engine}": {", ".join(said)} are set by the flags; leave them out of the extra options'
         )

@@ -1,4 +1,4 @@
-"""The memory behind tensors, emptied and filled again in place."""
+"""The memory of tensors, freed and allocated again in place."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ import torch
 
 
 class Storages:
-    """The storages behind some tensors, each once."""
+    """The storages of some tensors, each once."""
 
     def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
         found = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}
         self._storages = [(storage, storage.nbytes()) for storage in found.values()]
 
     def empty(self) -> int:
-        """Free the memory and forget the values; returns bytes."""
+        """Free the memory and drop the values; returns bytes."""
         freed = sum(storage.nbytes() for storage, _ in self._storages)
         for storage, _ in self._storages:
             storage.resize_(0)
         return freed
 
     def fill(self) -> None:
-        """Zeros: padding that no weight fills must be zero, and a cache must not hold a NaN."""
+        """Allocate zeros: padding must be zero, and a cache must not have a NaN."""
         for storage, size in self._storages:
             if storage.nbytes() != size:
                 storage.resize_(size)

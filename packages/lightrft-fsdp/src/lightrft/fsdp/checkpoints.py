@@ -1,6 +1,6 @@
-"""Weights and optimizer states written in PyTorch's Distributed Checkpoint format (DCP): every rank its rows.
+"""Write weights and optimizer states in PyTorch's Distributed Checkpoint format (DCP): each rank its rows.
 
-What is written here is read by core (:mod:`lightrft.strategy.dcp_files`), for any backend.
+Core reads these files (:mod:`lightrft.strategy.dcp_files`), for any backend.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def write_copies(
 ) -> Future[Seals]:
     """The same in the background, from copies of the state.
 
-    :param group: ranks that write, over gloo; nobody else may use it.
+    :param group: ranks that write, over gloo; used for nothing else.
     """
     rows, wholes = _rows(model, optimizer)
     state = _wrapped(copies.take(rows), wholes)
@@ -48,7 +48,7 @@ def write_copies(
 def _rows(
     model: nn.Module, optimizer: Optimizer | None
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor | None]]:
-    """What this rank holds, by key, and which parameter each is cut like; None: it is whole."""
+    """This rank's tensors by key, and the parameter like which each is sharded; None: it is whole."""
     rows: dict[str, torch.Tensor] = {}
     wholes: dict[str, torch.Tensor | None] = {}
     for name, tensor in hub_sources(model):

@@ -1,9 +1,9 @@
 """Whole tensors by hub name, bucket by bucket, from sharded parameters.
 
-A bucket's parameters are gathered side by side into one flat buffer that every bucket uses again. Each rank casts its
-rows into its own place there and the all-gather works in place, so a rank holds one bucket and nothing else. Small
-parameters share a collective where the buffer has room to sort them. A LoRA adapter is added by each rank to its own
-rows, before they are cast: of the two factors only A must come from the others.
+A bucket's parameters are gathered next to each other into one flat buffer, which all buckets reuse. Each rank casts its
+rows into its own place there and the all-gather works in place, so a rank needs only the memory of one bucket. Small
+parameters share a collective if the buffer has room to rearrange them. Each rank adds a LoRA adapter to its own rows
+before the cast; of the two factors only A must be gathered.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from .shards import Cut, Pack, cut_of, local, start_gather, wait
 
 # Below this a collective costs more in latency than in bytes.
 SMALL_BYTES = 2**18
-# What one packed collective sorts at most.
+# Largest packed collective, which must be rearranged afterwards.
 STAGING_BYTES = 2**22
-# Every tensor begins at a multiple of this, as device allocators align.
+# Alignment of tensors, as in device allocators.
 ALIGNMENT = 256
 
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where one module tensor lies in the buffer.
+    """The place of one module tensor in the buffer.
 
     :param offset: in bytes. :param size: in bytes, every rank's padding included.
     """
@@ -46,7 +46,7 @@ class Place:
 
 @dataclass(kw_only=True)
 class BucketPlan:
-    """One bucket: hub names, what must be gathered for them and where, and what is whole here already."""
+    """One bucket: hub names, what to gather for them into which place, and what is whole on each rank already."""
 
     names: list[str]
     places: list[Place] = field(default_factory=list)
@@ -58,7 +58,7 @@ class BucketPlan:
 
 
 def with_dtypes(layout: HubLayout, dtypes: Mapping[str, torch.dtype]) -> HubLayout:
-    """Let a layout, in place, say the dtypes that its module tensors have by now."""
+    """Update a layout, in place, to the present dtypes of its module tensors."""
     for source, hubs in layout.by_source.items():
         layout.by_source[source] = [replace(hub, dtype=dtypes[source]) for hub in hubs]
         layout.by_name.update({hub.name: hub for hub in layout.by_source[source]})
@@ -66,9 +66,9 @@ def with_dtypes(layout: HubLayout, dtypes: Mapping[str, torch.dtype]) -> HubLayo
 
 
 def plan_places(specs: Sequence[TensorSpec], layout: HubLayout, cuts: dict[str, Cut | None]) -> BucketPlan:
-    """Lay one bucket's module tensors out in a buffer. Pure.
+    """Give one bucket's module tensors places in a buffer. Pure.
 
-    :param cuts: how each module tensor is cut, by its module name; None for one that is whole on every rank.
+    :param cuts: how each module tensor is sharded, by its module name; None for one that is whole on every rank.
     """
     plan = BucketPlan(names=[spec.name for spec in specs])
     end, seen = 0, set()
@@ -96,7 +96,7 @@ def export_buckets(
     buckets = [plan_places(specs, layout, cuts) for specs in plan_buckets(plan)]
     longest = max((bucket.size for bucket in buckets), default=0)
     room = max(longest, plan.bucket_bytes)
-    # Grown to what packing can use, but never beyond what the plan allows.
+    # As large as packing can use, but not larger than the plan allows.
     staging = min(room - longest, STAGING_BYTES, longest)
     buffer = torch.empty(longest + staging, dtype=torch.uint8, device=device)
     for index, bucket in enumerate(buckets):
@@ -114,7 +114,7 @@ def _merged_rows(
     cuts: Mapping[str, Cut | None],
     device: torch.device,
 ) -> Callable[[str], torch.Tensor]:
-    """What gives this rank's rows of a module tensor of the bucket, its adapter added. Gathers what that takes."""
+    """A function that returns this rank's rows of a module tensor of the bucket, with its adapter added."""
     sources = [*(place.source for place in bucket.places), *bucket.whole]
     adapted = {source: adapters[source] for source in sources if source in adapters}
     factors = _whole({adapter.a: tensors[adapter.a] for adapter in adapted.values()}, cuts, device)
@@ -123,7 +123,10 @@ def _merged_rows(
         mine, adapter = local(tensors[source]), adapted.get(source)
         if adapter is None:
             return mine
-        a, b = factors[adapter.a], local(tensors[adapter.b])  # B is cut as the weight is: it has as many rows
+        a, b = (
+            factors[adapter.a],
+            local(tensors[adapter.b]),
+        )  # B is sharded like the weight: it has the same number of rows
         return merge(mine, a.to(mine.device), b.to(mine.device), adapter.scaling)
 
     return rows
@@ -132,7 +135,7 @@ def _merged_rows(
 def _whole(
     tensors: Mapping[str, torch.Tensor], cuts: Mapping[str, Cut | None], device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """Some small tensors whole, in memory of their own."""
+    """Some small tensors, whole, in new memory."""
     plan, end = BucketPlan(names=[]), 0
     for name, tensor in tensors.items():
         if (cut := cuts[name]) is not None:
@@ -150,7 +153,7 @@ def _whole(
 def _gather(
     bucket: BucketPlan, rows_of: Callable[[str], torch.Tensor], buffer: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """Begin every collective of a bucket, wait for them all, and view each module tensor in the buffer."""
+    """Start all collectives of a bucket, wait for them, and return a view of each module tensor."""
     slots = {
         place.source: buffer[place.offset : place.offset + place.size].view(place.dtype) for place in bucket.places
     }
@@ -174,7 +177,7 @@ def _gather(
 
 
 def plan_collectives(places: Sequence[Place], room: int) -> list[list[Place]]:
-    """Which module tensors share a collective: small ones of one dtype and group, as many as ``room`` bytes sort."""
+    """Which module tensors share a collective: small ones of one dtype and group, up to ``room`` bytes."""
     alone: list[list[Place]] = []
     packs: dict[tuple[torch.dtype, dist.ProcessGroup | None], list[Place]] = {}
     for place in places:

@@ -37,11 +37,12 @@ from .shards import local
 
 
 class FSDPV2Strategy(NativeStrategy):
-    """Parameters, gradients and optimizer states cut over the ranks, gathered block by block (``fully_shard``).
+    """Parameters, gradients and optimizer states are sharded over the ranks and gathered block by block
+    (``fully_shard``).
 
-    Trainable parameters are held in fp32 and computed with in ``--bf16`` or ``--fp16``; with ``--use_mp_opt`` they are
-    held in 16 bit, and the optimizer holds the fp32 ones. Gradients are reduced in fp32, at each micro-batch, so that
-    no rank ever holds a whole model's. A world of one in fp32 has nothing to shard, and runs the plain module.
+    Trainable parameters are held in fp32 and cast to ``--bf16`` or ``--fp16`` to compute; with ``--use_mp_opt`` they
+    are held in 16 bits, with fp32 masters in the optimizer. Gradients are reduced in fp32, at each micro-batch, so that
+    no rank ever has those of a whole model. One rank in fp32 has nothing to shard and runs the plain module.
     """
 
     name = "fsdp"
@@ -85,7 +86,7 @@ class FSDPV2Strategy(NativeStrategy):
             if fill is not None:
                 meta_init.initialise(unit.module, model, fill, self.config.seed)
 
-        # transformers finds a model's hub names by its class's name, and fully_shard changes that: trace them before.
+        # transformers finds a model's hub names by its class name, which fully_shard changes: trace them before.
         layout = HubLayout(model)
         # In fp32 a frozen model computes in the dtype that it was loaded in.
         shard(
@@ -106,7 +107,7 @@ class FSDPV2Strategy(NativeStrategy):
 
     @property
     def _compute_dtype(self) -> torch.dtype | None:
-        """What 16-bit runs compute in; None in fp32."""
+        """The dtype in which 16-bit runs compute; None in fp32."""
         return None if self.config.dtype_name == "float32" else getattr(torch, self.config.dtype_name)
 
     def _mesh(self, shard_size: int) -> DeviceMesh:
@@ -123,7 +124,7 @@ class FSDPV2Strategy(NativeStrategy):
         return self.config.adam_offload or self.config.fsdp_cpu_offload
 
     def _settle(self, model: nn.Module) -> None:
-        """Let the modules hold their shards: after a forward pass without a backward, some hold gathered parameters."""
+        """Reshard: after a forward pass without a backward pass, some modules still have gathered parameters."""
         for reference in self._sharded.get(model, ()):
             if (module := reference()) is not None:
                 module.reshard()
@@ -140,7 +141,7 @@ class FSDPV2Strategy(NativeStrategy):
         return self.data_parallel_size
 
     def _backpropagate(self, record: ModelRecord, loss: torch.Tensor) -> None:
-        # Gradients are cut at every micro-batch, for memory's sake; replicas need only agree on the last one's sum.
+        # Gradients are sharded at every micro-batch, to save memory; replicas need to agree only after the last one.
         if record.shard_size != self.layout.world_size and isinstance(record.model, FSDPModule):
             record.model.set_requires_all_reduce(record.at_boundary)
         super()._backpropagate(record, loss)
@@ -164,8 +165,8 @@ class FSDPV2Strategy(NativeStrategy):
             rows, average = local(value), local(target[name])
             if rows.shape != average.shape:
                 raise ValueError(
-                    f"moving_average: {name} is cut otherwise in the two models; prepare both over as many ranks "
-                    "(prepare_model(ema) without shard_size)"
+                    f"moving_average: {name} is sharded differently in the two models; prepare both over the same "
+                    "ranks (prepare_model(ema) without shard_size)"
                 )
             if average.dtype.is_floating_point:
                 average.lerp_(rows.to(average.device, average.dtype), 1 - beta)
@@ -186,7 +187,7 @@ class FSDPV2Strategy(NativeStrategy):
 
     def reload_model(self, model: nn.Module) -> MoveReport:
         if self.config.fsdp_cpu_offload and model in self._sharded:
-            return MoveReport(nbytes=0, seconds=0.0)  # the host is where its shards live
+            return MoveReport(nbytes=0, seconds=0.0)  # its shards are on the host
         return super().reload_model(model)
 
     def maybe_load_optimizer(self, optimizer: Optimizer, device: Any = None) -> MoveReport:
@@ -205,10 +206,11 @@ class FSDPV2Strategy(NativeStrategy):
         self, model: nn.Module, specs: Mapping[str, TensorSpec], source: Iterable[tuple[str, torch.Tensor]]
     ) -> None:
         self._settle(model)
-        assembler = state.Assembler(model, self.hub_layout(model))
+        layout = self.hub_layout(model)
+        assembler = state.Assembler(model, layout)
         import_by_name(specs, source, assembler.target)
         assembler.keep_rows()
-        self._clear_adapters(model)
+        state.clear_adapters(model, layout)
         self._renew_masters(model)
 
     def _renew_masters(self, model: nn.Module) -> None:
@@ -245,8 +247,8 @@ class FSDPV2Strategy(NativeStrategy):
         if not asynchronous:
             return checkpoints.write(record.model, record.optimizer, folder)
         if record.model not in self._background:
-            # A writer's thread talks to its like on other ranks while training goes on, and while the writers of this
-            # checkpoint's other models do the same: over a group of its own.
+            # The writers' threads of all ranks communicate during training, at the same time as those of this
+            # checkpoint's other models: so each model has its own group.
             group = dist.new_group(backend="gloo")
             assert isinstance(group, dist.ProcessGroup), "a group of all ranks holds this one"
             self._background[record.model] = group

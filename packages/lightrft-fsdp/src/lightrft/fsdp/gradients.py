@@ -13,12 +13,12 @@ from .shards import cut_of, like, local
 def global_norm(gradients: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
     """L2 norm over the gradients of one model, 0-d fp32, the same on every rank.
 
-    Each rank sums the squares of its own rows; what is cut over the same ranks is then added up in one collective.
+    Each rank sums the squares of its own rows; sums over the same ranks are then added in one collective.
     """
     by_group: dict[dist.ProcessGroup | None, list[torch.Tensor]] = {}
     cut_groups: dict[tuple[int, object], dist.ProcessGroup | None] = {}
     for gradient in gradients:
-        # Thousands of gradients share a handful of meshes: look each up once.
+        # Thousands of gradients share a few meshes: look each up once.
         key = (id(getattr(gradient, "device_mesh", None)), getattr(gradient, "placements", None))
         if key not in cut_groups:
             cut = cut_of(gradient)
@@ -37,16 +37,16 @@ def global_norm(gradients: Sequence[torch.Tensor], device: torch.device) -> torc
 
 
 def widen(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Turn 16-bit gradients into fp32, in which the next micro-batches are then added up."""
+    """Cast 16-bit gradients to fp32, in which the next micro-batches are added."""
     for parameter in parameters:
         gradient = parameter.grad
         if gradient is not None and gradient.dtype.is_floating_point and gradient.dtype.itemsize < 4:
-            parameter.grad_dtype = None  # else only the parameter's own is allowed
+            parameter.grad_dtype = None  # otherwise only the parameter's dtype is allowed
             parameter.grad = like(parameter, local(gradient).float())
 
 
 def _square_sum(parts: list[torch.Tensor], device: torch.device) -> torch.Tensor:
-    if not parts:  # this rank has no rows of anything; it joins the collective all the same
+    if not parts:  # this rank has no rows, but must join the collective
         return torch.zeros((), dtype=torch.float32, device=device)
     norms = torch._foreach_norm(parts, dtype=torch.float32)
     return torch.linalg.vector_norm(torch.stack(norms)).square().to(device)

@@ -1,4 +1,4 @@
-"""AdamW on this rank's rows: torch's own kernel, without a DTensor dispatch for each parameter."""
+"""AdamW on this rank's rows, with torch's kernel and without a DTensor dispatch for each parameter."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from .shards import local
 
 
 class ShardedAdamW(AdamW):
-    """``torch.optim.AdamW``, elementwise and so the same on shards; its states are plain tensors of this rank's rows.
+    """``torch.optim.AdamW``, which is elementwise and so the same on shards; its states are plain tensors of this
+    rank's rows.
 
-    The step runs where the states are: moved to the host, they stay useful there.
+    The step runs where the states are, also if they have been moved to the host.
 
     :param master_weights: for 16-bit parameters: keep an fp32 copy in the states, step on it, and round it into the
         parameters (arXiv:1710.03740, §3.1).
-    :param on_host: states begin, and stay, in host memory.
+    :param on_host: states are created in host memory and stay there.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class ShardedAdamW(AdamW):
                 continue
             state = self.state_of(parameter)
             rows, mean = local(parameter), state["exp_avg"]
-            if rows.numel() == 0:  # the last ranks may hold no row of a short parameter
+            if rows.numel() == 0:  # the last ranks may have no rows of a short parameter
                 state["step"] += 1
                 continue
             weight = state.get("master", rows)
@@ -91,7 +92,8 @@ class ShardedAdamW(AdamW):
             rows.copy_(weight)
 
     def state_of(self, parameter: torch.Tensor) -> dict[str, Any]:
-        """A parameter's states, made at first need: step (0-d fp32), exp_avg, exp_avg_sq, and with masters, master."""
+        """A parameter's states, created when first needed: step (0-d fp32), exp_avg, exp_avg_sq, and with masters,
+        master."""
         state = self.state[parameter]
         if not state:
             rows = local(parameter).detach()
@@ -101,13 +103,13 @@ class ShardedAdamW(AdamW):
             kind = torch.float32 if self.master_weights else rows.dtype
             state["exp_avg"] = torch.zeros(rows.shape, dtype=kind, device=home)
             state["exp_avg_sq"] = torch.zeros(rows.shape, dtype=kind, device=home)
-            # The fused kernel wants its step beside the moments.
+            # The fused kernel needs its step on the device of the moments.
             state["step"] = torch.zeros((), dtype=torch.float32, device=home)
         return state
 
     @torch.no_grad()
     def renew_masters(self) -> None:
-        """Take the parameters' values into the master copies: somebody else has written the parameters."""
+        """Copy the parameters into the master copies, after the parameters have been written elsewhere."""
         for parameter, state in self.state.items():
             if "master" in state:
                 state["master"].copy_(local(parameter))

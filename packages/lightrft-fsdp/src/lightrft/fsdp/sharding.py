@@ -1,7 +1,7 @@
 """Which modules are gathered together, and how they are sharded.
 
-The units are the model's own blocks: for a transformers model those that it calls unsplittable, else the children of
-every list of like modules. What is left belongs to the transformers model itself and to the root.
+The units are the model's blocks: for a transformers model its ``_no_split_modules``, else the elements of every list of
+like modules. The rest belongs to the units of the transformers model itself and of the root.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from lightrft.strategy.hub_layout import hub_models, is_pretrained_model
 
-# Elements from which a token embedding is worth collectives of its own: 64 MiB in fp32.
+# Number of elements from which a token embedding gets its own collectives: 64 MiB in fp32.
 LARGE_EMBEDDING = 2**24
 
 
@@ -27,9 +27,9 @@ class Unit:
     """Modules that are gathered, computed and freed as one.
 
     :param name: the module's path; "" is the root.
-    :param stays: keep it gathered between forward and backward, because backward begins with it.
-    :param may_idle: some of its parameters may see no data on some ranks (routed experts, a vision tower): their
-        gradients are reduced as zeros there, or the ranks would reduce different sizes.
+    :param stays: keep it gathered between forward and backward, because backward starts with it.
+    :param may_idle: some of its parameters may get no data on some ranks (routed experts, a vision tower): their
+        gradients are reduced as zeros there, since all ranks must reduce the same sizes.
     :param forward_only: its backward pass does not need its parameters.
     """
 
@@ -43,12 +43,12 @@ class Unit:
 def plan_units(model: nn.Module, *, mixed_mm_data: bool = False) -> list[Unit]:
     """The units of a model, children before parents, the root last. Pure: no process group is needed.
 
-    :param mixed_mm_data: batches of some ranks may hold no image. A vision tower that then does not run may not have
-        collectives of its own: its parameters travel with the transformers model around it.
+    :param mixed_mm_data: batches of some ranks may have no image. A vision tower that does not run then may not have
+        its own collectives: its parameters are gathered with the transformers model around it.
     """
     holders = _holders(model)
     units: list[Unit] = []
-    outer, inside = "", model  # what a wrapper keeps under .module
+    outer, inside = "", model  # what a wrapper has as .module
     while isinstance(inner_module := getattr(inside, "module", None), nn.Module):
         outer, inside = f"{outer}module.", inner_module
 
@@ -84,17 +84,17 @@ def shard(
     offload: bool,
     before: Callable[[Unit], None] = lambda unit: None,
 ) -> None:
-    """Shard ``model`` in place over ``mesh``, unit by unit, so that no more than one is ever whole in another dtype.
+    """Shard ``model`` in place over ``mesh``, unit by unit, so that only one at a time is whole in another dtype.
 
-    :param trains: a frozen model is freed after forward throughout, for no backward pass follows.
+    :param trains: a frozen model is always freed after forward, since no backward pass follows.
     :param param_dtype: compute in it; None: in the parameters' own.
     :param master_dtype: hold trainable parameters in it; None: in their own.
-    :param offload: the shards and their gradients live in host memory.
+    :param offload: keep the shards and their gradients in host memory.
     :param before: called with each unit while its own parameters are still whole.
     """
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
     host = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if offload else OffloadPolicy()
-    alone = mesh.size(mesh.ndim - 1) == 1  # nothing to free: every rank holds all rows
+    alone = mesh.size(mesh.ndim - 1) == 1  # nothing to free: every rank has all rows
     for unit in units:
         before(unit)
         cast_trainable(unit.module, master_dtype)
@@ -118,10 +118,10 @@ def cast_trainable(module: nn.Module, dtype: torch.dtype | None) -> None:
 
 
 def finish_sharding(model: nn.Module) -> None:
-    """Make ``model`` the root for good, and let every forward pass without gradients leave shards behind."""
+    """Make ``model`` the root, and reshard after every forward pass without gradients."""
     assert isinstance(model, FSDPModule)
-    # torch takes the first module that runs for the root; when that is the transformers model inside an actor, the
-    # actor itself is refused later. There is no public way to say which is the root.
+    # torch takes the first module that runs as the root; if that is the transformers model inside an actor, it
+    # refuses the actor later. There is no public way to choose the root.
     model._get_fsdp_state()._lazy_init()
 
     def reshard(module: nn.Module, *_: Any) -> None:
@@ -133,7 +133,7 @@ def finish_sharding(model: nn.Module) -> None:
 
 
 def make_mesh(device: torch.device, world_size: int, shard_size: int) -> DeviceMesh:
-    """One axis over all ranks, or (replicate, shard) where fewer ranks than all share a model. Every rank must call."""
+    """One axis over all ranks, or (replicate, shard) if a model is sharded over fewer. Every rank must call."""
     if shard_size == world_size:
         return init_device_mesh(device.type, (world_size,), mesh_dim_names=("shard",))
     return init_device_mesh(device.type, (world_size // shard_size, shard_size), mesh_dim_names=("replicate", "shard"))
@@ -146,7 +146,7 @@ def sharded_modules(model: nn.Module) -> list[FSDPModule]:
 
 # ---- finding units ---------------------------------------------------------------------------------------------------
 def _blocks(model: nn.Module, skip: list[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
-    """A transformers model's unsplittable blocks, outermost ones; else the children of its module lists."""
+    """The outermost of a transformers model's ``_no_split_modules``; else the elements of its module lists."""
     names: set[str] = set()
     for module in model.modules():
         if is_pretrained_model(module):
@@ -156,7 +156,7 @@ def _blocks(model: nn.Module, skip: list[nn.Module]) -> Iterator[tuple[str, nn.M
 
 
 def _listed_blocks(model: nn.Module, skip: list[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
-    """Children of every outermost list of two or more like modules."""
+    """Elements of every outermost list of two or more like modules."""
     for name, modules in _outermost(model, _is_list_of_likes, skip):
         for key, child in modules.named_children():
             yield f"{name}.{key}" if name else key, child
@@ -185,19 +185,19 @@ def _is_list_of_likes(module: nn.Module) -> bool:
 
 
 def _routes(module: nn.Module) -> bool:
-    """Does a block choose among a list of like modules (experts that are not stacked)?"""
+    """Whether a block selects from a list of like modules (experts that are not stacked)."""
     return any(_is_list_of_likes(child) for child in module.modules() if child is not module)
 
 
 def _routes_outside(model: nn.Module, units: list[Unit]) -> bool:
-    """Does the root keep a list of like modules, none of which became a unit?"""
+    """Whether the root has a list of like modules, none of which became a unit."""
     taken = {id(module) for unit in units for module in unit.module.modules()}
     lists = [module for module in model.modules() if _is_list_of_likes(module)]
     return any(not any(id(child) in taken for child in module.children()) for module in lists)
 
 
 def _towers(model: nn.Module) -> list[nn.Module]:
-    """Outermost transformers models inside ``model`` that do not hold its token embedding: they run on images alone."""
+    """Outermost transformers models inside ``model`` without its token embedding: those that process images."""
     embedding = _token_embedding(model)
 
     def is_tower(module: nn.Module) -> bool:
@@ -214,7 +214,7 @@ def _token_embedding(model: nn.Module) -> nn.Module | None:
 
 
 def _lone_embedding(model: nn.Module, blocks: list[nn.Module]) -> tuple[str, nn.Module | None]:
-    """A large token embedding that lies in no block, and its name: backward does not need it gathered."""
+    """A large token embedding outside all blocks, and its name: backward does not need it gathered."""
     embedding = _token_embedding(model)
     if type(embedding) is not nn.Embedding or embedding.weight.numel() < LARGE_EMBEDDING:
         return "", None
@@ -224,7 +224,7 @@ def _lone_embedding(model: nn.Module, blocks: list[nn.Module]) -> tuple[str, nn.
 
 
 def _holders(model: nn.Module) -> dict[int, set[str]]:
-    """Every path under which each parameter is held."""
+    """All paths of each parameter."""
     holders: dict[int, set[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         holders.setdefault(id(parameter), set()).add(name)

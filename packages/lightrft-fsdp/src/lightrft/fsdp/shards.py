@@ -1,12 +1,12 @@
-"""One tensor cut along axis 0 over some ranks: which rows are mine, and how the rows of all become whole again.
+"""A tensor sharded along axis 0 over some ranks: which rows this rank has, and how to gather the whole.
 
-FSDP2 cuts every parameter into ``ceil(rows / ranks)`` rows a rank; the last ranks may hold fewer, or none. Rows padded
-to that size, in rank order, are the whole tensor followed by padding: so one all-gather writes it contiguously.
+FSDP2 gives each rank ``ceil(rows / ranks)`` rows of every parameter; the last ranks may have fewer, or none. Rows
+padded to that size, in rank order, are the whole tensor followed by padding: so one all-gather writes it contiguously.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -15,13 +15,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-# torch 2.13 renames the collective.
-_all_gather_single: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
 
 @dataclass(frozen=True, kw_only=True)
 class Cut:
-    """How one tensor is cut.
+    """How one tensor is sharded.
 
     :param shape: the whole tensor's. :param ranks: how many share it. :param index: this rank's place among them.
     :param group: those ranks.
@@ -34,7 +31,7 @@ class Cut:
 
     @property
     def rows(self) -> int:
-        """Rows a rank holds, padding included."""
+        """Rows per rank, padding included."""
         return -(-self.shape[0] // self.ranks)
 
     @property
@@ -54,7 +51,7 @@ class Cut:
 
 
 def cut_of(tensor: torch.Tensor) -> Cut | None:
-    """How a parameter is cut; None for one that this rank holds whole."""
+    """How a parameter is sharded; None for one that is whole on this rank."""
     if not isinstance(tensor, DTensor):
         return None
     mesh = tensor.device_mesh
@@ -70,12 +67,12 @@ def cut_of(tensor: torch.Tensor) -> Cut | None:
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's rows, sharing their memory."""
-    # to_local() is an autograd function: 80 times slower, which a step over hundreds of parameters would feel.
+    # to_local() is an autograd function and 80 times slower, which matters in a step over hundreds of parameters.
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 def like(parameter: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Wrap this rank's ``rows`` as a tensor that is cut as ``parameter`` is. No communication."""
+    """Wrap this rank's ``rows`` as a tensor that is sharded like ``parameter``. No communication."""
     if not isinstance(parameter, DTensor):
         return rows
     return DTensor.from_local(
@@ -89,20 +86,19 @@ def like(parameter: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 
 
 def start_all_gather(slot: torch.Tensor, cut: Cut, tag: int = 0) -> list[Any]:
-    """Begin to fill ``slot`` (flat) from its equal parts, of which each rank of ``cut.group`` has written its own.
+    """Start to fill ``slot`` (flat) from its equal parts, of which each rank of ``cut.group`` has written its own.
 
-    :param tag: tells apart those that are under way together.
+    :param tag: distinguishes concurrent ones.
     :return: what to wait for.
     """
     parts = slot.chunk(cut.ranks)
     if slot.device.type != "cpu":
-        return [_all_gather_single(slot, parts[cut.index], group=cut.group, async_op=True)]
-    # gloo's all-gather goes through a second copy of everything; sending to each other directly does not, and is two to
-    # four times as fast.
+        return [dist.all_gather_single(slot, parts[cut.index], group=cut.group, async_op=True)]
+    # gloo's all-gather makes a second copy of everything; direct sends do not, and are two to four times as fast.
     others = [rank for rank in range(cut.ranks) if rank != cut.index]
     work: list[Any] = [dist.irecv(parts[rank], group=cut.group, group_src=rank, tag=tag) for rank in others]
     work += [dist.isend(parts[cut.index], group=cut.group, group_dst=rank, tag=tag) for rank in others]
-    # What two ranks send each other waits as long as the group was first told; the deadline may be shorter by now.
+    # Direct sends have the timeout with which the group was made; the deadline may be shorter.
     group: Any = dist.group.WORLD if cut.group is None else cut.group
     timeout = group._get_backend(slot.device).options._timeout
     return [_Bounded(item, timeout) for item in work]
@@ -120,10 +116,10 @@ class _Bounded:
 
 
 def start_gather(slot: torch.Tensor, rows: torch.Tensor, cut: Cut, tag: int = 0) -> list[Any]:
-    """Begin to gather a whole tensor into ``slot`` (flat, ``[cut.padded_numel]``), where it will lie contiguously.
+    """Start to gather a whole tensor into ``slot`` (flat, ``[cut.padded_numel]``), where it will be contiguous.
 
-    Rows are cast to the slot's dtype on their way into it, before they travel, and the collective works in place:
-    nothing else is allocated. Every rank of ``cut.group`` must call.
+    Rows are cast to the slot's dtype as they are copied into it, before they are sent, and the collective works in
+    place: nothing else is allocated. Every rank of ``cut.group`` must call.
 
     :return: what to wait for.
     """
@@ -139,7 +135,7 @@ class Pack:
         self._by_rank, self._staging, self._cuts = staging.view(cuts[0].ranks, -1), staging, cuts
 
     def start(self, rows: Sequence[torch.Tensor], tag: int = 0) -> list[Any]:
-        """Begin to gather; see :func:`start_gather`."""
+        """Start to gather; see :func:`start_gather`."""
         mine, offset = self._by_rank[self._cuts[0].index], 0
         for part, cut in zip(rows, self._cuts, strict=True):
             mine[offset : offset + part.numel()].copy_(part.detach().reshape(-1))
@@ -147,7 +143,7 @@ class Pack:
         return start_all_gather(self._staging, self._cuts[0], tag)
 
     def sort(self, slots: Sequence[torch.Tensor]) -> None:
-        """Once all has come: put each tensor together in its slot."""
+        """When all parts have arrived: assemble each tensor in its slot."""
         offset = 0
         for slot, cut in zip(slots, self._cuts, strict=True):
             each = cut.rows * cut.row_numel
@@ -156,7 +152,7 @@ class Pack:
 
 
 def wait(work: Iterable[Any]) -> None:
-    """Wait for everything that was begun."""
+    """Wait for everything that was started."""
     for item in work:
         item.wait()
 
@@ -164,7 +160,7 @@ def wait(work: Iterable[Any]) -> None:
 def whole(tensor: torch.Tensor, rows: torch.Tensor | None = None, device: Any = None) -> torch.Tensor:
     """A whole tensor from all its ranks, freshly allocated.
 
-    :param rows: gather these, cut as ``tensor`` is (an optimizer's moment), in place of its own.
+    :param rows: gather these, sharded like ``tensor`` (an optimizer's moment), instead of its own.
     :param device: where the collective works; default: where the rows are.
     """
     rows, cut = local(tensor) if rows is None else rows, cut_of(tensor)
@@ -176,6 +172,6 @@ def whole(tensor: torch.Tensor, rows: torch.Tensor | None = None, device: Any = 
 
 
 def take_rows(tensor: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """This rank's rows of ``value``, which is whole, cut as ``tensor`` is."""
+    """This rank's rows of the whole ``value``, sharded like ``tensor``."""
     cut = cut_of(tensor)
     return value if cut is None else value[cut.mine]

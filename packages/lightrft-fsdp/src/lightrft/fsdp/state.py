@@ -1,4 +1,4 @@
-"""Training state by parameter name, from and into this rank's rows."""
+"""Training state by parameter name, to and from this rank's rows."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def iter_state(model: nn.Module, optimizer: Optimizer | None, device: torch.devi
 
 @torch.no_grad()
 def load_state(model: nn.Module, optimizer: Optimizer | None, items: Iterable[StateItem]) -> None:
-    """See :meth:`StrategyBase.load_state`. No communication: each rank keeps its rows of what it reads.
+    """See :meth:`StrategyBase.load_state`. No communication: each rank reads everything and keeps its rows.
 
     :raises CheckpointError: names or shapes differ from the model's.
     """
@@ -54,14 +54,14 @@ def load_state(model: nn.Module, optimizer: Optimizer | None, items: Iterable[St
             state[MASTER].copy_(take_rows(tensor, item.weight))
         for kind, value in item.moments.items():
             if kind not in state:
-                raise CheckpointError(f"{item.name}: the checkpoint holds {kind}, which this optimizer does not keep")
+                raise CheckpointError(f"{item.name}: the checkpoint has {kind}, which this optimizer does not use")
             local(state[kind]).copy_(take_rows(tensor, value))
         if STEP in state:
             state[STEP].fill_(float(item.step))
 
 
 def state_for(optimizer: Optimizer, parameter: torch.Tensor, kinds: Iterable[str]) -> dict[str, torch.Tensor]:
-    """A parameter's optimizer states with ``kinds`` among them, made of zeros where it has none yet."""
+    """A parameter's optimizer states, including ``kinds``; missing ones are created as zeros."""
     if isinstance(optimizer, ShardedAdamW):
         return optimizer.state_of(parameter)
     state = optimizer.state[parameter]
@@ -74,7 +74,7 @@ def state_for(optimizer: Optimizer, parameter: torch.Tensor, kinds: Iterable[str
 
 
 def local_state(model: nn.Module, optimizer: Optimizer | None, rank: int, ranks: int) -> Iterator[Fragment]:
-    """See :meth:`StrategyBase.local_state`. Where the optimizer holds fp32 masters, those are written."""
+    """See :meth:`StrategyBase.local_state`. If the optimizer has fp32 masters, those are written."""
     for name, tensor in hub_sources(model):
         cut = cut_of(tensor)
         start = 0 if cut is None else cut.mine.start * cut.row_numel
@@ -90,7 +90,7 @@ def local_state(model: nn.Module, optimizer: Optimizer | None, rank: int, ranks:
 
 
 def _place_among_replicas(tensor: torch.Tensor, rank: int, ranks: int) -> tuple[int, int]:
-    """Which of how many ranks that hold the same rows this one is."""
+    """(index, number) of this rank among those with the same rows."""
     if not isinstance(tensor, DTensor):
         return rank, ranks
     index, count = 0, 1
@@ -104,7 +104,7 @@ def _place_among_replicas(tensor: torch.Tensor, rank: int, ranks: int) -> tuple[
 def make_states(model: nn.Module, optimizer: Optimizer, entries: Mapping[str, TensorEntry]) -> None:
     """See :meth:`StrategyBase.make_states`.
 
-    :raises CheckpointError: a state that this optimizer does not keep.
+    :raises CheckpointError: a state that this optimizer does not use.
     """
     for name, tensor in hub_sources(model):
         entry = entries[name]
@@ -114,15 +114,23 @@ def make_states(model: nn.Module, optimizer: Optimizer, entries: Mapping[str, Te
         state = state_for(optimizer, tensor, [*entry.moments, *([STEP] if entry.step else [])])
         if strange := set(entry.moments) - set(state):
             lacking = ", ".join(sorted(strange))
-            raise CheckpointError(f"{name}: the checkpoint holds {lacking}, which this optimizer does not keep")
+            raise CheckpointError(f"{name}: the checkpoint has {lacking}, which this optimizer does not use")
         if STEP in state:
             state[STEP].fill_(float(entry.step))
 
 
-class Assembler:
-    """Puts whole hub tensors together into module tensors, of which each rank keeps its rows.
+@torch.no_grad()
+def clear_adapters(model: nn.Module, layout: HubLayout) -> None:
+    """Let every LoRA adapter add nothing. No communication."""
+    tensors = dict(hub_sources(model))
+    for adapter in layout.adapters.values():
+        local(tensors[adapter.b]).zero_()
 
-    At most the parameters whose hub tensors have not all come are held, on the host.
+
+class Assembler:
+    """Assembles whole hub tensors into module tensors, of which each rank keeps its rows.
+
+    Only parameters whose hub tensors have partly arrived are held, on the host.
     """
 
     def __init__(self, model: nn.Module, layout: HubLayout) -> None:
@@ -131,7 +139,7 @@ class Assembler:
         self._left = {source: len(hubs) for source, hubs in layout.by_source.items()}
 
     def target(self, name: str) -> torch.Tensor:
-        """Where to write the hub tensor ``name``. What was asked for before must be written by now."""
+        """Where to write the hub tensor ``name``. The one asked for before must have been written."""
         self.keep_rows()
         hub = self._layout.by_name[name]
         tensor = self._tensors[hub.source].detach()

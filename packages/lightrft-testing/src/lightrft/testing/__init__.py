@@ -1,4 +1,4 @@
-"""Suites that a strategy or an engine subclasses, ranks to run them on, and faults to put them through.
+"""Test suites for strategies and engines to subclass, ranks to run them on, and faults to inject.
 
 Names load on first use: pytest imports this package at its start, and torch takes seconds.
 """

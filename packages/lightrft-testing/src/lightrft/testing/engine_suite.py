@@ -1,4 +1,4 @@
-"""What every rollout engine promises, as tests to subclass with one fixture.
+"""The contract of rollout engines, as tests to subclass with one fixture.
 
 An engine's tests are one class::
 
@@ -11,8 +11,8 @@ An engine's tests are one class::
                 return engine
             return make
 
-:class:`EngineContractSuite` asks for nothing but the contract, so an engine without a model passes it too.
-:class:`EngineSuite` adds what makes an engine right: it equals Hugging Face, before and after every kind of sync.
+:class:`EngineContractSuite` tests only the contract, so an engine without a model can pass it.
+:class:`EngineSuite` adds that the engine equals Hugging Face, before and after every kind of sync.
 """
 
 from __future__ import annotations
@@ -52,19 +52,19 @@ __all__ = [
 
 
 class EngineContractSuite(GenerationClaims, UpdateClaims, SleepClaims, LifeClaims):
-    """What holds for every engine. Override the fixture ``make_engine``.
+    """The contract of every engine. Override the fixture ``make_engine``.
 
     :cvar spec_options: fields of :class:`EngineSpec` that this engine's tests need.
-    :cvar starts_slowly: tests share one engine, which gets its first weights again, rather than start their own.
+    :cvar starts_slowly: tests share one engine, which gets its first weights again, instead of starting their own.
     """
 
 
 class EngineSuite(EngineContractSuite, TextClaims, SyncClaims, ImageClaims):
     """The contract, and equality with Hugging Face in fp32 on tiny models.
 
-    :cvar text_kinds: models of :data:`lightrft.testing.tiny_models.CONFIGS` that the engine serves.
+    :cvar text_kinds: models of :data:`lightrft.testing.tiny_models.CONFIGS` that the engine supports.
     :cvar vision_kinds: those with images; empty where ``capabilities.multimodal`` is False.
-    :cvar starts_from_config: the engine may be born without weights, from a configuration alone.
+    :cvar starts_from_config: the engine can start without weights, from a configuration.
     :cvar samples: how many to draw for a distribution test.
     :cvar logprob_tolerance: largest difference of a logprob from a teacher-forced forward, in fp32.
     """

@@ -1,4 +1,4 @@
-"""An engine without a model: it honours the whole contract, answers at once, and misbehaves where it is told to."""
+"""An engine without a model: it honours the whole contract, answers at once, and fails on request."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from lightrft.strategy.engine import (
     RequestId,
     RolloutEngine,
 )
+from lightrft.strategy.engine_checks import check_room
 from lightrft.strategy.errors import RolloutError, WeightSyncError
 from lightrft.strategy.lifecycle import Resource
 from lightrft.strategy.sampling import sample_seed
@@ -33,24 +34,24 @@ _CACHE_BYTES = 4096
 
 @dataclass(kw_only=True)
 class Faults:
-    """What goes wrong. Each field is one fault; several may be set, and all may be changed while the engine runs.
+    """Faults to inject. Each field is one fault; several may be set, and all may be changed while the engine runs.
 
-    Faults on the way (the engine's own bookkeeping finds them):
+    Faults in transfer (the engine's own checks find them):
 
     :param lose_bucket: index of a bucket that never arrives.
     :param double_bucket: index of a bucket that arrives twice.
     :param truncate: name of a tensor that arrives one element short.
     :param misname: name of a tensor that arrives under another one.
 
-    Faults inside the engine (only reading the weights back finds them):
+    Faults inside the engine (found only by reading the weights back):
 
     :param stale: acknowledge everything, copy nothing.
     :param alter: name of a tensor whose last element is changed.
 
     Faults in generation:
 
-    :param hang: never finish; ends only by the deadline. :param fewer_outputs: how many outputs to swallow.
-    :param die: raise, and be failed from then on.
+    :param hang: never finish; only the deadline ends it. :param fewer_outputs: number of outputs to drop.
+    :param die: raise, and stay failed.
     """
 
     lose_bucket: int | None = None
@@ -67,7 +68,7 @@ class Faults:
 class FakeEngine(RolloutEngine):
     """Tokens are a hash of (prompt, seed, weight version); weights are kept so that they can be read back.
 
-    Started from a folder, it expects that folder's tensors; otherwise the first update tells it what it holds.
+    Started from a folder, it expects that folder's tensors; otherwise the first update defines its tensors.
     ``EngineSpec.extra`` may set ``faults`` (a :class:`Faults` or a mapping), ``vocab_size`` and ``eos_token_id``.
 
     :param faults: see :class:`Faults`; the attribute of that name may be changed later.
@@ -114,10 +115,7 @@ class FakeEngine(RolloutEngine):
             ids = self._read(request)
             if not ids:
                 raise ValueError("a prompt is empty: it must have at least one token")
-            if len(ids) >= self._context:
-                raise ValueError(
-                    f"a prompt of {len(ids)} tokens leaves no room for a response in a context of {self._context}"
-                )
+            check_room(len(ids), self._context)
         super()._submit(requests)
 
     def _poll(self, until: Literal["all", "any"], timeout: float | None) -> list[GenerationOutput]:
@@ -171,7 +169,7 @@ class FakeEngine(RolloutEngine):
 
     # ---- weights ----------------------------------------------------------------------------------------------------
     def load_bucket(self, bucket: WeightBucket) -> None:
-        """Take one bucket, after whatever fault was ordered for the way."""
+        """Load one bucket, with the faults set for the transfer."""
         if bucket.index == self.faults.lose_bucket:
             return
         tensors = dict(bucket.tensors)
@@ -251,7 +249,7 @@ def _token_stream(key: str, vocabulary: int) -> Iterable[int]:
 
 
 def _read_folder(folder: Path) -> Iterable[tuple[str, torch.Tensor]]:
-    """Tensors of a folder's safetensors files; a folder without any has none."""
+    """Tensors of a folder's safetensors files, if it has any."""
     for file in sorted(folder.glob("*.safetensors")):
         from safetensors.torch import load_file
 

@@ -1,4 +1,4 @@
-"""Faults on purpose: a process that dies at a named point, files that are cut or altered."""
+"""Fault injection: a process that dies at a given point, files that are truncated or altered."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TensorFault = Literal["dropped", "doubled", "truncated", "misnamed", "stale"]
 
 @contextlib.contextmanager
 def calling_first(owner: Any, name: str, action: Callable[[], None], *, nth: int = 1) -> Iterator[None]:
-    """Within it, the ``nth`` call (from 1) of ``owner.name`` does ``action`` before anything else."""
+    """Within it, the ``nth`` call (from 1) of ``owner.name`` first does ``action``."""
     original = getattr(owner, name)
     calls = 0
 
@@ -51,16 +51,11 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def die_at_file_event(folder: Path, nth: int) -> None:
-    """End this process as ``kill -9`` would at its ``nth`` file operation (from 1) below ``folder``, from now on.
-
-    Opening, renaming, removing and creating count; so every moment of a save can be hit, whatever the backend writes.
-    """
-    watch_file_events(folder, lambda count: die() if count == nth else None)
-
-
 def watch_file_events(folder: Path, action: Callable[[int], Any]) -> None:
-    """Call ``action(count)`` before each of this process's file operations below ``folder``, to the process's end."""
+    """Call ``action(count)`` before each of this process's file operations below ``folder``, until the process ends.
+
+    Opening, renaming, removing and creating count, so every moment of a save can be hit with any backend.
+    """
     below = str(folder.resolve())
     count = 0
 
@@ -77,7 +72,7 @@ def watch_file_events(folder: Path, action: Callable[[int], Any]) -> None:
 
 @contextlib.contextmanager
 def refusing_files(folder: Path, error: OSError) -> Iterator[None]:
-    """Within it, this process cannot open files below ``folder``, as where a disk or a mount fails on one machine."""
+    """Within it, this process cannot open files below ``folder``, as if a disk or a mount failed on one machine."""
     below, active = str(folder.resolve()), True
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
@@ -94,7 +89,7 @@ def refusing_files(folder: Path, error: OSError) -> Iterator[None]:
 
 @contextlib.contextmanager
 def limited_file_size(nbytes: int) -> Iterator[None]:
-    """Within it, no file of this process grows beyond ``nbytes``: a full disk for whoever may not mount one. POSIX."""
+    """Within it, no file of this process grows beyond ``nbytes``: a full disk without mounting one. POSIX."""
     import resource
 
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -107,7 +102,7 @@ def limited_file_size(nbytes: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def small_disk(folder: Path, nbytes: int) -> Iterator[None]:
-    """Within it ``folder`` is a disk of ``nbytes``, in memory.
+    """Within it ``folder`` is a disk of ``nbytes`` in memory.
 
     :raises PermissionError: this process may not mount; the message says what to do.
     """
@@ -134,7 +129,7 @@ _FILE_EVENTS = frozenset({"open", "os.rename", "os.remove", "os.rmdir", "os.mkdi
 
 @contextlib.contextmanager
 def background_writes_held_back() -> Iterator[None]:
-    """No thread but the main one writes into a checkpoint's files until the block is left."""
+    """Within it only the main thread writes into a checkpoint's files."""
     write, ready = SealedFile.write, threading.Event()
 
     def later(file: SealedFile, data: Any) -> int:
@@ -164,10 +159,10 @@ def flip_bit(path: Path, position: int | None = None) -> None:
 
 @contextlib.contextmanager
 def faulty_sync(strategy: StrategyBase, fault: TensorFault, name: str) -> Iterator[None]:
-    """Within it, the tensor ``name`` goes wrong on this rank, between what the strategy exports and its engine.
+    """Within it, the tensor ``name`` is corrupted on this rank, between the strategy's export and the engine.
 
-    "stale": the values of an earlier sync come, zeros here. Verifying by samples cannot find it, for they left the
-    trainer like that; ``verify_weights="full"`` exports again and does: the first export alone is disturbed.
+    "stale": the values of an earlier sync are sent, here zeros. Sampled verification cannot find it, since the trainer
+    sent them; ``verify_weights="full"`` does: it exports again, and only the first export is disturbed.
     """
     original = strategy.export_weights
     exports = 0
@@ -186,7 +181,7 @@ def faulty_sync(strategy: StrategyBase, fault: TensorFault, name: str) -> Iterat
 
 
 def _spoiled(bucket: WeightBucket, fault: TensorFault, name: str) -> Iterator[WeightBucket]:
-    """What arrives instead of ``bucket``."""
+    """The bucket that is sent instead."""
     tensors = dict(bucket.tensors)
     tensor = tensors.pop(name, None)
     if tensor is None or fault == "doubled":
@@ -204,7 +199,7 @@ def _spoiled(bucket: WeightBucket, fault: TensorFault, name: str) -> Iterator[We
 
 
 def poison_gradient(model: torch.nn.Module, value: float = float("nan")) -> None:
-    """Put a value that is not finite into the first gradient that this rank holds."""
+    """Put a value that is not finite into this rank's first gradient."""
     for parameter in model.parameters():
         if parameter.grad is not None:
             gradient = parameter.grad

@@ -19,14 +19,14 @@ from .ranks import RANK_ENV
 
 @dataclass(frozen=True, kw_only=True)
 class NodeResult:
-    """How one node's launcher ended: its exit code (None: it was ended for being late) and all that its ranks wrote."""
+    """How one node's launcher ended: its exit code (None: it was late and was ended) and the output of its ranks."""
 
     returncode: int | None
     output: str
 
 
 def free_port() -> int:
-    """A TCP port of this machine that nobody listens on at the moment."""
+    """A free TCP port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -40,9 +40,10 @@ def torchrun(
     env: Mapping[str, str] | None = None,
     timeout: float = 240.0,
 ) -> list[NodeResult]:
-    """Run ``script`` as ``torchrun --nnodes N --nproc-per-node M`` would on N machines: one launcher a node, all here.
+    """Run ``script`` as ``torchrun --nnodes N --nproc-per-node M`` would on N machines: one launcher per node, all
+    here.
 
-    :return: one result a node, in order. No process is left, whatever happens.
+    :return: one result per node, in order. No process is left, whatever happens.
     """
     command = [
         *(sys.executable, "-m", "torch.distributed.run"),

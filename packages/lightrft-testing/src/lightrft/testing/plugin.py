@@ -1,4 +1,4 @@
-"""Fixtures that pytest offers wherever lightrft-testing is installed."""
+"""Fixtures that pytest offers if lightrft-testing is installed."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ pytest.register_assert_rewrite("lightrft.testing.engine_claims", "lightrft.testi
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """The suites' own mark: whoever is in a hurry runs ``-m "not full"``."""
+    """The suites' mark: ``-m "not full"`` skips the long tests."""
     config.addinivalue_line("markers", "full: a long campaign")
 
 
 @pytest.fixture(scope="session")
 def rank_pools() -> Iterator[Callable[[int], RankPool]]:
     """``rank_pools(n)``: the pool of ``n`` ranks, started on first use and shared by the whole session."""
-    from .ranks import RankPool  # torch takes seconds, and many a test run needs no ranks
+    from .ranks import RankPool  # importing torch takes seconds, and many test runs need no ranks
 
     pools: dict[int, RankPool] = {}
 

@@ -1,11 +1,11 @@
 """Ranks for tests: processes that stay alive between tests, each with its place in a process group.
 
-Importing torch and transformers takes longer than most tests. A :class:`RankPool` therefore imports them once, in a
-server process, and forks its ranks from there: a pool starts, and starts again after a rank was killed, in a moment.
-Each run gets a fresh key-value store, hosted by the test process as torchrun's agent would, so that
-``strategy.setup_distributed()`` joins the ranks as it does under torchrun and every run begins clean.
+Importing torch and transformers takes longer than most tests. So a :class:`RankPool` imports them once, in a server
+process, from which it forks its ranks: a pool starts, and restarts after a rank was killed, in a moment. Each run gets
+a new key-value store, hosted by the test process like torchrun's agent, so that ``strategy.setup_distributed()`` joins
+the ranks as under torchrun.
 
-Ranks end with the test process, whatever ends it. POSIX only.
+Ranks end with the test process, however it ends. POSIX only.
 """
 
 from __future__ import annotations
@@ -52,24 +52,24 @@ PRELOAD = (
     "lightrft.trainer.run",
     "torchdata.stateful_dataloader",
 )
-# DeepSpeed, and torch's compiler, which it imports as it first shards a model. It looks at the devices as it is
-# imported, and CUDA survives no fork: where there are devices, each rank imports it.
+# DeepSpeed, and torch's compiler, which it imports when it first shards a model. Importing it initialises devices, and
+# CUDA does not survive a fork: with devices, each rank imports it.
 PRELOAD_WITHOUT_DEVICES = (
     "deepspeed.module_inject.auto_ep_layer",
     "deepspeed.ops.op_builder.all_ops",
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "pydantic.dataclasses",
 )
-# What a vLLM engine imports, for pools whose runs start one.
+# Imports of a vLLM engine, for pools that start one.
 PRELOAD_VLLM = ("vllm.entrypoints.llm", "vllm.v1.engine.llm_engine", "vllm.v1.worker.cpu_worker")
-# One thread a rank: ranks share the cores, and sums do not depend on how a loop was split.
+# One thread per rank: ranks share the cores, and sums do not depend on the split of a loop.
 RANK_ENV = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
-# Once a rank has failed, the others wait for it in vain: so long may they take to fail by themselves.
+# Seconds in which the others must fail too when a rank has failed, for which they may wait.
 GRACE = 2.0
 SHOWN_OUTPUT = 4000
 SHOWN_LOCAL = 200
@@ -77,13 +77,13 @@ SHOWN_LOCAL = 200
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What became of one rank in one run.
+    """The outcome of one rank in one run.
 
     :param value: what the function returned, tensors on the CPU.
-    :param error: the exception's type, message and remote traceback; None where it returned.
-    :param exception: the exception itself, where it can be pickled.
-    :param died: the exit code (negative: the signal) of a rank that is gone; None while it lives.
-    :param late: the run's time was over and the rank had not finished; ``error`` shows where it stood.
+    :param error: the exception's type, message and remote traceback; None if it returned.
+    :param exception: the exception itself, if it can be pickled.
+    :param died: the exit code (negative: the signal) of a rank that has ended; None while it runs.
+    :param late: the rank had not finished in time; ``error`` shows where it was.
     """
 
     rank: int
@@ -98,13 +98,13 @@ class Outcome:
         return self.error is None
 
 
-class RankFailure(AssertionError):  # noqa: N818 - it reads as what it is
+class RankFailure(AssertionError):  # noqa: N818 - a better name than with Error
     """Some ranks failed, died or were late; the message holds each one's traceback and output."""
 
     def __init__(self, name: str, outcomes: Sequence[Outcome], outputs: Sequence[str]) -> None:
         self.outcomes = list(outcomes)
         failed = [outcome for outcome in outcomes if not outcome.ok]
-        # Those that broke by themselves come first; the others mostly tell that they waited for them.
+        # Those that failed by themselves come first; the others mostly report that they waited for them.
         failed.sort(key=lambda outcome: (outcome.late, outcome.rank))
         parts = [f"{name} failed on rank {', '.join(str(o.rank) for o in sorted(failed, key=lambda o: o.rank))}"]
         for outcome in failed:
@@ -119,7 +119,7 @@ class RankPool:
 
     :param timeout: seconds that a run may take unless it says otherwise.
     :param env: further environment variables of the ranks.
-    :param preload: modules that the ranks are born with; one that is missing is left out.
+    :param preload: modules imported before the fork; missing ones are skipped.
     """
 
     def __init__(
@@ -144,15 +144,15 @@ class RankPool:
         atexit.register(self.close)
 
     def run(self, function: Callable[..., Any], *args: Any, timeout: float | None = None, **kwargs: Any) -> list[Any]:
-        """Call ``function(*args, **kwargs)`` on every rank and return what each returned, in rank order.
+        """Call ``function(*args, **kwargs)`` on every rank and return the results, in rank order.
 
-        :param function: a function at a module's top level, or a static or class method; it travels by name.
+        :param function: a function at a module's top level, or a static or class method; it is sent by name.
         :raises RankFailure: a rank raised, died or was late. The next run gets new ranks.
         """
         return self.submit(function, *args, **kwargs).results(timeout)
 
     def submit(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> RankJob:
-        """Start a run and return at once, to disturb it: see :class:`RankJob`."""
+        """Start a run and return at once, so that it can be disturbed: see :class:`RankJob`."""
         reference = FunctionReference.of(function)
         if self._job is not None:
             self._job.cancel()
@@ -166,7 +166,7 @@ class RankPool:
         return self._ranks[rank].output() if self._ranks else self._outputs[rank]
 
     def pids(self) -> list[int]:
-        """Process ids of the ranks that live, in rank order."""
+        """Process ids of the running ranks, in rank order."""
         return [rank.pid for rank in self._ranks]
 
     def restart(self) -> None:
@@ -175,7 +175,7 @@ class RankPool:
         self._logs = tempfile.TemporaryDirectory(prefix="lightrft-ranks-")
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["lightrft.testing.unwatched_imports", *self._preload])
-        with _environment({**RANK_ENV, **self._env}):  # the server keeps the environment that it is born with
+        with _environment({**RANK_ENV, **self._env}):  # the server keeps the environment that it starts with
             self._ranks = [
                 _Rank(context, rank, self.world_size, Path(self._logs.name, f"{rank}.log"), self._env)
                 for rank in range(self.world_size)
@@ -203,7 +203,7 @@ class RankPool:
 
 
 class RankJob:
-    """One run under way. End it with :meth:`results` or :meth:`outcomes`."""
+    """A run in progress. End it with :meth:`results` or :meth:`outcomes`."""
 
     def __init__(self, pool: RankPool, reference: FunctionReference, args: Any, kwargs: Mapping[str, Any]) -> None:
         self._pool, self.name = pool, reference.qualname
@@ -219,7 +219,7 @@ class RankJob:
     def wait_for(self, rank: int, text: str, timeout: float | None = None) -> None:
         """Wait until a rank has called ``announce(text)``.
 
-        :raises RankFailure: it ended or ``timeout`` seconds went by first.
+        :raises RankFailure: it ended, or ``timeout`` seconds passed.
         """
         deadline = time.monotonic() + (self._pool.timeout if timeout is None else timeout)
         while text not in self._said[rank]:
@@ -236,10 +236,10 @@ class RankJob:
     def outcomes(
         self, timeout: float | None = None, *, grace: float | None = None, of: Sequence[int] | None = None
     ) -> list[Outcome]:
-        """Wait until every rank has returned, raised or died; those that have not in time are late. Raises nothing.
+        """Wait until every rank has returned, raised or died; those that do not in time are late. Raises nothing.
 
         :param timeout: seconds; default: the pool's.
-        :param grace: seconds that the others get once a rank has failed; None: all the time that is left.
+        :param grace: seconds for the others once a rank has failed; None: the rest of the time.
         :param of: wait for these ranks only; None: for all.
         """
         awaited = set(range(len(self._ranks)) if of is None else of)
@@ -259,12 +259,12 @@ class RankJob:
         if all(outcome.ok for outcome in outcomes):
             self._clean()
         else:
-            self._pool._stop()  # what is left of this world is of no use
+            self._pool._stop()  # the remaining ranks cannot be used again
         self._pool._job = None
         return outcomes
 
     def results(self, timeout: float | None = None) -> list[Any]:
-        """What each rank returned. :raises RankFailure: a rank raised, died or was late."""
+        """The result of each rank. :raises RankFailure: a rank raised, died or was late."""
         outcomes = self.outcomes(timeout, grace=GRACE)
         if any(not outcome.ok for outcome in outcomes):
             raise RankFailure(self.name, outcomes, self._pool._outputs)
@@ -311,7 +311,8 @@ class RankJob:
 
 @dataclass(frozen=True, kw_only=True)
 class FunctionReference:
-    """A function by file and name, which needs no importable module: pytest's test modules are found by their file."""
+    """A function by file and name, which works for modules that cannot be imported by name, such as pytest's test
+    modules."""
 
     module: str
     file: str
@@ -331,7 +332,7 @@ class FunctionReference:
 
 
 def announce(text: str) -> None:
-    """Within a run: tell the test process that this point is reached (see :meth:`RankJob.wait_for`)."""
+    """Within a run: tell the test process that this point has been reached (see :meth:`RankJob.wait_for`)."""
     assert _pipe is not None, "announce() is for functions that run on a pool's rank"
     _send(_pipe, ("said", text))
 
@@ -359,11 +360,11 @@ class _Rank:
         self.send(message)
 
     def send(self, message: Any) -> None:
-        with contextlib.suppress(OSError):  # a dead rank is noticed by whoever waits for it
+        with contextlib.suppress(OSError):  # a dead rank is noticed by those that wait for it
             _send(self.pipe, message)
 
     def receive(self, timeout: float = 0.0) -> Any:
-        """The next message, or None where there is none or the rank is gone."""
+        """The next message, or None if there is none or the rank has ended."""
         try:
             return pickle.loads(self.pipe.recv_bytes()) if self.pipe.poll(timeout) else None  # noqa: S301 - from our own child
         except (EOFError, OSError):
@@ -376,7 +377,7 @@ class _Rank:
         return Outcome(rank=self.index, error=f"died {how}", died=code)
 
     def where(self) -> str:
-        """Ask a rank that does not answer where it stands."""
+        """Ask a rank that does not answer where it is."""
         before = self._log.stat().st_size
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGUSR1)
@@ -420,10 +421,10 @@ _pipe_lock = threading.Lock()
 
 
 def _serve(rank: int, world_size: int, pipe: Any, lifeline: Any, log: str, env: Mapping[str, str]) -> None:
-    """A rank's life: one function after the other, until the test process is gone."""
+    """A rank's main loop: one function after the other, until the test process ends."""
     global _pipe
     _pipe = pipe
-    os.setsid()  # Ctrl-C is the test process's to handle; and what this rank starts can be ended with it
+    os.setsid()  # the test process handles Ctrl-C; and this rank's children can be ended with it
     output = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -434,7 +435,7 @@ def _serve(rank: int, world_size: int, pipe: Any, lifeline: Any, log: str, env: 
     faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)
     threading.Thread(target=_end_with_parent, args=(lifeline,), daemon=True).start()
     torch.set_num_threads(1)
-    gc.freeze()  # else every collection walks a million objects of the modules that the rank was born with
+    gc.freeze()  # else every collection visits a million objects of the preloaded modules
     gc.enable()
     os.environ.update(RANK_ENV, **env)
     os.environ.update(
@@ -473,7 +474,7 @@ def _call(reference: FunctionReference, payload: bytes) -> tuple[Any, ...]:
         function = reference.resolve()
         args, kwargs = pickle.loads(payload)  # noqa: S301 - from the test process that started this one
         return ("done", pickle.dumps(_on_cpu(function(*args, **kwargs))), None, None)
-    except BaseException as error:  # noqa: BLE001 - whatever it is, the test process must hear of it
+    except BaseException as error:  # noqa: BLE001 - the test process must learn of any error
         try:
             pickled = pickle.dumps(error)
         except Exception:  # noqa: BLE001
@@ -494,7 +495,7 @@ def _clean(env: Mapping[str, str]) -> None:
 
 
 def _end_with_parent(lifeline: Any) -> None:
-    """The other end of this pipe is open in the test process and nowhere else."""
+    """The other end of this pipe is open only in the test process."""
     lifeline.poll(None)
     os.killpg(0, signal.SIGKILL)
 
@@ -505,7 +506,7 @@ def _send(pipe: Any, message: Any) -> None:
 
 
 def _on_cpu(value: Any) -> Any:
-    """The same structure with its tensors whole storages on the CPU: a view would drag its base along."""
+    """The same structure with its tensors copied to the CPU: a view would be pickled with its whole base."""
     if isinstance(value, torch.Tensor):
         return value.detach().cpu().clone()
     if isinstance(value, dict):
@@ -518,7 +519,7 @@ def _on_cpu(value: Any) -> Any:
 
 
 def _describe(error: BaseException) -> str:
-    """A traceback, and the local variables where it was raised: a bare assert does not say what it saw."""
+    """A traceback, with the local variables where it was raised, which a plain assert does not show."""
     text = "".join(traceback.format_exception(error))
     frame = None
     for candidate, _ in traceback.walk_tb(error.__traceback__):

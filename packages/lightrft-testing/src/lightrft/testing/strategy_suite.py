@@ -1,4 +1,4 @@
-"""Everything that a training backend must keep, to subclass with one method.
+"""The contract of training backends, as tests to subclass with one method.
 
 ::
 
@@ -50,8 +50,8 @@ class StrategySuite(
     """All claims about a strategy. Subclass it, set ``world_size`` and define ``make_strategy``.
 
     Each test runs on the ranks of a pool, which the ``rank_pools`` fixture of pytest keeps alive for the session.
-    ``gradient_tolerance`` and ``weight_tolerance`` say what rounding may explain. A claim that cannot hold is marked
-    in the subclass, with its reason, never overridden with less::
+    ``gradient_tolerance`` and ``weight_tolerance`` are the allowed rounding. Mark a claim that cannot hold in the
+    subclass, with its reason, instead of overriding it with a weaker one::
 
         @pytest.mark.xfail(reason="...", strict=True)
         @on_ranks

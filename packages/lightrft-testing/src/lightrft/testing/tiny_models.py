@@ -1,7 +1,7 @@
 """Tiny models, tokenizers and processors, made in memory: no hub, no network, the same weights every time.
 
-Head dimensions are 32, which every engine's attention kernels take. Weights are drawn wider than usual, so that the
-likeliest token leads by a margin that rounding does not close.
+Head dimensions are 32, which all engines' attention kernels support. Weights are larger than usual, so that rounding
+does not change the likeliest token.
 """
 
 from __future__ import annotations
@@ -83,14 +83,14 @@ def _qwen3_moe(**options: Any) -> Any:
 
 
 def _mistral(**options: Any) -> Any:
-    """Every layer slides."""
+    """All layers have a sliding window."""
     from transformers import MistralConfig
 
     return MistralConfig(**{**_TEXT, "head_dim": 32, "sliding_window": 8, "tie_word_embeddings": False, **options})
 
 
 def _qwen2_sliding(**options: Any) -> Any:
-    """One layer sees everything, one slides."""
+    """One layer has full attention, one a sliding window."""
     return _qwen2(**{"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1, **options})
 
 
@@ -154,7 +154,7 @@ def tiny_config(kind: str, **options: Any) -> Any:
 
 
 def tiny_model(kind: str = "qwen2", *, seed: int = 0, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    """A tiny transformers model in eval mode. The process's random state is left as it was.
+    """A tiny transformers model in eval mode. The process's random state is not changed.
 
     :param seed: of the weights; two seeds are two different models of one shape.
     """
@@ -164,7 +164,7 @@ def tiny_model(kind: str = "qwen2", *, seed: int = 0, dtype: torch.dtype = torch
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = loader.from_config(tiny_config(kind, **options), dtype=dtype)
-        # Biases and norms start as constants, which would hide a tensor that never arrived.
+        # Biases and norms start as constants, which would hide a missing tensor.
         with torch.no_grad():
             for name, parameter in sorted(model.named_parameters()):
                 if parameter.ndim == 1:
@@ -178,7 +178,7 @@ def tiny_model(kind: str = "qwen2", *, seed: int = 0, dtype: torch.dtype = torch
 
 @torch.no_grad()
 def set_adapters(model: Any, *, seed: int = 3) -> Any:
-    """Give every LoRA adapter in ``model`` values that do something (a new one adds 0), the same in any process."""
+    """Give every LoRA adapter in ``model`` an effect (a new one adds 0), the same in any process."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -201,7 +201,7 @@ def tiny_tokenizer() -> Any:
         show_progress=False,
     )
     core.train_from_iterator(_CORPUS * 8, trainer)
-    # Every id that a model can write has a text of its own.
+    # Every id that a model can generate has its own text.
     core.add_tokens([f"<|unused_{i}|>" for i in range(core.get_vocab_size(), VOCABULARY)])
     names = ("endoftext", "im_start", "im_end", "vision_start_token", "vision_end_token", "image_token", "video_token")
     extra = {name: token for name, token in zip(names, SPECIAL_TOKENS, strict=True) if name.endswith("_token")}
@@ -235,7 +235,7 @@ def tiny_processor(kind: str) -> Any:
 
 
 def save_tiny_model(kind: str, folder: Path | str, *, seed: int = 0, **options: Any) -> str:
-    """Write a tiny model with its tokenizer (and processor) as a folder that any engine loads; returns its path."""
+    """Write a tiny model with its tokenizer (and processor) as a folder that any engine can load; returns its path."""
     folder = Path(folder)
     tiny_model(kind, seed=seed, **options).save_pretrained(folder)
     (tiny_processor(kind) if kind in VISION_KINDS else tiny_tokenizer()).save_pretrained(folder)

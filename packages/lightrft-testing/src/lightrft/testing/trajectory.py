@@ -1,8 +1,9 @@
-"""The reference trajectory: what "the same seed trains alike on every backend" means, measured.
+"""The reference trajectory: measures that the same seed trains the same on every backend.
 
-In floating point no two summation orders agree, and Adam amplifies the difference where a gradient is nearly zero.
-The yardstick is therefore one process against itself: :func:`noise_floor` runs the recipe on the whole batch, and again
-with the batch cut into micro-batches. A backend within :data:`FLOORS` times that distance computes the same thing.
+In floating point the result depends on the order of summation, and Adam amplifies the difference where a gradient is
+nearly zero. So the yardstick is one process compared with itself: :func:`noise_floor` runs the recipe on the whole
+batch, and again with the batch split into micro-batches. A backend within :data:`FLOORS` times that distance computes
+the same.
 """
 
 from __future__ import annotations
@@ -25,28 +26,28 @@ from lightrft.strategy.strategy_base import StepResult, StrategyBase
 
 from .tiny_models import VOCABULARY, tiny_model
 
-# How many times further than one process from itself a backend may be.
+# Largest distance of a backend, in multiples of the distance of one process from itself.
 FLOORS = 4.0
 # What rounding to bfloat16 (8 bits of precision) may change, relatively.
 BF16_ROUNDING = 2.0**-9
-# The critic's loss is made so small that it stays below a norm that clips the actor at every step.
+# The critic's loss is so small that its norm is never clipped, while the actor's always is.
 CRITIC_LOSS = 1 / 64
-# The norm under which "clipping is on" and never acts.
+# A norm with which clipping is on, but never changes anything.
 NEVER_CLIPS = 1e6
 EPS = torch.finfo(torch.float32).eps
-# How often a floor shakes the gradients.
+# How often a noise floor perturbs the gradients.
 SHAKEN = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A short training run with everything in it that can go wrong.
+    """A short training run with everything that can differ between backends.
 
     :param kind: a tiny model. :param steps: optimizer steps. :param rows: sequences of a whole batch, over all ranks.
     :param accumulation: micro-batches of a step on each rank.
     :param max_norm: small enough to clip every step; 0 clips never. :param warmup: share of the steps.
-    :param frozen: parameters whose names hold this text stay as they are; empty: all train.
-    :param critic: train a second model beside, with an optimizer, a learning rate and a norm of its own.
+    :param frozen: parameters with this text in their names are frozen; empty: all train.
+    :param critic: train a second model too, with its own optimizer, learning rate and norm.
     :param uneven: rows of different lengths under one token mean, and batches that are short: some ranks then have
         fewer micro-batches, or none.
     :param poisoned: a step at which the actor's gradient is not finite on the last rank.
@@ -73,7 +74,7 @@ class Recipe:
     def settings(self, ranks: int) -> dict[str, Any]:
         """The configuration of a strategy on so many data ranks.
 
-        :raises ValueError: the rows cannot be shared out evenly.
+        :raises ValueError: the rows cannot be split evenly.
         """
         micro, rest = divmod(self.rows, ranks * self.accumulation)
         if rest or not micro:

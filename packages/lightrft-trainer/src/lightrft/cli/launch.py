@@ -1,14 +1,13 @@
-"""Start this node's ranks with torch's elastic launcher, wait for them, and say in one sentence what went wrong.
+"""Start this node's ranks with torch's elastic launcher, wait for them, and report in one sentence what went wrong.
 
-A training's rank is ``python -m lightrft.cli.worker``. Parent and ranks share a folder: the parent puts the settings
-there, ranks their process ids (so that the parent can pass on Ctrl-C) and their final word.
+A rank is ``python -m lightrft.cli.worker``. Parent and ranks share a folder: the parent writes the settings there, the
+ranks their process ids (so that the parent can forward Ctrl-C) and their outcome.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import logging
 import os
@@ -37,7 +36,7 @@ FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 def launch(config: StrategyConfig, options: argparse.Namespace, *, multimodal: bool) -> int:
     """Run the training on this node's ranks and return the command's exit code.
 
-    Under torchrun (or anything else that sets RANK) this process is a rank already, and nothing is started.
+    Under torchrun (or anything else that sets RANK) this process is a rank itself, and starts none.
 
     :raises ConfigError: settings that do not fit the number of ranks.
     """
@@ -62,16 +61,18 @@ def run_ranks(
 ) -> dict[int, Any] | None:
     """Start this node's ranks as ``python -m MODULE CONFIG FLAGS...`` and wait for them.
 
-    :param folder: shared with the ranks, which find it under the environment's :data:`LAUNCH_DIR`.
+    :param folder: shared with the ranks, which find it in the environment variable :data:`LAUNCH_DIR`.
     :param command: the module and its flags. :param stopping: what the ranks do after Ctrl-C, for the user.
-    :return: torch's ProcessFailure by rank; None where all succeeded.
+    :return: torch's ProcessFailure by rank; None if all succeeded.
     """
     ranks = ranks_on_this_node(options.nproc_per_node)
     config.to_yaml(folder / CONFIG_FILE)
     module, *flags = command
     environment = {LAUNCH_DIR: str(folder), **thread_environment(ranks, os.cpu_count() or 1)}
     if not accelerators_on_this_node():
-        environment["DS_ACCELERATOR"] = "cpu"  # transformers imports DeepSpeed where it is: else it warns of no GPU
+        environment["DS_ACCELERATOR"] = (
+            "cpu"  # transformers imports DeepSpeed if installed, which otherwise warns that there is no GPU
+        )
     with _environment(environment):
         words = ["-m", module, str(folder / CONFIG_FILE), *flags]
         return _run(_launch_config(options, ranks), folder, words, stopping)
@@ -90,14 +91,14 @@ def ranks_on_this_node(asked: int | None) -> int:
 
 
 def accelerators_on_this_node() -> int:
-    """How many there are; 0 where ranks compute on the CPU."""
+    """Number of accelerators; 0 if ranks compute on the CPU."""
     import torch
 
     return torch.accelerator.device_count()
 
 
 def thread_environment(ranks: int, cores: int) -> dict[str, str]:
-    """One share of the cores for each rank; a number that the user set stays."""
+    """An equal share of the cores for each rank, unless the user has set it."""
     if "OMP_NUM_THREADS" in os.environ:
         return {}
     return {"OMP_NUM_THREADS": str(max(1, cores // ranks))}
@@ -112,6 +113,8 @@ def _launch_config(options: argparse.Namespace, ranks: int) -> Any:
         "nproc_per_node": ranks,
         "max_restarts": 0,
         "monitor_interval": 0.1,
+        # We handle Ctrl-C: the launcher would give the ranks 30 seconds, too few for a large checkpoint.
+        "signals_to_handle": "SIGQUIT",
     }
     if options.rdzv_endpoint:
         settings |= {"rdzv_backend": "c10d", "rdzv_endpoint": options.rdzv_endpoint, "run_id": options.rdzv_id}
@@ -131,14 +134,11 @@ def _launch_config(options: argparse.Namespace, ranks: int) -> Any:
             "run_id": uuid.uuid4().hex,
             "local_addr": "localhost",
         }
-    # Ctrl-C is ours: the launcher's own way gives the ranks 30 seconds, which a large checkpoint exceeds.
-    if "signals_to_handle" in {field.name for field in dataclasses.fields(LaunchConfig)}:
-        settings["signals_to_handle"] = "SIGQUIT"
     return LaunchConfig(**settings)
 
 
 def _run(config: Any, folder: Path, words: Sequence[str], stopping: str) -> dict[int, Any] | None:
-    """Start the ranks and wait; returns the failures by rank, None where there are none."""
+    """Start the ranks and wait; returns the failures by rank, None if there are none."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
@@ -158,9 +158,9 @@ def _run(config: Any, folder: Path, words: Sequence[str], stopping: str) -> dict
 
 @contextlib.contextmanager
 def _forwarded_signals(folder: Path, stopping: str) -> Iterator[None]:
-    """Pass SIGINT, SIGTERM and SIGHUP on to the ranks, which end in their own way. A second Ctrl-C kills them.
+    """Forward SIGINT, SIGTERM and SIGHUP to the ranks, which end in their own way. A second Ctrl-C kills them.
 
-    A hang-up comes twice, from the shell and from the terminal. Where ``nohup`` has it ignored, it stays ignored.
+    SIGHUP arrives twice, from the shell and from the terminal. If ``nohup`` ignores it, it stays ignored.
     """
     seen: list[int] = []
 
@@ -175,7 +175,7 @@ def _forwarded_signals(folder: Path, stopping: str) -> Iterator[None]:
                 os.kill(pid, signal.SIGTERM if first else signal.SIGKILL)
         if first:
             with contextlib.suppress(OSError):  # the terminal may be gone
-                sys.stderr.write(f"\nlightrft: stopping: {stopping} (again: stop at once)\n")
+                sys.stderr.write(f"\nlightrft: stopping: {stopping} (press again to stop at once)\n")
 
     heeded = [n for n in FORWARDED if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
     before = {number: signal.signal(number, forward) for number in heeded}
@@ -203,7 +203,7 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 
 def _report(folder: Path, failures: dict[int, Any] | None) -> int:
-    """Say what came of the ranks, and how to go on. Returns the exit code."""
+    """Report how the ranks ended, and how to continue. Returns the exit code."""
     word = folder / "outcome.json"
     outcome = json.loads(word.read_text(encoding="utf-8")) if word.exists() else {}
     output_dir = outcome.get("output_dir")
@@ -212,7 +212,7 @@ def _report(folder: Path, failures: dict[int, Any] | None) -> int:
         return 0
     if outcome.get("interrupted"):
         sys.stderr.write(
-            f"lightrft: stopped at step {outcome['step']}; a checkpoint was written. Go on with:\n  {resume}\n"
+            f"lightrft: stopped at step {outcome['step']}; a checkpoint was written. Continue with:\n  {resume}\n"
         )
         return EXIT_INTERRUPTED
     if (folder / ASKED_FILE).exists():
@@ -220,19 +220,19 @@ def _report(folder: Path, failures: dict[int, Any] | None) -> int:
         sys.stderr.write(
             "lightrft: stopped before there was anything to save\n"
             if not saved
-            else f"lightrft: stopped. Go on from the last checkpoint with:\n  {resume}\n"
+            else f"lightrft: stopped. Continue from the last checkpoint with:\n  {resume}\n"
         )
         return EXIT_INTERRUPTED
     sys.stderr.write(f"lightrft: {describe_failures(failures or {})}\n")
     if outcome.get("wrong_use"):
         return 2
     if resume is not None:
-        sys.stderr.write(f"Go on from the last checkpoint with:\n  {resume}\n")
+        sys.stderr.write(f"Continue from the last checkpoint with:\n  {resume}\n")
     return EXIT_FAILED
 
 
 def describe_failures(failures: dict[int, Any]) -> str:
-    """The root cause in a sentence: the first rank that failed of itself, not those that the launcher then ended.
+    """The root cause in a sentence: the first rank that failed by itself, not those that the launcher then ended.
 
     :param failures: torch's ProcessFailure by rank.
     """
@@ -250,18 +250,18 @@ def describe_failures(failures: dict[int, Any]) -> str:
             place = 4
         elif was_killed(failure):
             place = 1
-        # A rank whose peer went away fails too, with an error or from within gloo by an abort, but is not the cause.
+        # A rank that loses its peer fails too, with an error or an abort within gloo, but is not the cause.
         elif failure.exitcode == -signal.SIGABRT or _extra(failure).get("secondary"):
             place = 3
-        else:  # an error before anybody was killed is the cause: the launcher kills ranks that do not end by themselves
+        else:  # an error before any kill is the cause: the launcher kills ranks that do not end by themselves
             place = 0 if failure.timestamp < first_kill else 2
         return place, failure.timestamp, rank
 
     rank, failure = min(failures.items(), key=order)
     if failure.exitcode < 0:
         name = signal.Signals(-failure.exitcode).name
-        hint = " (out of memory? or it stalled, and was ended)" if -failure.exitcode == signal.SIGKILL else ""
-        # A rank that had stalled is killed like one that dies: those that waited for it tell which it was.
+        hint = " (out of memory? or it stalled and was killed)" if -failure.exitcode == signal.SIGKILL else ""
+        # A stalled rank is killed too: the ranks that waited for it say which it was.
         seen = next((f"\n{f.message['message']}" for f in failures.values() if _extra(f).get("secondary")), "")
         return f"rank {rank} was killed by {name}{hint}{seen}"
     if isinstance(failure.message, dict):

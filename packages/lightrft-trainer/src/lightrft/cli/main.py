@@ -19,18 +19,18 @@ from .doctor import add_doctor_arguments, run_doctor
 EXIT_WRONG_USE = 2
 
 EPILOG = """\
-Settings come from, each overriding the one before: a preset (the default one where neither --pretrain nor
---prompt_data is named), the saved run (with --resume), --config FILE, the flags you type. What is on in one of them
-is switched off with --no_FLAG.
+Settings come from, each overriding the one before: a preset (the default one unless --pretrain or --prompt_data
+is given), the saved run (with --resume), --config FILE, the flags you type. --no_FLAG switches off what one of them
+switched on.
 
   lightrft train                                          the built-in task, on this machine as it is
   lightrft train --pretrain DIR --prompt_data FILE.jsonl --reward exact_match --fsdp --engine_type hf
-  lightrft train --resume                                 go on with the last run
+  lightrft train --resume                                 continue the last run
 """
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, not after a screen of flags."""
+    """Reports a usage error in one line, without the list of all flags."""
 
     def error(self, message: str) -> Never:
         self.exit(EXIT_WRONG_USE, f"{self.prog}: {message}; see {self.prog} --help\n")
@@ -56,14 +56,16 @@ def build_parser() -> argparse.ArgumentParser:
         add_launch_arguments(command)
         add_arguments(command, suppress_defaults=True)
         _leave_values_unread(command)
-    examine = commands.add_parser("doctor", help="examine this machine, backend and engine before a run is started")
+    examine = commands.add_parser("doctor", help="check machine, backend and engine before a run")
     add_doctor_arguments(examine, add_launch_arguments)
-    add_convert_arguments(commands.add_parser("convert", help="make a checkpoint or a Hugging Face folder of another"))
+    add_convert_arguments(
+        commands.add_parser("convert", help="convert checkpoints and Hugging Face folders into each other")
+    )
     return parser
 
 
 def _leave_values_unread(parser: argparse.ArgumentParser) -> None:
-    """Settings stay text: argparse would stop at the first that does not fit, the configuration names them all."""
+    """Keep settings as text: argparse would stop at the first wrong value, the configuration reports all."""
     for action in parser._actions:
         if action.dest in FIELDS and action.option_strings:
             if action.choices is not None:
@@ -78,33 +80,39 @@ def unknown_flags(given: Iterable[str], parser: argparse.ArgumentParser) -> list
     for flag in (text.split("=")[0] for text in given if text.startswith("-")):
         near = difflib.get_close_matches(flag, known, n=3, cutoff=0.75)
         hint = f"did you mean {', '.join(near)}?" if near else f"see {parser.prog} --help"
-        problems.append(f"{flag}: no such flag; {hint}")
-    return problems or [f"{text!r}: belongs to no flag" for text in given]
+        problems.append(f"{flag}: unknown flag; {hint}")
+    return problems or [f"{text!r}: unexpected argument" for text in given]
 
 
 def add_launch_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """The flags that say where settings come from and which ranks to start; they are no settings of the run itself."""
+    """Add the flags that say where settings come from and which ranks to start; they are not settings of the run."""
     group = parser.add_argument_group("where settings come from")
-    group.add_argument("--config", metavar="FILE", help="YAML file of settings, by their flags' names.")
+    group.add_argument("--config", metavar="FILE", help="YAML file of settings, named like their flags.")
     group.add_argument("--preset", metavar="NAME", help="Start from these settings; see --list_presets.")
-    group.add_argument("--list_presets", action="store_true", help="Name the presets and leave.")
+    group.add_argument("--list_presets", action="store_true", help="List the presets and exit.")
     group = parser.add_argument_group("which ranks to start (nothing is started under torchrun)")
     group.add_argument(
         "--nproc_per_node", type=int, metavar="N", help="Ranks on this node; default: one per accelerator, else 2."
     )
     group.add_argument(
-        "--nnodes", type=int, default=1, metavar="N", help="Nodes; start the same command on each (default: 1)."
+        "--nnodes",
+        type=int,
+        default=1,
+        metavar="N",
+        help="Number of nodes; start the same command on each (default: 1).",
     )
     group.add_argument(
         "--node_rank", type=int, default=0, metavar="N", help="This node's rank, with --master_addr (default: 0)."
     )
-    group.add_argument("--master_addr", metavar="HOST", help="The first node, where --nnodes is above 1.")
-    group.add_argument("--master_port", type=int, default=29500, metavar="PORT", help="Its port (default: 29500).")
+    group.add_argument("--master_addr", metavar="HOST", help="Address of the first node, if --nnodes is above 1.")
     group.add_argument(
-        "--rdzv_endpoint", metavar="HOST:PORT", help="Rendezvous instead of --master_addr: ranks find each other."
+        "--master_port", type=int, default=29500, metavar="PORT", help="Port on the first node (default: 29500)."
     )
     group.add_argument(
-        "--rdzv_id", default="lightrft", metavar="ID", help="The run's name at the rendezvous (default: lightrft)."
+        "--rdzv_endpoint", metavar="HOST:PORT", help="torchrun's rendezvous, instead of --master_addr and --node_rank."
+    )
+    group.add_argument(
+        "--rdzv_id", default="lightrft", metavar="ID", help="Name of the run at the rendezvous (default: lightrft)."
     )
     return parser
 
@@ -129,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def list_presets() -> int:
-    """Name the presets; returns the command's exit code."""
+    """Print the presets; returns the command's exit code."""
     from . import settings
 
     for name in settings.preset_names():
@@ -145,7 +153,7 @@ def _command(parser: argparse.ArgumentParser, name: str) -> argparse.ArgumentPar
 def run_command(namespace: argparse.Namespace, *, multimodal: bool, problems: Sequence[str] = ()) -> int:
     """Check the settings, then start the ranks (or be one, under torchrun).
 
-    :param problems: faults of the command line that were found already; they are named with the settings'.
+    :param problems: faults found on the command line; they are reported together with those of the settings.
     """
     from . import settings
 

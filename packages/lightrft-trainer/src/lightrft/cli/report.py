@@ -1,4 +1,4 @@
-"""What a run shows at its end: what was learned, a few answers, and where everything lies."""
+"""The report at the end of a run: accuracy before and after, some answers, and where the files are."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def show_report(
     seconds: float,
     steps: int,
 ) -> None:
-    """Print the report on this process's standard output; call on rank 0 only."""
+    """Print the report; call it on rank 0 only."""
     from rich.console import Console
     from rich.table import Table
 
@@ -45,8 +45,8 @@ def show_report(
             )
         console.print(table)
     console.print(f"{steps} steps in {seconds:.0f} s. Everything is in {output_dir}:", markup=False)
-    console.print("  model/         transformers loads it", markup=False)
-    console.print("  metrics.jsonl  one line a step;  plots/  the curves;  checkpoints/  for --resume", markup=False)
+    console.print("  model/         the model, for transformers", markup=False)
+    console.print("  metrics.jsonl  one line per step;  plots/  curves;  checkpoints/  for --resume", markup=False)
 
 
 def _short(text: str) -> str:

@@ -1,17 +1,14 @@
-"""What a run needs of its settings beyond what a strategy needs: pure, without torch."""
+"""Checks of a run's settings in addition to those of a strategy: pure, without torch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from lightrft.strategy.config import FIELDS, StrategyConfig
-from lightrft.strategy.config_checks import only_with
+from lightrft.strategy.config import StrategyConfig
+from lightrft.strategy.config_checks import Rules, out_of_range
 from lightrft.strategy.engine_checks import one_rank_only
 
-# The settings that a rule reads, and a function that returns a sentence where they do not fit together.
-Rule = Callable[[StrategyConfig], str | None]
-RULES: list[tuple[tuple[str, ...], Rule]] = []
-# Settings that are read only beside others: their names, what is asked about the others, and how to have it.
+# Settings that only others bring into effect: their names, the others, whether they do, and what to give.
 ONLY_WITH: tuple[tuple[str, str, Callable[[StrategyConfig], bool], str], ...] = (
     (
         "lambd value_clip critic_learning_rate critic_pretrain",
@@ -43,109 +40,98 @@ ONLY_WITH: tuple[tuple[str, str, Callable[[StrategyConfig], bool], str], ...] = 
 def run_faults(config: StrategyConfig, *, multimodal: bool = False, world_size: int | None = None) -> list[str]:
     """One sentence for each fault: which flag, which value, what would be right.
 
-    Settings that are out of their own range are left out of the rules: they have a sentence of their own already.
+    Settings that are out of their own range are not reported here: the strategy's check does that.
     """
-    broken = {
-        name for name, spec in FIELDS.items() if (rule := spec.metadata["rule"]) and not rule[0](getattr(config, name))
-    }
-    found = [rule(config) for names, rule in RULES if not broken & set(names)]
+    wrong = out_of_range(config)
+    found = RULES.faults(config, wrong)
     if multimodal and config.pretrain is None and config.prompt_data is None:
         found.append(
             "--pretrain and --prompt_data: train-vl has no built-in task; name a vision-language model and its data"
         )
     if multimodal and config.sp_size > 1:
-        found.append(f"--sp_size {config.sp_size}: sequences with images cannot be cut over ranks; leave it at 1")
-    if world_size is not None and not broken & {"rollout_batch_size", "sp_size"}:
+        found.append(f"--sp_size {config.sp_size}: sequences with images cannot be split over ranks; use 1")
+    if world_size is not None and not wrong.keys() & {"rollout_batch_size", "sp_size"}:
         ranks = max(1, world_size // config.sp_size)
         if config.rollout_batch_size % ranks:
             found.append(
                 f"--rollout_batch_size {config.rollout_batch_size}: must be a multiple of the {ranks} data ranks"
             )
-    return [text for text in found if text]
+    return found
 
 
-def between(*names: str) -> Callable[[Rule], Rule]:
-    """Register a rule that reads the named settings."""
-
-    def register(rule: Rule) -> Rule:
-        RULES.append((names, rule))
-        return rule
-
-    return register
-
-
+RULES = Rules()
 for _row in ONLY_WITH:
-    RULES.extend(only_with(*_row))
+    RULES.only_with(*_row)
 
 
-@between("engine_type", "engine_tp_size")
+@RULES.between("engine_type", "engine_tp_size")
 def _an_engine_that_splits(c: StrategyConfig) -> str | None:
-    """Others tell by their capabilities, which cannot be read without torch."""
+    """Other engines declare it in their capabilities, which cannot be read without torch."""
     return one_rank_only("hf", c.engine_tp_size) if c.engine_type == "hf" and c.engine_tp_size > 1 else None
 
 
-@between("flash_attn", "bf16", "fp16", "use_mp_opt")
+@RULES.between("flash_attn", "bf16", "fp16", "use_mp_opt")
 def _flash_attention_in_16_bit(c: StrategyConfig) -> str | None:
     if not c.flash_attn or c.dtype_name != "float32":
         return None
-    return "--flash_attn: computes in 16 bit, and this run in fp32; add --bf16, or leave the flag away (SDPA is used)"
+    return "--flash_attn: needs 16 bits and this run computes in fp32; add --bf16, or drop the flag (SDPA is used)"
 
 
-@between("train_batch_size", "rollout_batch_size", "n_samples_per_prompt")
+@RULES.between("train_batch_size", "rollout_batch_size", "n_samples_per_prompt")
 def _whole_optimizer_steps(c: StrategyConfig) -> str | None:
     samples = c.rollout_batch_size * c.n_samples_per_prompt
     if samples % c.train_batch_size == 0:
         return None
     return (
-        f"--train_batch_size {c.train_batch_size}: must divide a step's samples, "
+        f"--train_batch_size {c.train_batch_size}: must divide the number of samples per step, "
         f"rollout_batch_size × n_samples_per_prompt = {c.rollout_batch_size} × {c.n_samples_per_prompt} = {samples}"
     )
 
 
-@between("max_tokens_per_micro_batch", "prompt_max_len", "generate_max_len")
+@RULES.between("max_tokens_per_micro_batch", "prompt_max_len", "generate_max_len")
 def _room_for_a_sample(c: StrategyConfig) -> str | None:
     longest = c.prompt_max_len + c.generate_max_len
     if c.max_tokens_per_micro_batch is None or c.max_tokens_per_micro_batch >= longest:
         return None
     return (
-        f"--max_tokens_per_micro_batch {c.max_tokens_per_micro_batch}: a sample may have prompt_max_len + "
-        f"generate_max_len = {c.prompt_max_len} + {c.generate_max_len} = {longest} tokens; raise it, or lower those"
+        f"--max_tokens_per_micro_batch {c.max_tokens_per_micro_batch}: a sample can have prompt_max_len + "
+        f"generate_max_len = {c.prompt_max_len} + {c.generate_max_len} = {longest} tokens; raise it, or lower those two"
     )
 
 
-@between("pretrain", "prompt_data")
+@RULES.between("pretrain", "prompt_data")
 def _model_and_data_together(c: StrategyConfig) -> str | None:
     if (c.pretrain is None) == (c.prompt_data is None):
         return None
     given, missing = ("--pretrain", "--prompt_data") if c.prompt_data is None else ("--prompt_data", "--pretrain")
-    return f"{missing}: needed with {given}; leave both away for the built-in task and model"
+    return f"{missing}: needed with {given}; drop both for the built-in task and model"
 
 
-@between("prompt_data", "reward", "remote_rm_url", "reward_pretrain")
+@RULES.between("prompt_data", "reward", "remote_rm_url", "reward_pretrain")
 def _something_that_grades(c: StrategyConfig) -> str | None:
     if c.prompt_data is None or c.reward or c.remote_rm_url or c.reward_pretrain:
         return None
     return (
         "--reward: needed with --prompt_data: a rule such as exact_match or numeric_answer, or module:function; "
-        "or give --remote_rm_url"
+        "--remote_rm_url and --reward_pretrain also grade"
     )
 
 
-@between("rm_use_engine", "reward_pretrain")
+@RULES.between("rm_use_engine", "reward_pretrain")
 def _a_reward_model_to_serve(c: StrategyConfig) -> str | None:
     if not c.rm_use_engine or c.reward_pretrain:
         return None
-    return "--rm_use_engine: serves the model of --reward_pretrain, which is not given; name one, or leave it away"
+    return "--rm_use_engine: runs the model of --reward_pretrain, which is not given; add it, or drop --rm_use_engine"
 
 
-@between("eval_data", "prompt_data")
+@RULES.between("eval_data", "prompt_data")
 def _held_out_of_something(c: StrategyConfig) -> str | None:
     if c.eval_data is None or c.prompt_data is not None:
         return None
-    return "--eval_data: works only with --prompt_data; the built-in task has its own held-out part"
+    return "--eval_data: works only with --prompt_data; the built-in task has its own held-out prompts"
 
 
-@between("use_gspo", "loss_agg_mode")
+@RULES.between("use_gspo", "loss_agg_mode")
 def _gspo_averages_sequences(c: StrategyConfig) -> str | None:
     if not c.use_gspo or c.loss_agg_mode == "seq-mean-token-mean":
         return None
@@ -155,44 +141,44 @@ def _gspo_averages_sequences(c: StrategyConfig) -> str | None:
     )
 
 
-@between("kl_target", "init_kl_coef")
+@RULES.between("kl_target", "init_kl_coef")
 def _a_weight_to_adapt(c: StrategyConfig) -> str | None:
     if c.kl_target is None or c.init_kl_coef > 0:
         return None
-    return "--kl_target: adapts --init_kl_coef, which is 0; give it a start above 0"
+    return "--kl_target: adapts --init_kl_coef, which is 0; start it above 0"
 
 
-@between("use_kl_loss", "init_kl_coef")
+@RULES.between("use_kl_loss", "init_kl_coef")
 def _a_weight_for_the_kl(c: StrategyConfig) -> str | None:
     if not c.use_kl_loss or c.init_kl_coef > 0:
         return None
-    return "--use_kl_loss: weighs the KL by --init_kl_coef, which is 0; give it a value above 0"
+    return "--use_kl_loss: weighs the KL by --init_kl_coef, which is 0; set it above 0"
 
 
-@between("freezing_actor_steps", "advantage_estimator")
+@RULES.between("freezing_actor_steps", "advantage_estimator")
 def _a_critic_to_train_first(c: StrategyConfig) -> str | None:
     if c.freezing_actor_steps <= 0 or c.advantage_estimator == "gae":
         return None
     return f"--freezing_actor_steps {c.freezing_actor_steps}: only --advantage_estimator gae has a critic to train"
 
 
-@between("importance_sampling_cap", "max_logprob_drift", "top_p", "top_k", "min_p")
+@RULES.between("importance_sampling_cap", "max_logprob_drift", "top_p", "top_k", "min_p")
 def _comparable_distributions(c: StrategyConfig) -> str | None:
-    """Engine and trainer logprobs are compared under temperature alone: a truncated distribution is another one."""
+    """Trainer logprobs know only the temperature: those of a truncated distribution cannot be compared."""
     flag = "importance_sampling_cap" if c.importance_sampling_cap > 0 else "max_logprob_drift"
     if getattr(c, flag) in (None, 0.0) or (c.top_p == 1 and c.top_k <= 0 and c.min_p == 0):
         return None
     return f"--{flag}: compares full distributions; leave --top_p, --top_k and --min_p at their defaults"
 
 
-@between("dynamic_sampling", "n_samples_per_prompt")
+@RULES.between("dynamic_sampling", "n_samples_per_prompt")
 def _groups_that_can_differ(c: StrategyConfig) -> str | None:
     if not c.dynamic_sampling or c.n_samples_per_prompt > 1:
         return None
     return "--dynamic_sampling: compares the samples of a prompt; set --n_samples_per_prompt to at least 2"
 
 
-@between("overlong_buffer", "overlong_buffer_len", "generate_max_len")
+@RULES.between("overlong_buffer", "overlong_buffer_len", "generate_max_len")
 def _a_buffer_within_the_limit(c: StrategyConfig) -> str | None:
     if not c.overlong_buffer or c.overlong_buffer_len <= c.generate_max_len:
         return None

@@ -17,16 +17,16 @@ from .run_checks import run_faults
 
 DEFAULT_PRESET = "default"
 CONFIG_FILE = "config.yaml"
-# What a switch imports on the ranks, and what to do where it is not there.
+# What a switch imports on the ranks, and what to do if it is not installed.
 PACKAGES = {
-    "flash_attn": ("flash_attn", "pip install flash-attn, or leave the flag away (SDPA is used)"),
+    "flash_attn": ("flash_attn", "pip install flash-attn, or drop the flag (SDPA is used)"),
     "use_tensorboard": ("tensorboard", 'pip install "lightrft-trainer[tensorboard]"'),
     "use_wandb": ("wandb", 'pip install "lightrft-trainer[wandb]"'),
     "use_trackio": ("trackio", 'pip install "lightrft-trainer[trackio]"'),
 }
-# Settings that name folders; who reads --prompt_data and --eval_data expands those.
+# Settings that name folders. Those of --prompt_data and --eval_data are expanded where they are read.
 FOLDERS = ("pretrain", "critic_pretrain", "reward_pretrain", "output_dir", "log_dir")
-TAKEN = "holds a run already; add --resume to go on with it, or name another folder"
+TAKEN = "already holds a run; add --resume to continue it, or name another folder"
 
 
 def preset_names() -> list[str]:
@@ -62,8 +62,8 @@ def merge_settings(
 ) -> dict[str, Any]:
     """Preset, then the saved run's settings, then the file's, then what was typed: the later wins.
 
-    A backend is chosen as a whole: who names ``zero_stage`` or ``strategy`` without ``fsdp`` does not get the ``fsdp``
-    of a preset. Nor does an engine that is to be split over ranks come from a preset, which was made for one rank's.
+    The choice of a backend replaces an earlier one: ``zero_stage`` or ``strategy`` without ``fsdp`` drops a preset's
+    ``fsdp``. A preset's engine runs on one rank, so an ``engine_tp_size`` above 1 drops it.
     """
     merged = dict(saved) if saved is not None else dict(preset)
     given = {**file, **typed}
@@ -104,7 +104,7 @@ def load_settings(namespace: argparse.Namespace) -> StrategyConfig:
 
 
 def _at_home(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The same with ``~`` expanded, which a shell does neither in a file nor in ``--flag=~/folder``."""
+    """The settings with ``~`` expanded, which a shell does neither in a file nor in ``--flag=~/folder``."""
     expanded = {name: os.path.expanduser(value) for name in FOLDERS if isinstance(value := given.get(name), str)}
     if several := expanded.get("reward_pretrain"):
         expanded["reward_pretrain"] = ",".join(os.path.expanduser(part.strip()) for part in several.split(","))
@@ -112,11 +112,11 @@ def _at_home(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _resumed(merged: Mapping[str, Any], *, typed: Mapping[str, Any], file: Mapping[str, Any]) -> dict[str, Any]:
-    """The saved run's settings under what is given now; a run that ended before it saved any has only the latter."""
+    """The saved run's settings, overridden by what is given now; a run that ended early may have saved none."""
     folder = Path(merged.get("output_dir", FIELDS["output_dir"].default))
     if not folder.is_dir():
         raise ConfigError(
-            [f"--resume: {folder} does not exist; name a run's folder with --output_dir, or leave --resume away"]
+            [f"--resume: {folder} does not exist; name a run's folder with --output_dir, or drop --resume"]
         )
     if (folder / CONFIG_FILE).is_file():
         merged = merge_settings(typed=typed, file=file, preset={}, saved=read_yaml(folder / CONFIG_FILE))
@@ -155,7 +155,7 @@ def _installation_faults(config: StrategyConfig) -> list[str]:
         wanted.append(("scoring_engines", config.engine_type))
     for kind, name in wanted:
         if name in available(kind):
-            continue  # loading it would load torch; a plug-in that is there but broken says so when the ranks start
+            continue  # loading it would load torch; a plug-in that is installed but broken says so when the ranks start
         try:
             load_plugin(kind, name)
         except PluginError as error:
@@ -164,7 +164,7 @@ def _installation_faults(config: StrategyConfig) -> list[str]:
 
 
 def _installed(package: str) -> bool:
-    """A folder of that name, such as the one that wandb leaves where it ran, is no package."""
+    """A folder of that name, such as the one that wandb leaves where it ran, does not count."""
     found = find_spec(package)
     return found is not None and found.origin is not None
 

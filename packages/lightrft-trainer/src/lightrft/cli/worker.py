@@ -1,6 +1,6 @@
-"""One rank: reads the settings that the launcher left, trains, and leaves its final word.
+"""One rank: reads the launcher's settings, trains, and writes its outcome.
 
-Run as ``python -m lightrft.cli.worker CONFIG``; the heavy imports come after the rank has told its process id.
+Run as ``python -m lightrft.cli.worker CONFIG``; the heavy imports come after the rank has written its process id.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from lightrft.trainer.run import RunResult
 
 PR_SET_PDEATHSIG = 1
-ORPHAN_SECONDS = 30.0  # as long as the launcher gives ranks that it ends
-# When another rank has failed, so long may this one take to find out what it waited for, and to tell.
+ORPHAN_SECONDS = 30.0  # as long as the launcher waits for ranks that it ends
+# Time for this rank to find out and report which other rank has failed.
 FAREWELL_SECONDS = 10.0
 
 
@@ -52,7 +52,7 @@ def run_rank(config: StrategyConfig, *, multimodal: bool) -> int:
 
     def known(output_dir: str) -> None:
         output.append(output_dir)
-        if rank == 0:  # at once: a rank that dies with its peers says nothing more
+        if rank == 0:  # at once: a rank that dies with its peers writes nothing more
             _leave_word({"output_dir": output_dir}, multimodal=multimodal)
 
     try:
@@ -61,10 +61,10 @@ def run_rank(config: StrategyConfig, *, multimodal: bool) -> int:
         result = train(config, multimodal=multimodal, on_output_dir=known)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    except Exception as error:  # noqa: BLE001 - the last frame of a rank: whatever it is, it is reported, and the rank fails
+    except Exception as error:  # noqa: BLE001 - the last frame of a rank: any error is reported, and the rank fails
         from lightrft.strategy.journal import note_departure
 
-        note_departure(error)  # those who wait for this rank name it
+        note_departure(error)  # ranks that wait for this one name it
         _report_error(error, rank, output[-1] if output else None, multimodal=multimodal)
         return EXIT_FAILED
     _leave_groups()
@@ -80,7 +80,7 @@ def run_rank(config: StrategyConfig, *, multimodal: bool) -> int:
 
 
 def _leave_groups() -> None:
-    """An accelerator's collectives complain when a process just ends; what gloo needs ends with it."""
+    """NCCL complains if a process ends without this; gloo does not need it."""
     import torch
 
     if torch.accelerator.is_available() and torch.distributed.is_initialized():
@@ -104,9 +104,9 @@ def show_result(result: RunResult) -> None:
 
 
 def join_launcher(patience: float = ORPHAN_SECONDS) -> None:
-    """End with the launcher, and tell it this rank's process id.
+    """Write this rank's process id for the launcher, and end when it ends.
 
-    :param patience: seconds after the launcher's death in which this rank may end by itself.
+    :param patience: seconds after the launcher's end that this rank has to end by itself.
     """
     launcher = os.getppid()
     die_with_parent()
@@ -115,19 +115,19 @@ def join_launcher(patience: float = ORPHAN_SECONDS) -> None:
         (Path(folder) / f"pid.{os.getpid()}").touch()
         told, tells = socket.socketpair()
         tells.setblocking(False)
-        signal.set_wakeup_fd(tells.detach(), warn_on_full_buffer=False)  # it hears also while a library waits
+        signal.set_wakeup_fd(tells.detach(), warn_on_full_buffer=False)  # works also while a library waits
         arguments = (told, launcher, Path(folder))
         threading.Thread(target=_end_with_peers, args=arguments, daemon=True, name="lightrft-farewell").start()
 
 
 def die_with_parent() -> None:
-    """Ask Linux to end this rank when the launcher dies, the friendly way: it may finish its step."""
+    """Ask Linux for a SIGTERM when the launcher dies: this rank may still finish its step."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _end_as_orphan(launcher: int, patience: float) -> None:
-    """The thread that ends a rank which is stuck, say in a library's wait for another one, after its launcher's end."""
+    """The thread that ends a stuck rank, for example in a library's wait for another one, after its launcher's end."""
     while os.getppid() == launcher:
         time.sleep(min(1.0, patience))
     time.sleep(patience)
@@ -135,9 +135,9 @@ def _end_as_orphan(launcher: int, patience: float) -> None:
 
 
 def _end_with_peers(told: socket.socket, launcher: int, folder: Path) -> None:
-    """The thread that ends this rank when the launcher ends it since another one has failed, for which it may wait.
+    """The thread that ends this rank if the launcher ends it because another one, for which it may wait, has failed.
 
-    Not where the user has asked for a checkpoint, nor where the launcher itself has died: ranks can still write one.
+    Not if the user has asked for a checkpoint, nor if the launcher itself has died: ranks can still write one.
     """
     while signal.SIGTERM not in told.recv(64):
         pass

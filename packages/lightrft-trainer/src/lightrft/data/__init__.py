@@ -1,4 +1,4 @@
-"""Prompts to train on: files, datasets, tasks made from nothing. Names load on first use: some of them need torch."""
+"""Prompts to train on: files, datasets, generated tasks. Names load on first use: some of them need torch."""
 
 from __future__ import annotations
 

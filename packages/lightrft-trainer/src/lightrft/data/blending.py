@@ -6,26 +6,26 @@ import math
 import random
 from collections.abc import Sequence
 
+from lightrft.strategy.config_checks import are_shares
+
 from .records import TRAINING_FLAGS, DataError, DataFlags
 
 
 def parse_shares(text: str | None, count: int) -> list[float] | None:
-    """``"0.7,0.3"`` as shares that add up to 1, or None where nothing is asked.
+    """``"0.7,0.3"`` as shares that add up to 1, or None if none are given.
 
     :raises DataError: not one positive number for each of ``count`` datasets.
     """
     if text is None:
         return None
-    try:
-        shares = [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise DataError(f"--prompt_data_probs {text}: numbers with commas between them, for example 0.7,0.3") from error
+    if not are_shares(text):
+        raise DataError(
+            f"--prompt_data_probs {text}: must be positive numbers separated by commas, for example 0.7,0.3; "
+            "drop a dataset instead of giving it 0"
+        )
+    shares = [float(part) for part in text.split(",")]
     if len(shares) != count:
         raise DataError(f"--prompt_data_probs {text}: {len(shares)} shares for {count} datasets")
-    if not all(math.isfinite(share) and share > 0 for share in shares):
-        raise DataError(
-            f"--prompt_data_probs {text}: every share must be positive; leave a dataset away instead of giving it 0"
-        )
     return [share / math.fsum(shares) for share in shares]
 
 
@@ -34,9 +34,9 @@ def blend_counts(
 ) -> list[int]:
     """How many prompts to take of datasets with these sizes.
 
-    With shares: the largest blend of at most ``limit`` in which every dataset has its share and no prompt comes
-    twice. Without: all prompts, or the datasets' own proportions where that is more than ``limit``. Each dataset
-    gives at least one.
+    With shares: the largest blend of at most ``limit`` in which every dataset has its share and no prompt is repeated.
+    Without: all prompts, or if these are more than ``limit``, the datasets' own proportions. Each dataset gives at
+    least one.
 
     :raises DataError: ``limit`` is below the number of datasets.
     """
@@ -48,9 +48,9 @@ def blend_counts(
             return list(sizes)
         shares = [size / total for size in sizes]
     whole = min(float(limit), *(size / share for size, share in zip(sizes, shares, strict=True)))
-    # A hair above, so that 0.3 × 10 is 3 and not 2.999….
+    # Slightly more, so that 0.3 × 10 is 3 and not 2.999….
     counts = [max(1, min(size, math.floor(whole * share + 1e-9))) for size, share in zip(sizes, shares, strict=True)]
-    while sum(counts) > limit:  # only where rounding up to one prompt made it so
+    while sum(counts) > limit:  # only because of rounding up to one prompt
         counts[counts.index(max(counts))] -= 1
     return counts
 

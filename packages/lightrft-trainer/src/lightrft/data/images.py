@@ -1,4 +1,4 @@
-"""Images of a record: found and checked when the dataset is read, opened when they are needed."""
+"""Images of a record: checked when the dataset is read, opened when they are needed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .records import DataError, Record
 def image_references(record: Record, images_key: str | None) -> list[Any]:
     """The record's images, unopened: absolute paths, bytes, or images. No such key, None and [] mean none.
 
-    :raises DataError: a path that does not exist, or a value that is no image.
+    :raises DataError: a path that does not exist, or a value that is not an image.
     """
     value = None if images_key is None else record.values.get(images_key)
     if value is None:
@@ -29,7 +29,7 @@ def _reference(item: Any, folder: str | None) -> Any:
     if isinstance(item, (str, pathlib.Path)):
         path = pathlib.Path(folder or "", item).expanduser().absolute()
         if not path.is_file():
-            raise DataError(f"there is no image {path}")
+            raise DataError(f"no image {path}")
         return str(path)
     if isinstance(item, bytes) or hasattr(item, "convert"):
         return item
@@ -39,7 +39,7 @@ def _reference(item: Any, folder: str | None) -> Any:
 def open_image(reference: Any) -> Any:
     """A PIL image in RGB.
 
-    :raises DataError: the bytes are no image that Pillow reads.
+    :raises DataError: Pillow cannot read the image.
     """
     from PIL import Image, UnidentifiedImageError
 

@@ -26,11 +26,11 @@ NAMED_PROMPTS = 3
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Prompt:
-    """One prompt, ready to be answered.
+    """One prompt of a dataset.
 
     :param index: its position in the whole dataset, the same on every rank and in every epoch.
     :param prompt: the rendered text. :param prompt_token_ids: its tokens.
-    :param label: what the reward compares with; None where the dataset has none.
+    :param label: the reference answer for the reward; None if the dataset has none.
     :param images: its images in RGB, or None. :param origin: file and line, for messages.
     """
 
@@ -45,18 +45,18 @@ class Prompt:
 class PromptDataset(Dataset[Prompt]):
     """Prompts from records, rendered and tokenized once.
 
-    A prompt of more than ``prompt_max_len`` tokens is left out, and how many were is logged with where the first ones
-    stand; ``overlong="refuse"`` makes it an error instead. Nothing is ever cut. Image tokens that a processor adds
-    are not counted.
+    A prompt of more than ``prompt_max_len`` tokens is skipped, and their number and the places of the first ones are
+    logged; ``overlong="refuse"`` makes it an error instead. Nothing is truncated. Image tokens that a processor
+    adds are not counted.
 
     :param records: see :func:`lightrft.data.sources.read_source`.
     :param tokenizer: a tokenizer, or a processor that has one.
     :param input_key: key of the prompt. :param label_key: key of the label; None: no labels.
-    :param labels_optional: records that all lack the label are a dataset without labels, which is logged. Where only
-        some lack it, each of those is a fault still.
+    :param labels_optional: if no record has a label, the dataset has no labels, which is logged. If only some lack it,
+        each of those is a fault.
     :param images_key: key of the images; records may lack it.
     :param prompt_max_len: longest prompt in tokens.
-    :param flags: how messages call the dataset.
+    :param flags: names of the dataset's flags, for messages.
     :raises DataError: a record lacks a key or cannot be rendered (all such records are counted, the first ones
         named), or no prompt is left.
     """
@@ -119,7 +119,7 @@ class PromptDataset(Dataset[Prompt]):
         found = f"{len(self.dropped)} of {total} prompts are longer than --prompt_max_len {prompt_max_len}: {named}"
         if overlong == "refuse" or not self._prompts:
             raise DataError(f"{found}; raise --prompt_max_len")
-        logger.warning("%s; they are left out", found)
+        logger.warning("%s; they are skipped", found)
 
     def __len__(self) -> int:
         return len(self._prompts)
@@ -174,7 +174,7 @@ def build_prompt_dataset(
     flags: DataFlags = TRAINING_FLAGS,
     **options: Any,
 ) -> PromptDataset:
-    """The dataset that ``--prompt_data`` names: one source, or several with commas between them.
+    """The dataset that ``--prompt_data`` names: one source, or several separated by commas.
 
     :param prompt_data_probs: shares of several sources (see :func:`lightrft.data.blending.blend_counts`).
     :param max_samples: most prompts, over all sources. :param seed: decides which prompts of a source a blend takes.

@@ -17,7 +17,7 @@ class _ZebraSolver(ModuleType):
         if name.startswith("__"):
             raise AttributeError(name)
         raise ModuleNotFoundError(
-            "its zebra puzzles need pycosat: pip install pycosat (it has no wheels: this takes a C compiler)",
+            "its zebra puzzles need pycosat: pip install pycosat (it has no wheels and needs a C compiler)",
             name=ZEBRA_SOLVER,
         )
 

@@ -1,4 +1,4 @@
-"""What every source of prompts yields, and the error that says where in it something is wrong."""
+"""Records, which every source of prompts yields, and the error that names a faulty one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class DataError(LightRFTError, ValueError):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DataFlags:
-    """The flags that name a dataset, its split and its limit: what messages tell the user to type."""
+    """The flags for a dataset, its split and its limit, for messages."""
 
     data: str = "--prompt_data"
     split: str = "--prompt_split"
@@ -32,9 +32,9 @@ EVALUATION_FLAGS = DataFlags("--eval_data", "--eval_split", "--max_eval_samples"
 class Record:
     """One line of a dataset.
 
-    :param values: its keys and values. :param origin: where it stands, for messages: ``train.jsonl:12`` or
+    :param values: its keys and values. :param origin: its place, for messages: ``train.jsonl:12`` or
         ``gsm8k[12]``.
-    :param folder: relative image paths start here; None: at the current directory.
+    :param folder: base of relative image paths; None: the current directory.
     """
 
     values: Mapping[str, Any]

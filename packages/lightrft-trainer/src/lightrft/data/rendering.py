@@ -1,4 +1,4 @@
-"""From a record's input to the text that the model reads: template, system prompt, chat template, images."""
+"""From a record's input to the model's text: template, system prompt, chat template, images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ IMAGE_MARK = "<image>"
 class PromptFormat:
     """How prompts are rendered.
 
-    :param input_template: text with ``{}`` in place of the input; other braces are left alone.
+    :param input_template: text with ``{}`` in place of the input; other braces are kept.
     :param system_prompt: a system message; needs the chat template.
     :param apply_chat_template: wrap the input as a user's message with the tokenizer's (or processor's) chat template.
     :raises DataError: a template without ``{}``, or a system prompt without the chat template.
@@ -32,12 +32,12 @@ class PromptFormat:
             raise DataError("--system_prompt: it is a message of the chat template; add --apply_chat_template")
 
     def check(self, tokenizer: Any) -> None:
-        """:raises DataError: the chat template is asked for and ``tokenizer`` has none."""
+        """:raises DataError: a chat template is requested, but ``tokenizer`` has none."""
         if self.apply_chat_template and not getattr(tokenizer, "chat_template", None):
             raise DataError(
                 f"--apply_chat_template: {type(tokenizer).__name__} of "
                 f"{getattr(tokenizer, 'name_or_path', '') or 'this model'} "
-                "has no chat template; leave the flag away and use --input_template"
+                "has no chat template; drop the flag and use --input_template"
             )
 
     def render(self, value: Any, tokenizer: Any, *, images: int = 0) -> str:
@@ -46,7 +46,7 @@ class PromptFormat:
         :param value: a string, or (with the chat template) a list of messages ``{"role": …, "content": …}``.
         :param images: how many images come with it. ``<image>`` in the text marks where each belongs; without marks
             they come first.
-        :raises DataError: another type, or marks that do not fit the images.
+        :raises DataError: another type, or a different number of marks and images.
         """
         if isinstance(value, str):
             text = value if self.input_template is None else self.input_template.replace("{}", value)
@@ -57,7 +57,7 @@ class PromptFormat:
             if not self.apply_chat_template:
                 raise DataError("the input is a list of messages; add --apply_chat_template")
             if self.input_template is not None:
-                raise DataError("the input is a list of messages, which --input_template cannot wrap; leave it away")
+                raise DataError("the input is a list of messages, which --input_template cannot wrap; drop it")
             messages = [dict(message) for message in value]
         else:
             raise DataError(

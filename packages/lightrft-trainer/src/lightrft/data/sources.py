@@ -1,4 +1,4 @@
-"""Records from wherever ``--prompt_data`` points: a file, a folder, a dataset's name, a generated task."""
+"""Records of ``--prompt_data``: a file, a folder, a dataset's name, a generated task."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ def read_source(
 
     :param spec: one of
 
-        - a ``.jsonl`` or ``.parquet`` file, which is one split whatever ``split`` says;
+        - a ``.jsonl`` or ``.parquet`` file, which has only one split, whatever ``split`` is;
         - a folder: a dataset that ``save_to_disk`` wrote, or files that ``datasets.load_dataset`` understands;
         - ``NAME`` or ``NAME:CONFIG`` of a Hugging Face dataset (``openai/gsm8k:main``);
         - ``reasoning_gym:TASK``, or with options ``reasoning_gym:chain_sum?size=500&min_terms=2``; its labels are whole
           entries;
         - ``task:reverse_digits``, the built-in task, with splits ``train`` and ``test``.
     :param input_key: generated tasks put their question under this key, and their label under ``label_key``.
-    :param flags: how messages call what was asked for.
-    :raises DataError: nothing is there, it cannot be read, or it holds no record.
+    :param flags: names of the flags, for messages.
+    :raises DataError: it does not exist, cannot be read, or has no records.
     """
     spec = spec.strip()
     asked = f"{flags.data} {spec}"
@@ -54,15 +54,15 @@ def read_source(
         path = pathlib.Path(spec).expanduser()
         if path.suffix in _FILE_READERS:
             if not path.is_file():
-                raise DataError(f"{asked}: there is no such file (from {pathlib.Path.cwd()})")
+                raise DataError(f"{asked}: no such file (from {pathlib.Path.cwd()})")
             records = _FILE_READERS[path.suffix](path, limit, asked)
         elif path.is_file():
-            raise DataError(f"{asked}: a {path.suffix or 'nameless'} file; known are {', '.join(_FILE_READERS)}")
+            raise DataError(f"{asked}: a {path.suffix or 'nameless'} file; supported are {', '.join(_FILE_READERS)}")
         else:
             records = _hugging_face(spec, path, split, flags)
     found = list(islice(records, limit))
     if not found:
-        raise DataError(f"{asked}: it holds no record")
+        raise DataError(f"{asked}: it has no records")
     return found
 
 
@@ -124,7 +124,7 @@ def _hugging_face(spec: str, path: pathlib.Path, split: str, flags: DataFlags) -
         folder = str(path)
     else:
         if spec.startswith(("/", "./", "../", "~")):
-            raise DataError(f"{asked}: there is no such file or folder (from {pathlib.Path.cwd()})")
+            raise DataError(f"{asked}: no such file or folder (from {pathlib.Path.cwd()})")
         name, _, config = spec.partition(":")
         loaded, folder = _load_dataset(asked, name, config or None), None
     if isinstance(loaded, dict):
@@ -143,10 +143,10 @@ def _load_dataset(asked: str, name: str, config: str | None) -> Any:
 
     try:
         return datasets.load_dataset(name, config)
-    # Whatever the hub, the network or a builder raises, the user asked for this dataset and cannot have it.
+    # Any error of the hub, the network or a builder means that this dataset cannot be loaded.
     except Exception as error:
         raise DataError(
-            f"{asked}: neither a file or folder here nor a dataset that could be loaded "
+            f"{asked}: neither a file or folder nor a dataset that can be loaded "
             f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'})"
         ) from error
 
@@ -156,9 +156,7 @@ def _task(
 ) -> Iterator[Record]:
     name = spec.removeprefix(TASK_PREFIX)
     if name not in TASKS:
-        raise DataError(
-            f"{flags.data} {spec}: there is no such task; there are {', '.join(TASK_PREFIX + t for t in TASKS)}"
-        )
+        raise DataError(f"{flags.data} {spec}: no such task; there are {', '.join(TASK_PREFIX + t for t in TASKS)}")
     questions = TASKS[name](seed=seed)
     parts = {"train": questions.train, "test": questions.held_out}
     if split not in parts:
@@ -189,7 +187,7 @@ def _reasoning_gym(
             options[key] = json.loads(value)
         except json.JSONDecodeError:
             options[key] = value
-    # Each split draws its own questions; in a task with few of them some may coincide.
+    # Each split draws its own questions; in a small task some may be in both.
     options.setdefault("seed", seed if split == "train" else zlib.crc32(f"{seed}/{split}".encode()))
     options.setdefault("size", min(limit, REASONING_GYM_SIZE))
     try:

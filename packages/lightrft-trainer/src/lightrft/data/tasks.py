@@ -1,7 +1,7 @@
-"""A task made from nothing: reverse four digits, with its tokenizer and a model small enough to learn it on a laptop.
+"""The built-in task: reverse four digits, with a tokenizer and a model small enough to learn it on a laptop.
 
 ``lightrft train`` without arguments trains on this task. It needs no network, every answer can be checked exactly,
-and a model of two layers really generalises on it: the held-out strings share no string with the training ones.
+and a model of two layers really generalises on it: no held-out string is in the training set.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ def reverse_digits(*, length: int = 4, held_out: int = 512, seed: int = 42) -> T
 
     :param length: digits in a string, 2 to 6 (there are ``10 ** length`` strings, all of which are made).
     :param held_out: how many strings to keep for measuring; at least 1, and some must be left for training.
-    :param seed: decides the order and the split, and nothing else does.
+    :param seed: alone decides the order and the split.
     :raises ValueError: for a length or a held-out count outside those bounds.
     """
     if not 2 <= length <= 6:
-        raise ValueError(f"reverse_digits was asked for {length} digits; it makes strings of 2 to 6 digits")
+        raise ValueError(f"reverse_digits makes strings of 2 to 6 digits, not of {length}")
     total = 10**length
     if not 1 <= held_out < total:
         raise ValueError(f"held_out={held_out} of {total} strings: choose between 1 and {total - 1}")
@@ -81,8 +81,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 def build_model_config(*, layers: int = 2, width: int = 128) -> LlamaConfig:
     """The configuration of a tiny Llama for this task; heads of 32, so that vLLM's CPU attention takes it too.
 
-    Llama rather than Qwen2, whose folders transformers opens with Qwen2's own tokenizer class, whatever stands in them.
-    The initial weights are larger than usual: at 0.02 the noise of one policy gradient undoes what the model knows.
+    Llama and not Qwen2, whose folders transformers always opens with Qwen2's tokenizer class. The initial weights are
+    larger than usual: with 0.02 the noise of one policy gradient destroys what the model knows.
     """
     from transformers import LlamaConfig
 
@@ -109,7 +109,7 @@ def build_model_config(*, layers: int = 2, width: int = 128) -> LlamaConfig:
 
 
 def build_model(*, seed: int = 42, layers: int = 2, width: int = 128) -> PreTrainedModel:
-    """The tiny model with random fp32 weights from ``seed`` alone; the caller's random state is left as it was."""
+    """The tiny model with random fp32 weights from ``seed`` alone; the caller's random state is not changed."""
     import torch
     from transformers import LlamaForCausalLM
 
@@ -126,7 +126,7 @@ def build_default_model(out_dir: str | pathlib.Path, seed: int = 42) -> pathlib.
     """Write the untrained tiny model and its tokenizer as a Hugging Face folder, and return that folder.
 
     ``AutoModelForCausalLM.from_pretrained`` and ``AutoTokenizer.from_pretrained`` load it. See
-    :func:`lightrft.data.warm_start.build_warm_model` for one that has already been shown the task.
+    :func:`lightrft.data.warm_start.build_warm_model` for one that has already been trained on the task.
     """
     folder = pathlib.Path(out_dir)
     build_model(seed=seed).save_pretrained(folder)

@@ -1,7 +1,7 @@
 """A short supervised warm start for the default task: enough that rewards are not all zero, and no more.
 
-Reinforcement needs a policy that is right now and then. This shows the untrained model some solved questions until
-its held-out accuracy first lies in a window well below what the run is to reach, and says how many steps that took.
+Reinforcement learning needs a policy that is sometimes right. This trains the untrained model on solved questions until
+its held-out accuracy is in a window well below the run's goal, and returns how many steps that took.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class WarmStartReport:
     """What the warm start did.
 
     :param steps: supervised optimizer steps that the returned weights have seen.
-    :param batch_size: questions a step. :param accuracy: greedy exact match on the held-out questions, 0 to 1.
-    :param seconds: wall time, the start of Python not included.
+    :param batch_size: questions per step. :param accuracy: greedy exact match on the held-out questions, 0 to 1.
+    :param seconds: wall time, without the start of Python.
     """
 
     steps: int
@@ -61,8 +61,8 @@ def encode_solved(tokenizer: Any, examples: Sequence[TaskExample]) -> tuple[Tens
 def greedy_accuracy(model: Any, rows: Tensor, prompt_length: int) -> float:
     """Share of rows whose answer the model would decode greedily, end token included.
 
-    One forward pass does: greedy decoding gives the answer exactly if each of its tokens is the likeliest after those
-    before.
+    One forward pass is enough: greedy decoding gives the answer exactly if each of its tokens is the likeliest after
+    the previous ones.
     """
     predicted = model(input_ids=rows, use_cache=False).logits[:, prompt_length - 1 : -1].argmax(-1)
     return (predicted == rows[:, prompt_length:]).all(dim=1).float().mean().item()
@@ -81,7 +81,7 @@ def warm_start(
 ) -> WarmStartReport:
     """Train ``model`` in place on solved training questions until its held-out accuracy lies in ``window``.
 
-    A step that leaps over the window is taken back, and the learning rate halved: the same seed gives the same steps.
+    A step that jumps over the window is undone, and the learning rate halved: the same seed gives the same steps.
 
     :param window: lowest and highest held-out accuracy to stop at, 0 <= low < high <= 1.
     :raises ValueError: an empty window, or a model that starts above it.
@@ -102,7 +102,7 @@ def warm_start(
     steps = 0
     while accuracy < low:
         if steps == max_steps:
-            raise RuntimeError(f"warm start: held-out accuracy {accuracy:.3f} after {steps} steps; {low} was wanted")
+            raise RuntimeError(f"warm start: held-out accuracy {accuracy:.3f} after {steps} steps; {low} was required")
         before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
         rows = train[torch.randint(len(train), (batch_size,), generator=generator)]
         logits = model(input_ids=rows, use_cache=False).logits[:, prompt_length - 1 : -1]

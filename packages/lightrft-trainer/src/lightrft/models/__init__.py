@@ -1,4 +1,4 @@
-"""Actors, critics and reward models: plain modules around transformers models, that any strategy can shard."""
+"""Actors, critics and reward models: plain modules around transformers models, which any strategy can shard."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The policy: a language or vision-language model that says how likely each token of a row was."""
+"""The policy: a language or vision-language model that returns the logprob of each token of a row."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Actor(TokenModel):
     """A causal language model, or an image-text-to-text model, as a policy.
 
     :param pretrain_or_model: a folder or hub name, a transformers configuration (random weights), or a module.
-    :param fused_linear_logprob: compute logprobs from hidden states, with the logits of ``chunk_size`` tokens at most
+    :param fused_linear_logprob: compute logprobs from hidden states, with the logits of at most ``chunk_size`` tokens
         in memory.
     :param options: see :class:`lightrft.models.token_model.TokenModel`.
     :raises ValueError: ``fused_linear_logprob`` with an output layer that is not a linear one, or a ``chunk_size``
@@ -31,10 +31,10 @@ class Actor(TokenModel):
         chunk_size: int = 4096,
         **options: Any,
     ) -> None:
-        if chunk_size < 1:  # before a model is read
+        if chunk_size < 1:  # before a model is loaded
             raise ValueError(
                 f"chunk_size={chunk_size}: must be at least 1, the most tokens whose logits fused_linear_logprob holds "
-                "at one time; leave it away for 4096"
+                "at one time; drop it for 4096"
             )
         super().__init__(pretrain_or_model, "generator", **options)
         if fused_linear_logprob:
@@ -77,12 +77,12 @@ class Actor(TokenModel):
 
         :param sequences: ``[B, T]`` token ids: prompt, response, padding.
         :param attention_mask: ``[B, T]``, 1 at tokens, 0 at padding on the right; None: no padding.
-        :param response_mask: ``[B, T]`` bool. Logits are made for these tokens alone, which is most of the saving in
-            time and memory where prompts are long or the vocabulary is large. None: for every token but the first of
+        :param response_mask: ``[B, T]`` bool. Logits are computed only for these tokens, which saves most time and
+            memory with long prompts or a large vocabulary. None: for every token but the first of
             a row.
         :param return_entropy: also return the entropy in nats of the distribution that each token was drawn from.
-        :param multimodal: ``pixel_values``, ``image_grid_thw`` and whatever else the model's forward takes; None is
-            left out.
+        :param multimodal: ``pixel_values``, ``image_grid_thw`` and other arguments of the model's forward; None is
+            skipped.
         :return: ``[B, T]`` fp32, aligned with ``sequences`` and 0 where the mask is false; with ``return_entropy``,
             two of them.
         :raises ValueError: rows with padding on the left, or masks of another shape.
@@ -95,7 +95,7 @@ class Actor(TokenModel):
         return question.spread(logprobs), question.spread(entropies)
 
     def _from_logits(self, question: Question, temperature: float, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
-        """Logprobs ``[N]``, and entropies, with the logits of the N tokens in memory, and of these alone."""
+        """Logprobs ``[N]``, and entropies, with only the logits of the N tokens in memory."""
         head = self.model.get_output_embeddings()
         if head is None:
             logits = self.model(**question.inputs).logits[question.asked]
@@ -108,7 +108,7 @@ class Actor(TokenModel):
         return token_statistics_from_logits(logits, question.labels, temperature=temperature, with_entropy=with_entropy)
 
     def _fused(self, question: Question, temperature: float, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
-        """The same without the logits: in their place the output layer gives ``[1, N, 1 or 2]`` statistics."""
+        """The same without logits: the output layer returns ``[1, N, 1 or 2]`` statistics instead."""
         head, given = self.model.get_output_embeddings(), []
 
         def forward(hidden: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ class Actor(TokenModel):
         if len(given) != 1 or output.shape != given[0].shape or output.data_ptr() != given[0].data_ptr():
             raise ValueError(
                 f"--fused_linear_logprob: {type(self.model).__name__} changes its logits after the output layer (a "
-                "softcap, a scale); leave the flag away"
+                "softcap, a scale); drop the flag"
             )
         return output[0, :, 0], output[0, :, 1] if with_entropy else None
 

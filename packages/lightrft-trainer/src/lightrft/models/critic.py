@@ -1,4 +1,4 @@
-"""The critic: what the return from each token on is expected to be."""
+"""The critic: the expected return from each token on."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from .token_model import TokenModel
 
 
 class ValueHead(nn.Linear):
-    """A value from a hidden state: as ``source`` holds it, else 0.
+    """A linear layer from hidden state to value, with the weights of ``source``, else 0.
 
-    Its own initialisation fills it, because that is what a strategy calls where it builds models without memory.
+    Its own initialisation fills it, because a strategy calls that for models on the meta device.
 
     :param source: a critic's folder or hub name, or another model's, or "".
     """
@@ -48,17 +48,17 @@ class ValueHead(nn.Linear):
 
 
 class Critic(TokenModel):
-    """A language model's body with a value head, one scalar a token.
+    """A language model's body with a value head, one scalar per token.
 
     ``.model`` is the transformers model without its output layer. ``.value_head`` is read from a critic's folder, as
-    :meth:`StrategyBase.save_model` writes it; of any other model it starts at zero, so that the first advantages are
-    the plain returns.
+    :meth:`StrategyBase.save_model` writes it; for any other model it starts at 0, so that the first advantages are
+    the returns themselves.
 
     :param pretrain_or_model: a folder or hub name, a transformers configuration (random weights), or a body.
     :param options: see :class:`lightrft.models.token_model.TokenModel`.
     """
 
-    is_critic = True  # strategies take the critic's learning rate for it
+    is_critic = True  # strategies recognize a critic by it, for its learning rate
 
     def __init__(self, pretrain_or_model: Any, *, dtype: torch.dtype = torch.float32, **options: Any) -> None:
         super().__init__(pretrain_or_model, "backbone", dtype=dtype, **options)

@@ -1,14 +1,14 @@
-"""Token logprobs and entropies straight from hidden states: the logits exist for a chunk of tokens at a time.
+"""Token logprobs and entropies from hidden states, with the logits of one chunk of tokens at a time.
 
 For N tokens, a width of H and a vocabulary of V, the logits and their gradient are two N × V matrices. Here both passes
-go through chunks of c tokens, so that memory grows with c × V. The backward pass makes a chunk's logits again: that is
-one product of four, and it saves the passes over memory that the plain computation spends on N × V numbers.
+go through chunks of c tokens, so that memory grows with c × V. The backward pass computes a chunk's logits again: that
+is one matrix product of four, but saves the passes over N × V numbers in memory of the plain computation.
 
-On a GPU the logits of a chunk are read by one kernel (:mod:`.logit_kernels`), and the backward pass goes through the
-vocabulary rather than the tokens, so that each row of the weight's gradient is finished at once, in the weight's dtype.
+On a GPU one kernel reads a chunk's logits (:mod:`.logit_kernels`), and the backward pass goes through the vocabulary
+instead of the tokens, so that each row of the weight's gradient is finished at once, in the weight's dtype.
 
-The same is done by Liger's fused linear cross entropy and by cut cross entropy (arXiv:2411.09009) in kernels for GPUs;
-neither gives the entropy nor runs on a CPU.
+Liger's fused linear cross entropy and cut cross entropy (arXiv:2411.09009) do the same in GPU kernels; neither returns
+the entropy or runs on a CPU.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ SMALLEST_BLOCK = 256
 def rows_in_block(
     chunk_size: int, vocabulary: int, dtype: torch.dtype, device: torch.device, *, matrices: int = 1
 ) -> int:
-    """Tokens whose logits are made at a time: ``chunk_size``, or fewer where that is as fast.
+    """Tokens whose logits are computed at a time: ``chunk_size``, or fewer if that is as fast.
 
-    :param matrices: how many of a block's size exist beside each other.
+    :param matrices: number of matrices of a block's size at the same time.
     """
     budget = BLOCK_BYTES if device.type == "cpu" else 8 * BLOCK_BYTES
     return max(1, min(chunk_size, max(SMALLEST_BLOCK, budget // (matrices * vocabulary * dtype.itemsize))))
@@ -77,7 +77,7 @@ class _FusedStatistics(torch.autograd.Function):
                 # A masked token has the logit -inf: its term is 0, not 0 × inf.
                 mean = weights.mul_(shifted.clamp_min_(torch.finfo(dtype).min)).sum(dim=-1) / sums
                 entropies[part] = total - mean
-            # The likeliest token's term of the sum is exactly 1: no logprob is above 0.
+            # The likeliest token's term of the sum is exactly 1, so no logprob is above 0.
             logprobs[part] = chosen - total
             normalizers[part] = total + peak[:, 0]
         ctx.save_for_backward(hidden, weight, bias, labels, normalizers, entropies)
@@ -92,7 +92,7 @@ class _FusedStatistics(torch.autograd.Function):
         dtype = normalizers.dtype
         for_hidden, for_weight, for_bias = ctx.needs_input_grad[:3]
         hidden_grad = torch.zeros_like(hidden) if for_hidden else None
-        # Sums over chunks are formed in fp32, or rounding would grow with their number.
+        # Sums over chunks are in fp32, or rounding errors would grow with their number.
         weight_grad = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if for_weight else None
         bias_grad = torch.zeros(bias.shape, dtype=dtype, device=bias.device) if for_bias else None
         logits_of = _Logits(weight, bias, ctx.temperature, dtype, min(ctx.rows, len(hidden)))
@@ -133,7 +133,7 @@ class _FusedStatistics(torch.autograd.Function):
 
 
 class _Logits:
-    """Logits of a chunk divided by the temperature, in the computing dtype and in memory that the next one reuses."""
+    """Logits of a chunk divided by the temperature, in the computing dtype and in memory that is reused by the next."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, temperature: float, dtype: torch.dtype, rows: int) -> None:
         self.weight, self.bias, self.temperature, self.dtype = weight, bias, temperature, dtype
@@ -141,7 +141,7 @@ class _Logits:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         logits = self.memory[: len(hidden)]
-        if self.weight.dtype != self.dtype:  # 16 bit: rounded as the layer's own product is
+        if self.weight.dtype != self.dtype:  # 16 bits: rounded like the layer's own product
             logits.copy_(wide_linear(hidden, self.weight, self.bias))
         elif self.bias is None:
             torch.mm(hidden, self.weight.t(), out=logits)
@@ -161,7 +161,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 class _StatisticsByKernels(torch.autograd.Function):
-    """The same where :mod:`.logit_kernels` apply: logits exist in the weight's dtype, and are read once a pass."""
+    """The same with :mod:`.logit_kernels`: logits are in the weight's dtype, and read once per pass."""
 
     @staticmethod
     def forward(
@@ -197,7 +197,7 @@ class _StatisticsByKernels(torch.autograd.Function):
         hidden, weight, bias, labels, normalizers, entropies = ctx.saved_tensors
         for_hidden, for_weight, for_bias = ctx.needs_input_grad[:3]
         vocabulary, columns = len(weight), _columns(ctx.elements, len(hidden), len(weight))
-        # A sum over parts of the vocabulary is formed in fp32, or rounding would grow with their number.
+        # A sum over parts of the vocabulary is in fp32, or rounding errors would grow with their number.
         hidden_grad = torch.zeros(hidden.shape, device=hidden.device) if for_hidden else None
         weight_grad = torch.empty_like(weight) if for_weight else None
         bias_grad = torch.empty_like(bias) if for_bias else None
@@ -226,7 +226,7 @@ class _StatisticsByKernels(torch.autograd.Function):
 
 
 def _product(hidden: Tensor, weight: Tensor, bias: Tensor | None, memory: Tensor) -> Tensor:
-    """``linear(hidden, weight, bias)``, in memory that the next one reuses."""
+    """``linear(hidden, weight, bias)``, in memory that is reused by the next."""
     out = memory[: len(hidden) * len(weight)].view(len(hidden), len(weight))
     if bias is None:
         return torch.mm(hidden, weight.t(), out=out)
@@ -234,8 +234,8 @@ def _product(hidden: Tensor, weight: Tensor, bias: Tensor | None, memory: Tensor
 
 
 def _columns(elements: int, tokens: int, vocabulary: int) -> int:
-    """How much of the vocabulary is taken at a time by all tokens: tiles of products are wasted on crooked widths."""
-    if not tokens:  # routine: a rank whose part of the sequence is all prompt, a micro-batch that fills up
+    """Columns of the vocabulary at a time, for all tokens: odd widths waste tiles of matrix products."""
+    if not tokens:  # usual for a rank with only prompt tokens, or an empty micro-batch
         return vocabulary
     columns = max(1, min(vocabulary, elements // tokens))
     return columns if columns in (1, vocabulary) or columns < 256 else columns // 256 * 256
@@ -251,13 +251,13 @@ def fused_token_statistics(
     with_entropy: bool = False,
     chunk_size: int = 4096,
 ) -> tuple[Tensor, Tensor | None]:
-    """What :func:`token_statistics_from_logits` gives of ``linear(hidden, weight, bias)``, without the logits.
+    """:func:`token_statistics_from_logits` of ``linear(hidden, weight, bias)``, without the whole logits.
 
     :param hidden: ``[N, H]``. :param weight: ``[V, H]``; may be frozen. :param bias: ``[V]`` or None.
     :param labels: ``[N]``, integers in ``[0, V)``.
-    :param chunk_size: most tokens whose logits exist at one time. The result does not depend on it.
+    :param chunk_size: most tokens whose logits are in memory. The result does not depend on it.
     :return: logprobs ``[N]`` in fp32 (fp64 for fp64 hidden states), never above 0; and entropies or None.
-    :raises ValueError: shapes that do not fit, a temperature that is not positive, or a chunk_size below 1.
+    :raises ValueError: shapes that do not match, a temperature that is not positive, or a chunk_size below 1.
     """
     if hidden.shape[:-1] != labels.shape or hidden.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
@@ -286,10 +286,10 @@ def fused_token_statistics(
 # ---- in a model ------------------------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def computing(head: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """While open, ``forward`` is what the output layer computes.
+    """Within it, the output layer computes ``forward``.
 
-    The layer is still called as a module, by the model: so the hooks fire with which FSDP2 and ZeRO-3 gather its
-    weight before it computes and before its backward pass.
+    The model still calls the layer as a module, so the hooks run with which FSDP2 and ZeRO-3 gather its weight before
+    its forward and backward pass.
     """
     hidden_by = head.__dict__.get("forward")
     head.forward = forward
@@ -303,9 +303,9 @@ def computing(head: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[
 
 
 def check_plain_head(model: nn.Module, head: nn.Module | None) -> None:
-    """:raises ValueError: the model's output layer is not a linear layer, of which the fused computation is made."""
+    """:raises ValueError: the model's output layer is not a linear layer."""
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
         what = "has no output layer of its own" if head is None else f"ends in a {type(head).__name__}"
         raise ValueError(
-            f"--fused_linear_logprob: {type(model).__name__} {what}, and a linear layer is needed; leave the flag away"
+            f"--fused_linear_logprob: {type(model).__name__} {what}, and a linear layer is needed; drop the flag"
         )

@@ -1,4 +1,4 @@
-"""A transformers model from a path, a configuration, or a model that is there already."""
+"""A transformers model from a path or a configuration, or one that exists already."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from torch import nn
 
 
 def attention_implementation(use_flash_attention_2: bool, dtype: torch.dtype) -> str | None:
-    """The name that transformers takes; None leaves the choice to it.
+    """The implementation for transformers; None: its default.
 
-    :param dtype: that the model computes in.
+    :param dtype: in which the model computes.
     :raises ValueError: flash attention is not installed, or cannot compute in this dtype.
     """
     if not use_flash_attention_2:
         return None
     if importlib.util.find_spec("flash_attn") is None:
         raise ValueError(
-            "--flash_attn: the package is not installed; pip install flash-attn, or leave the flag away (SDPA is used)"
+            "--flash_attn: the package is not installed; pip install flash-attn, or drop the flag (SDPA is used)"
         )
     if dtype not in (torch.bfloat16, torch.float16):
-        raise ValueError(f"--flash_attn computes in bf16 or fp16, not in {dtype}; add --bf16, or leave the flag away")
+        raise ValueError(f"--flash_attn computes in bf16 or fp16, not in {dtype}; add --bf16, or drop the flag")
     return "flash_attention_2"
 
 
 def is_vision_language(config: Any) -> bool:
-    """Whether a configuration describes a model that takes images and writes text."""
+    """Whether a configuration describes a model from images to text."""
     from transformers import AutoModelForImageTextToText
 
     return type(config) in AutoModelForImageTextToText._model_mapping
@@ -47,11 +47,11 @@ def load_model(
 ) -> nn.Module:
     """A transformers model in train mode.
 
-    :param source: a folder or hub name (weights are read), a configuration (weights are random; on the meta device
+    :param source: a folder or hub name (weights are loaded), a configuration (random weights; on the meta device
         under ``torch.device("meta")``), or a module, which is returned as it is.
-    :param dtype: of the weights. :param compute_dtype: what a strategy casts them to; None: ``dtype``.
+    :param dtype: of the weights. :param compute_dtype: the dtype to which a strategy casts them; None: ``dtype``.
     :param kind: ``generator`` is a causal or an image-text-to-text model, whichever the configuration says.
-    :raises ValueError: an empty path, or flash attention that cannot be had.
+    :raises ValueError: an empty path, or flash attention is not possible.
     :raises OSError: from transformers, for a path or name without a model.
     """
     if isinstance(source, nn.Module):
@@ -80,9 +80,9 @@ def load_model(
     if not from_path:
         model = loader.from_config(config, **options)
     elif torch.get_default_device().type == "meta":
-        # Only the shapes: the configuration names the source, from which the strategy fills each rank's shard.
+        # Only shapes: the strategy fills each rank's shard from the source that the configuration names.
         model = loader.from_config(config, **options)
-        with contextlib.suppress(OSError):  # not every folder has one
+        with contextlib.suppress(OSError):  # not all folders have one
             model.generation_config = transformers.GenerationConfig.from_pretrained(source)
     else:
         model = loader.from_pretrained(source, config=config, **options)
@@ -95,7 +95,7 @@ def hidden_size(config: Any) -> int:
 
 
 def multimodal_inputs(config: Any, input_ids: torch.Tensor, extras: dict[str, Any]) -> dict[str, Any]:
-    """``extras`` without those that are None, and with the token types that transformers 5 derives positions from.
+    """``extras`` without None, and with the token types from which transformers 5 derives positions.
 
     ``mm_token_type_ids`` is 1 at image tokens and 2 at video tokens; a processor returns it for prompts, but
     responses have been appended since.
@@ -115,9 +115,9 @@ def multimodal_inputs(config: Any, input_ids: torch.Tensor, extras: dict[str, An
 def positions_of(
     model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, extras: dict[str, Any]
 ) -> torch.Tensor:
-    """Position of each token within its row, ``[B, T]``, or ``[3, B, T]`` for models that place images in a plane.
+    """Position of each token within its row, ``[B, T]``, or ``[3, B, T]`` for models with 2-D positions of images.
 
-    :param extras: what :func:`multimodal_inputs` gave.
+    :param extras: the result of :func:`multimodal_inputs`.
     """
     if {"image_grid_thw", "video_grid_thw"} & extras.keys() and hasattr(model.base_model, "get_rope_index"):
         grids = {name: extras[name] for name in ("image_grid_thw", "video_grid_thw") if name in extras}

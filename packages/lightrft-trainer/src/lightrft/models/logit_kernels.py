@@ -1,10 +1,10 @@
-"""What is needed of logits, as Triton kernels that read them once: logprobs and entropies, and the gradients of both.
+"""Triton kernels that read logits once: logprobs and entropies, and the gradients of both.
 
-In 16 bit a kernel computes in fp32 without an fp32 copy. The sums run block by block with the largest logit so far
-taken out, as in online softmax (Milakov and Gimelshein, arXiv:1805.02867, algorithm 3).
+With 16-bit logits a kernel computes in fp32 without an fp32 copy. Sums are made block by block relative to the largest
+logit so far, as in online softmax (Milakov and Gimelshein, arXiv:1805.02867, algorithm 3).
 """
 
-# A Triton kernel takes num_warps and whatever else its launcher takes.
+# A Triton kernel also takes its launcher's arguments, such as num_warps.
 # pyright: reportCallIssue=false
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def _has_triton() -> bool:
 
 
 def apply_to(tensor: Tensor) -> bool:
-    """Do the kernels compute with such logits? Not in fp64, and not where Triton does not run."""
+    """Whether the kernels support such logits: not in fp64, and not without Triton."""
     return tensor.dtype != torch.float64 and runs_triton(tensor.device) and _has_triton()
 
 
@@ -35,7 +35,7 @@ def _block(width: int) -> int:
 
 
 def _dense(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """What the kernels assume: neighbours in a row of logits, and labels, lie next to each other. Else a copy."""
+    """Logits and labels with contiguous rows, as the kernels need them; a copy only if necessary."""
     return logits if logits.stride(1) == 1 else logits.contiguous(), labels.contiguous()
 
 
@@ -48,7 +48,7 @@ def statistics(
     normalizers: Tensor,
     entropies: Tensor | None,
 ) -> None:
-    """Write the logprob of each label, the log of the sum of exponentials, and the entropy where one is asked for.
+    """Write the logprob of each label, the log of the sum of exponentials, and the entropy if requested.
 
     :param logits: ``[N, V]``; divided by the temperature. :param labels: ``[N]`` int64. Both of any strides.
     :param logprobs: fp32 ``[N]``, as ``normalizers`` and ``entropies``; written.
@@ -84,7 +84,7 @@ def gradients(
 
     :param logits: ``[N, W]``: columns of the vocabulary from ``first`` on. :param labels: ``[N]``, into all of it.
     :param by_logprob: ``[N]``, the gradient of what is minimised by each logprob; ``by_entropy`` likewise.
-    :param result: ``[N, W]``, neighbours in a row next to each other; it may be the logits.
+    :param result: ``[N, W]``, with contiguous rows; it may be the logits themselves.
     """
     count, width = logits.shape
     if not count:

@@ -1,8 +1,8 @@
 """Token logprobs and entropies from logits, without a second copy of the logits.
 
-For N tokens and a vocabulary of V, PyTorch's ``log_softmax`` keeps N × V numbers for the backward pass beside the
-logits, and another N × V in fp32 where the logits are bf16. Here nothing is kept but the logits, and both passes go
-through chunks of rows; the backward pass makes one N × V tensor, its result. On a GPU each is one kernel.
+For N tokens and a vocabulary of V, PyTorch's ``log_softmax`` keeps N × V numbers for the backward pass besides
+the logits, and another N × V in fp32 if the logits are bf16. Here only the logits are kept, and both passes go through
+chunks of rows; the backward pass allocates only its result, N × V. On a GPU each is one kernel.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _rows_in_chunk(vocabulary: int, dtype: torch.dtype, device: torch.device) ->
 
 
 def _scaled(rows: Tensor, dtype: torch.dtype, temperature: float) -> Tensor:
-    """The rows themselves where nothing is to be done."""
+    """The rows themselves if nothing is to be done."""
     rows = rows.to(dtype)
     return rows if temperature == 1.0 else rows / temperature
 
@@ -73,7 +73,7 @@ class _TokenStatistics(torch.autograd.Function):
         logits, labels, entropies, normalizers = ctx.saved_tensors
         by_logprob, by_entropy = gradients
         dtype = torch.promote_types(logits.dtype, torch.float32)
-        # Dense even where the logits are transposed: a kernel writes rows that lie in one piece.
+        # Contiguous even for transposed logits: a kernel writes contiguous rows.
         result = torch.empty_like(logits, memory_format=torch.contiguous_format)
         if normalizers is not None:
             logit_kernels.gradients(
@@ -91,7 +91,7 @@ class _TokenStatistics(torch.autograd.Function):
             rows = slice(start, start + step)
             scaled = _scaled(logits[rows], dtype, ctx.temperature)
             if by_entropy is None or entropies is None:
-                # Straight into its place, where the dtypes allow it.
+                # Directly into its place, if the dtypes allow it.
                 gradient = torch.softmax(scaled, dim=-1, out=result[rows] if logits.dtype == dtype else None)
                 # d log p_y / dx_i = [i = y] - p_i
                 gradient.mul_(0.0 if by_logprob is None else -by_logprob[rows, None])
@@ -118,13 +118,13 @@ def token_statistics_from_logits(
 ) -> tuple[Tensor, Tensor | None]:
     """Logprob of each label, and the entropy of the distribution that it was drawn from, in nats.
 
-    :param logits: ``[..., V]``, any floating dtype; they are only read.
+    :param logits: ``[..., V]``, any floating dtype; not changed.
     :param labels: ``[...]``, integers in ``[0, V)``.
     :param temperature: divides the logits first; the distribution is the one that a sampler at this temperature draws
         from.
     :param with_entropy: also compute entropies; both results carry gradients.
     :return: ``[...]`` in fp32 (fp64 for fp64 logits), and the same or None.
-    :raises ValueError: shapes that do not fit, or a temperature that is not positive.
+    :raises ValueError: shapes that do not match, or a temperature that is not positive.
     """
     if logits.shape[:-1] != labels.shape:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""LoRA adapters, through peft: put into a model, left out for a while, saved in peft's format."""
+"""LoRA adapters, through peft: add them to a model, compute without them, save them in peft's format."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lightrft.strategy import StrategyBase
 
 ALL_LINEAR = "all-linear"
-NAME = "default"  # peft's own for an adapter that nobody named
+NAME = "default"  # peft's default name of an adapter
 
 
 def add_adapters(
@@ -34,28 +34,28 @@ def add_adapters(
     dropout: float = 0.0,
     target_modules: str = ALL_LINEAR,
 ) -> None:
-    """Freeze a transformers model and put adapters that train beside its linear layers, in place.
+    """Freeze a transformers model and add trainable adapters to its linear layers, in place.
 
-    They are in fp32 whatever the model is in, add nothing at first, and begin alike in every model that this process
-    makes: A is drawn from the run's seed, B is 0.
+    They are always in fp32, add 0 at first, and start with the same values in every model of this process: A is drawn
+    from the run's seed, B is 0.
 
     :param alpha: adapters are scaled by ``alpha / rank``. :param dropout: of their input, in train mode.
-    :param target_modules: "all-linear" (but the output layer), or the last parts of layers' names, joined by commas.
-    :raises ValueError: peft is not installed, a name is no linear layer's, or the model has no memory yet.
+    :param target_modules: "all-linear" (all but the output layer), or last parts of layers' names, separated by commas.
+    :raises ValueError: peft is not installed, a name is not a linear layer's, or the model is on the meta device.
     """
     if importlib.util.find_spec("peft") is None:
         raise ValueError(
-            f"--lora_rank {rank}: LoRA comes with peft, which is not installed; pip install 'lightrft-trainer[lora]'"
+            f"--lora_rank {rank}: LoRA needs peft, which is not installed; pip install 'lightrft-trainer[lora]'"
         )
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError(
-            f"--lora_rank {rank}: adapters cannot be put into a model on the meta device; leave --meta_init away"
+            f"--lora_rank {rank}: adapters cannot be added to a model on the meta device; drop --meta_init"
         )
     from peft import LoraConfig, TaskType, inject_adapter_in_model
 
     config = LoraConfig(
         r=rank,
-        lora_alpha=alpha,  # pyright: ignore[reportArgumentType] - any number, it divides by the rank
+        lora_alpha=alpha,  # pyright: ignore[reportArgumentType] - any number: it is divided by the rank
         lora_dropout=dropout,
         target_modules=_layers(model, target_modules),
         task_type=TaskType.CAUSAL_LM if kind == "generator" else TaskType.FEATURE_EXTRACTION,
@@ -94,14 +94,14 @@ def _layers(model: Any, wanted: str) -> list[str]:
 
 
 def has_adapters(model: nn.Module) -> bool:
-    """Does the model, prepared or not, train adapters?"""
+    """Whether the model, prepared or not, trains adapters."""
     return any(is_adapted(module) for module in model.modules())
 
 
 class WithoutAdapters:
-    """The model that an adapted one was made from: the same module with its adapters left out, at no memory.
+    """The original model of an adapted one: the same module without its adapters, which needs no memory.
 
-    It is called as that module is, gives no gradients, and drops nothing out.
+    It is called like that module, without gradients and dropout.
 
     :param module: an adapted model, as the strategy prepared it.
     """
@@ -121,9 +121,9 @@ class WithoutAdapters:
 
 
 def save_adapter(strategy: StrategyBase, model: nn.Module, folder: str | Path) -> None:
-    """Write a model's adapters as peft does: ``PeftModel.from_pretrained(base, folder)`` reads them. Every rank calls.
+    """Write a model's adapters for ``PeftModel.from_pretrained(base, folder)``. Every rank calls.
 
-    The folder appears whole or not at all.
+    The folder appears only when complete.
 
     :param model: prepared by ``strategy``.
     :raises ValueError: it has no adapters.
@@ -131,7 +131,7 @@ def save_adapter(strategy: StrategyBase, model: nn.Module, folder: str | Path) -
     """
     specs = tuple(strategy.export_spec(model, "adapter"))
     if not specs:
-        raise ValueError("save_adapter: the model has no LoRA adapters; save_model writes it whole")
+        raise ValueError("save_adapter: the model has no LoRA adapters; use save_model")
     folder = Path(folder).resolve()
     staging = folder.with_name(f".{folder.name}.partial")
     plan = UpdatePlan(version=0, kind="adapter", specs=specs)

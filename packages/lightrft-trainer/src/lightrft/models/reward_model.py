@@ -15,10 +15,10 @@ from .rows import check_right_padded
 
 
 class RewardModel(nn.Module):
-    """A sequence classifier with one output, read at each row's last token.
+    """A sequence classifier with one output, taken at each row's last token.
 
-    ``.model`` is a transformers sequence classification model. The last token is found by the attention mask:
-    transformers looks for padding ids instead, and so misses the end token of models that pad with it.
+    ``.model`` is a transformers sequence classification model. The last token is that of the attention mask:
+    transformers looks for padding ids instead, and misses the end token of models that pad with it.
 
     :param pretrain_or_model: a folder or hub name, a transformers configuration (random weights), or a model.
     """
@@ -48,7 +48,7 @@ class RewardModel(nn.Module):
                 "classification head, such as Qwen2ForSequenceClassification, or a reward server (--remote_rm_url)"
             )
         text = self.model.config.get_text_config()
-        if text.pad_token_id is None:  # transformers then refuses batches, though nothing here depends on it
+        if text.pad_token_id is None:  # otherwise transformers refuses batches, though it is not needed here
             text.pad_token_id = 0
 
     @property
@@ -67,7 +67,7 @@ class RewardModel(nn.Module):
         check_right_padded(mask)
         last = mask.long().sum(dim=1) - 1
         if bool((last < 0).any()):
-            raise ValueError("reward model: a row has no token")
+            raise ValueError("reward model: a row has no tokens")
         with _scored_at(self.model.score, last):
             output = self.model(input_ids=sequences, attention_mask=mask, use_cache=False)
         return output.logits[:, 0].float()
@@ -75,10 +75,10 @@ class RewardModel(nn.Module):
 
 @contextmanager
 def _scored_at(score: nn.Module, last: Tensor) -> Iterator[None]:
-    """While open, the score layer is given each row's hidden state at ``last`` in all its columns.
+    """Within it, the score layer gets each row's hidden state at ``last`` in all columns.
 
-    So the column that transformers reads afterwards does not matter, and the model is still called through its own
-    forward, where a sharded one gathers its weights.
+    So it does not matter which column transformers reads, and the model is still called through its own forward, in
+    which a sharded one gathers its weights.
     """
 
     def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

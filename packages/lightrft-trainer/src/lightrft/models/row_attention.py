@@ -1,8 +1,9 @@
 """Attention that knows how rows are laid out: samples of a packed row do not see each other, ranks exchange heads.
 
-It is reached through transformers' own attention interface, so that no model's code is touched. A model that was given
-a :class:`~lightrft.models.row_layout.RowLayout` hands it to each of its layers, also where gradient checkpointing runs
-them again; a call without one is transformers' own attention.
+It is called through transformers' attention interface, so that no model's code is changed. A model that gets a
+:class:`~lightrft.models.row_layout.RowLayout` passes it to each of its layers, also when gradient checkpointing runs
+    them
+again; a call without one is transformers' own attention.
 """
 
 from __future__ import annotations
@@ -18,22 +19,22 @@ from .row_layout import RowLayout, SequenceRanks
 from .segment_attention import attend_in_segments, sdpa
 from .shared_prompts import SharedPrompts
 
-# What our attention computes with, by the name of the implementation that the model was loaded with.
+# The kernel of our attention, by the name of the model's implementation.
 KERNELS = {"sdpa": "sdpa", "eager": "sdpa", "flash_attention_2": "flash_attention_2"}
-# Layers that mix tokens through attention alone, which is what is replaced here.
+# Layers that mix tokens only by attention, which is replaced here.
 LAYER_TYPES = {"full_attention", "sliding_attention", "attention"}
-# Where configurations say of which type each layer is.
+# Names under which configurations have each layer's type.
 LAYER_TYPE_NAMES = ("layer_types", "layers_block_type", "block_types")
-# Variants of attention that change the result and that are not computed here.
+# Variants of attention that change the result and are not supported here.
 REFUSED = ("position_bias", "s_aux", "softcap")
-# A mask that transformers passes on as it is instead of making one; it is not read.
+# A mask that transformers passes on instead of making one; it is not read.
 NO_MASK = torch.ones(1, 1, 1, 1)
 
 
 def install(model: Any, flag: str) -> None:
     """Let the model's text layers attend by a row layout.
 
-    :param flag: who asks, for the message.
+    :param flag: the flag that needs it, for the message.
     :raises ValueError: the model mixes tokens in a way that would let packed samples see each other.
     """
     text, name = model.config.get_text_config(decoder=True), type(model).__name__
@@ -45,50 +46,50 @@ def install(model: Any, flag: str) -> None:
     if others:
         raise ValueError(
             f"{flag}: {name} has {', '.join(others)} layers, which carry state from one sample of a row to the next; "
-            "leave the flag away"
+            "drop the flag"
         )
     if not getattr(model, "_supports_attention_backend", False):
         raise ValueError(
-            f"{flag}: {name} computes attention by itself, over whole rows, so that the samples of a row would see "
-            "each other; leave the flag away"
+            f"{flag}: {name} computes attention itself, over whole rows, so that the samples of a row would see "
+            "each other; drop the flag"
         )
     if any(map(_offsets_positions, model.modules())):
         raise ValueError(
-            f"{flag}: {name} counts positions from behind its padding token, and not from 0 as they are given here; "
-            "leave the flag away"
+            f"{flag}: {name} counts positions from its padding token, and not from 0 as they are given here; "
+            "drop the flag"
         )
     if implementation not in KERNELS:
         raise ValueError(
             f"{flag}: attention implementation {implementation!r} would let the samples of a row see each other; load "
-            f"{name} with one of {', '.join(KERNELS)}, or leave the flag away"
+            f"{name} with one of {', '.join(KERNELS)}, or drop the flag"
         )
     text._attn_implementation = _register(KERNELS[implementation])
 
 
 def _offsets_positions(module: nn.Module) -> bool:
-    """RoBERTa's kind of embedding: rows of its table of positions belong to padding."""
+    """Whether position embeddings have a padding index, as RoBERTa's."""
     table = getattr(module, "position_embeddings", None)
     learned = isinstance(table, nn.Embedding) and table.padding_idx is not None
     return learned or hasattr(module, "create_position_ids_from_input_ids")
 
 
 def check_attended(model: Any, layout: RowLayout | SharedPrompts) -> None:
-    """After a forward pass: has every layer attended by the layout?
+    """Check, after a forward pass, that every layer has attended by the layout.
 
-    :raises ValueError: some mixed tokens in another way, where samples of a row see each other.
+    :raises ValueError: some mix tokens in another way, in which samples of a row see each other.
     """
     known = layout.attended.total
     layers = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", known)
     if known != layers:
         raise ValueError(
             f"{type(model).__name__} has {layers} layers, and attention knew {known} times how its row is laid out: "
-            "other layers carry something from one sample of a row to the next; leave --packing_samples and "
-            "--sp_size away"
+            "other layers carry something from one sample of a row to the next; drop --packing_samples and "
+            "--sp_size"
         )
 
 
 def check_heads(model: Any, ranks: SequenceRanks, flag: str = "--sp_size") -> None:
-    """:raises ValueError: the attention heads cannot be shared out evenly; the sizes that would do are named."""
+    """:raises ValueError: the attention heads cannot be split evenly; names the possible sizes."""
     heads = model.config.get_text_config(decoder=True).num_attention_heads
     if heads % ranks.size:
         possible = ", ".join(str(size) for size in range(1, heads + 1) if heads % size == 0)
@@ -124,31 +125,33 @@ def attend(
 ) -> tuple[Tensor, None]:
     """``[R, L, heads, width]`` from ``[R, heads, L, width]``, L being this rank's part of a row.
 
-    :raises ValueError: the model asks for a variant of attention that is not computed here, or the layout of its row
-        did not reach this layer.
+    :raises ValueError: the model needs a variant of attention that is not supported here, or does not pass the layout
+        of its row to this layer.
     """
     if row_layout is None:
-        # By shape: strategies cast and move the mask. Of one token there is nothing to hide, and masks have this shape.
+        # By shape, since strategies cast and move the mask. For one token real masks have it too, and hide nothing.
         unread = attention_mask is not None and attention_mask.shape == NO_MASK.shape
         if unread and (query.shape[2] > 1 or key.shape[2] > 1):
             raise ValueError(
                 f"{type(module).__name__} was not told how its row is laid out, because the model's own code keeps "
                 "keywords from it, so that packed samples would see each other and ranks would not share a sequence; "
-                "leave --packing_samples and --sp_size away"
+                "drop --packing_samples and --sp_size"
             )
         from transformers import AttentionInterface
 
         own = AttentionInterface()[kernel]
         options = {"dropout": dropout, "scaling": scaling, "sliding_window": sliding_window, **kwargs}
         seen: Any = module
-        if kernel == "flash_attention_2":  # it loads what the layer's configuration names, which is not our name
+        if (
+            kernel == "flash_attention_2"
+        ):  # it loads the implementation that the layer's configuration names, which is not ours
             seen = _Standin(module, config=_Standin(module.config, _attn_implementation=kernel))
         return own(seen, query, key, value, attention_mask, **options)
     row_layout.attended.total += 1
     if wrong := [name for name in REFUSED if kwargs.get(name) is not None]:
         raise ValueError(
             f"{type(module).__name__} attends with {', '.join(wrong)}, which is not computed for packed samples nor "
-            "for sequence parallelism; leave --packing_samples and --sp_size away"
+            "for sequence parallelism; drop --packing_samples and --sp_size"
         )
     sliding_window = sliding_window or _window_of(module)
     if isinstance(row_layout, SharedPrompts):
@@ -177,7 +180,7 @@ class _Standin:
 
 
 def _window_of(module: nn.Module) -> int | None:
-    """The window of a layer whose code leaves it to the mask (Qwen2-MoE), and the mask is not read here."""
+    """The window of a layer whose code applies it only in the mask (Qwen2-MoE), which is not read here."""
     config, layer = getattr(module, "config", None), getattr(module, "layer_idx", None)
     types = getattr(config, "layer_types", None)
     if not types or layer is None or types[layer] != "sliding_attention":
@@ -206,7 +209,7 @@ def _over_prompts(
                 torch.cat([context[:, before].index_select(0, sources), own], dim=1).transpose(1, 2)
                 for context, own in zip(contexts, (k, v), strict=True)
             )
-            # The heads of a group stand one after the other as queries of their one head of keys.
+            # The heads of a group become successive queries of their one head of keys.
             q = q.unflatten(2, (-1, groups)).permute(0, 2, 3, 1, 4).flatten(2, 3)
             mask = layout.mask(part, window, groups, q.dtype)
             out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
@@ -217,7 +220,7 @@ def _over_prompts(
 
 # ---- ranks that share a sequence -------------------------------------------------------------------------------------
 def _with_heads_for(part: Tensor, queries: int, ranks: int) -> Tensor:
-    """Keys or values with each head repeated as often as it takes to share them out, and no oftener."""
+    """Keys or values with each head repeated only as often as needed to split them over the ranks."""
     heads = part.shape[1]
     groups = queries // heads
     times = next(n for n in range(1, groups + 1) if groups % n == 0 and heads * n % ranks == 0)
@@ -225,10 +228,10 @@ def _with_heads_for(part: Tensor, queries: int, ranks: int) -> Tensor:
 
 
 class _Exchange(torch.autograd.Function):
-    """Each rank gives away its part of one axis, cut over the ranks, and collects all parts of another.
+    """All-to-all: each rank splits one axis over the ranks, and collects all parts of another.
 
     ``[R, heads, L, width]`` of this rank's tokens thus become ``[R, heads / size, L * size, width]`` of its heads. All
-    tensors travel together, so that ranks wait for each other once.
+    tensors are sent together, so that ranks wait for each other only once.
     """
 
     @staticmethod
@@ -247,7 +250,7 @@ def _exchange(tensors: tuple[Tensor, ...], ranks: SequenceRanks, cut: int, colle
     incoming = torch.empty_like(outgoing)
     dist.all_to_all_single(incoming, outgoing, group=ranks.group)
     taken = incoming.view(ranks.size, -1).split([of_tensor[0].numel() for of_tensor in pieces], dim=1)
-    # Each in memory of its own: what is kept of one for the backward pass keeps no other.
+    # Each in its own memory: keeping one for the backward pass does not keep the others.
     return tuple(
         torch.cat([piece.view(of_tensor[0].shape) for piece in parts], dim=collected)
         for parts, of_tensor in zip(taken, pieces, strict=True)

@@ -1,4 +1,4 @@
-"""Where the tokens of a batch lie in what the model sees: packed into one row, and cut over the ranks of a sequence."""
+"""Where a batch's tokens are in the model's input: packed into one row, and split over the ranks of a sequence."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 class SequenceRanks:
     """The ranks that share each row (Ulysses sequence parallelism, arXiv:2309.14509).
 
-    :param group: their process group, in which this rank has the place ``rank`` of ``size``.
+    :param group: their process group, in which this rank is ``rank`` of ``size``.
     """
 
     group: Any
@@ -24,13 +24,13 @@ class SequenceRanks:
 
     @classmethod
     def of(cls, group: Any) -> SequenceRanks | None:
-        """From a process group; None where there is none, or where this rank is alone in it."""
+        """From a process group; None if there is none, or if this rank is alone in it."""
         if group is None or dist.get_world_size(group) == 1:
             return None
         return cls(group, dist.get_rank(group), dist.get_world_size(group))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SequenceRanks:
-        """A process group cannot be copied: the copy of a model talks to the same ranks."""
+        """A process group cannot be copied: a copy of a model uses the same one."""
         return self
 
     def __copy__(self) -> SequenceRanks:
@@ -38,7 +38,7 @@ class SequenceRanks:
 
 
 class Tally:
-    """A count that all copies of a layout share: FSDP copies dataclasses and containers that it hands to a layer."""
+    """A count that all copies of a layout share: FSDP copies dataclasses and containers that it passes to a layer."""
 
     def __init__(self) -> None:
         self.total = 0
@@ -48,11 +48,11 @@ class Tally:
 class RowLayout:
     """How rows ``[B, T]``, padded on the right, become rows ``[R, L]`` of the model on this rank.
 
-    Packed, the rows' tokens stand one after the other in a single row without padding. With ``ranks`` each rank has an
-    equal part of every row; what is missing to a multiple of the ranks is filled up at the end.
+    Packed, the rows' tokens are concatenated into a single row without padding. With ``ranks`` each rank has an equal
+    part of every row, which is padded at the end to a multiple of the ranks.
 
     :param mask: ``[B, T]``, true at tokens. :param lengths: tokens of each row; None where rows are not packed.
-    :param attended: how often layers have gone by it.
+    :param attended: number of layers that have used it.
     """
 
     mask: Tensor
@@ -62,19 +62,19 @@ class RowLayout:
 
     @classmethod
     def of(cls, attention_mask: Tensor, *, packed: bool, ranks: SequenceRanks | None) -> RowLayout:
-        """The layout of a batch; rows without a single token stay as they are."""
+        """The layout of a batch; rows without any token are kept as they are."""
         mask = attention_mask.bool()
         lengths = tuple(mask.sum(dim=1).tolist()) if packed else None
         return cls(mask, lengths if lengths and any(lengths) else None, ranks)
 
     @cached_property
     def columns(self) -> int:
-        """Tokens of a whole row, the filling left out."""
+        """Tokens of a whole row, without padding."""
         return self.mask.shape[1] if self.lengths is None else sum(self.lengths)
 
     @cached_property
     def filling(self) -> int:
-        """Columns that fill a row up to a multiple of the ranks."""
+        """Columns that pad a row to a multiple of the ranks."""
         return 0 if self.ranks is None else -self.columns % self.ranks.size
 
     @cached_property
@@ -85,7 +85,7 @@ class RowLayout:
         return tuple(length for length in (*self.lengths, self.filling) if length)
 
     def place(self, values: Tensor) -> Tensor:
-        """``[..., B, T]`` figures of tokens, as this rank's ``[..., R, L]``."""
+        """``[..., B, T]`` values of tokens as this rank's ``[..., R, L]``."""
         if self.lengths is not None:
             values = values[..., self.mask].unsqueeze(-2)
         if self.ranks is None:
@@ -94,7 +94,7 @@ class RowLayout:
         return values.chunk(self.ranks.size, dim=-1)[self.ranks.rank]
 
     def restore(self, values: Tensor) -> Tensor:
-        """This rank's ``[R, L]`` figures as ``[B, T]`` on every rank of the sequence, with gradient."""
+        """This rank's ``[R, L]`` values as ``[B, T]`` on every rank of the sequence, with gradient."""
         if self.ranks is not None:
             values = _GatherColumns.apply(values, self.ranks)[:, : self.columns]
         if self.lengths is None:
@@ -104,10 +104,10 @@ class RowLayout:
 
 
 class _GatherColumns(torch.autograd.Function):
-    """``[R, L]`` of each rank side by side. Every rank computes the same loss of them.
+    """``[R, L]`` of all ranks concatenated. Every rank computes the same loss from them.
 
-    Each rank's gradient is then that of its own columns, and backends average gradients over all ranks: so that the
-    average is the whole gradient, each rank's part counts as often as there are parts.
+    Each rank's gradient is that of its own columns, multiplied by the number of ranks, since backends average gradients
+    over all ranks: the average is then the whole gradient.
     """
 
     @staticmethod

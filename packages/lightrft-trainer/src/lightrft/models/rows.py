@@ -1,4 +1,4 @@
-"""The one layout of token rows: prompt and response joined, padded on the right, with masks of the same shape."""
+"""Rows of tokens: prompt and response concatenated, padded on the right, with masks of the same shape."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def pad_rows(
     pad_token_id: int,
     device: torch.device | None = None,
 ) -> TokenRows:
-    """Join each prompt with its response and pad on the right.
+    """Concatenate each prompt and its response, and pad on the right.
 
     :raises ValueError: different numbers of prompts and responses, or an empty prompt (its first response token would
         have no distribution).

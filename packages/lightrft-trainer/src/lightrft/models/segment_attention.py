@@ -1,4 +1,4 @@
-"""Attention within the segments of rows: by SDPA, or by one kernel that knows where segments end."""
+"""Attention within segments of rows: with SDPA, or with one variable-length kernel."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from lightrft.strategy.device import attends_in_segments
 def attend_in_segments(
     query: Tensor, key: Tensor, value: Tensor, segments: tuple[int, ...], *, kernel: str, dropout: float, **options: Any
 ) -> Tensor:
-    """``[R, heads, L, width]``, each token of a row seeing its own segment alone.
+    """``[R, heads, L, width]``, in which each token attends only to its own segment.
 
-    :param key: heads of keys and values divide the query's. :param segments: lengths that add up to L.
-    :param kernel: ``flash_attention_2``, or ``sdpa``: then torch's own kernel of variable lengths, where it has one.
-    :param options: ``scaling`` (None: by the width), ``window`` (tokens that a sliding window shows, or None),
+    :param key: its number of heads divides the query's. :param segments: lengths that add up to L.
+    :param kernel: ``flash_attention_2``, or ``sdpa``, which uses torch's variable-length kernel if there is one.
+    :param options: ``scaling`` (None: by the width), ``window`` (size of a sliding window, or None),
         ``causal``.
     """
     if kernel == "flash_attention_2":
@@ -32,7 +32,7 @@ def attend_in_segments(
 
 
 def _in_segments(query: Tensor, key: Tensor, value: Tensor, segments: tuple[int, ...], **options: Any) -> Tensor:
-    """By SDPA; neighbours of one length are computed as a batch."""
+    """With SDPA; neighbouring segments of equal length are computed as a batch."""
     if len(segments) == 1:
         return sdpa(query, key, value, **options)
     out, runs = [], [(length, len(list(run))) for length, run in groupby(segments)]
@@ -62,7 +62,7 @@ def sdpa(
     if causal and window is not None and window < length:
         distance = torch.arange(length, device=query.device)[:, None] - torch.arange(length, device=query.device)
         mask, causal = (distance >= 0) & (distance < window), False
-    native = query.device.type != "cpu" and mask is None  # there grouped heads take the slow path
+    native = query.device.type != "cpu" and mask is None  # there grouped heads are slow
     if grouped > 1 and not native:
         key, value = (part.repeat_interleave(grouped, dim=1) for part in (key, value))
     return nn.functional.scaled_dot_product_attention(
@@ -89,7 +89,7 @@ def _varied(
     causal: bool,
     **options: Any,
 ) -> Tensor:
-    """Attention within each segment, in one kernel that takes tokens ``[T, heads, width]`` and where segments end."""
+    """Attention within each segment, with one kernel for tokens ``[T, heads, width]`` and the segments' ends."""
     rows, _, length, _ = query.shape
     lengths = segments * rows
     ends = _ends(lengths, query.device)
@@ -101,7 +101,7 @@ def _varied(
 
 @lru_cache(maxsize=8)
 def _ends(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """Where each segment begins, and the last one's end; all layers of a model ask for the same."""
+    """The start of each segment, and the end of the last one; cached, since all layers need the same."""
     return torch.tensor((0, *accumulate(lengths)), dtype=torch.int32, device=device)
 
 
@@ -116,13 +116,13 @@ def _flash(
     dropout: float,
     scaling: float | None,
 ) -> Tensor:
-    """The package flash-attn's."""
+    """The kernel of the package flash-attn."""
     from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
 
     device = query.device.type
-    if torch.is_autocast_enabled(device):  # the rotation has made fp32 of queries and keys, and this casts nothing
+    if torch.is_autocast_enabled(device):  # the rotation has made queries and keys fp32, and the kernel does not cast
         query, key, value = (part.to(torch.get_autocast_dtype(device)) for part in (query, key, value))
-    # It wants values as wide as keys; zeros add nothing.
+    # It needs values as wide as keys; zeros add nothing.
     width, missing = value.shape[-1], query.shape[-1] - value.shape[-1]
     if missing:
         value = nn.functional.pad(value, (0, missing))
@@ -141,9 +141,9 @@ def _flash(
 
 
 def _torch_varies(query: Tensor, value: Tensor, segments: tuple[int, ...], dropout: float) -> bool:
-    """Does torch's own kernel of variable lengths compute this?
+    """Whether torch's variable-length kernel supports this.
 
-    It has no dropout, no heads wider than 256, and no values of another width than keys.
+    It has no dropout, no heads wider than 256, and no values of another width than the keys.
     """
     width = query.shape[-1]
     if len(segments) == 1 or dropout or width > 256 or width % 8 or value.shape[-1] != width:
@@ -161,7 +161,7 @@ def _torch_flash(
     *,
     scaling: float | None,
 ) -> Tensor:
-    """Torch's own, which needs no further package."""
+    """Torch's own kernel, which needs no further package."""
     from torch.nn.attention.varlen import varlen_attn
 
     grouped = _grouped(varlen_attn)
@@ -172,5 +172,5 @@ def _torch_flash(
 
 @cache
 def _grouped(varlen_attn: Callable[..., Any]) -> dict[str, Any]:
-    """Later versions of torch want to be told of heads of keys that several heads of queries share."""
+    """Later versions of torch need a flag for grouped heads."""
     return {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}

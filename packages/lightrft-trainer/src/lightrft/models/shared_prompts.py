@@ -1,8 +1,8 @@
-"""Samples of one prompt, computed with the prompt once: its keys and values serve all of them.
+"""Samples with the same prompt, for which the prompt is computed only once: all of them use its keys and values.
 
-A token's hidden state depends on what stands before it alone, so a prompt's are the same in each of its samples, and
-their gradients add up. The rows become one row: the prompts, then what each sample has of its own. That begins with the
-prompt's last token, whose successor differs, and ends where nothing more is asked.
+A token's hidden state depends only on the tokens before it, so a prompt's are the same in each of its samples, and
+their gradients add up. The rows become one row: the prompts, then each sample's own part, which starts with the
+prompt's last token, whose successor differs, and ends with the last token that is needed.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from .row_layout import Tally
 WORTHWHILE = 0.8
 """Share of the tokens up to which computing prompts once pays for bringing keys to the samples."""
 LARGEST_MASK = 2**24  # elements, for all parts together: 64 MiB in fp32
-FREE_PADDING = 512  # padded queries below this cost less than another call of attention
+FREE_PADDING = 512  # fewer padded queries than this cost less than another call of attention
 PADDING_SHARE = 0.25
-# Families, of transformers' own code, whose layers mix tokens through attention alone and that the tests cover.
+# Families in transformers whose layers mix tokens only by attention and that are covered by tests.
 FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "qwen3_moe"})
 
 
 def can_share(model: Any) -> bool:
-    """Whether a model's numbers are the same where samples share their prompt."""
+    """Whether a model's results are the same if samples share their prompt."""
     text = model.config.get_text_config(decoder=True)
     own_code = any(kind.__module__.startswith("transformers.models.") for kind in type(model).__mro__)
     return (
@@ -39,7 +39,7 @@ def can_share(model: Any) -> bool:
 
 
 def has_dropout(model: nn.Module) -> bool:
-    """Whether training passes are random: samples that share a prompt would share what is dropped out of it."""
+    """Whether training passes are random: samples that share a prompt would share its dropout."""
     config: Any = model.config
     layers = (module.p for module in model.modules() if isinstance(module, nn.Dropout))
     return bool(getattr(config, "attention_dropout", 0.0)) or any(layers)
@@ -48,12 +48,12 @@ def has_dropout(model: nn.Module) -> bool:
 class Padding:
     """Segments of a flat row as rows of one width, and back.
 
-    :param lengths: of the segments, which stand one after the other.
+    :param lengths: of the segments, one after the other.
     """
 
     def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
         self.rows, self.width, self.tokens = len(lengths), max(lengths), sum(lengths)
-        self.places: Tensor | None = None  # nothing to be done but to look at it otherwise
+        self.places: Tensor | None = None  # a view is enough
         if min(lengths) < self.width:
             each = torch.tensor(lengths)[:, None]
             there = torch.arange(self.width) < each
@@ -62,7 +62,7 @@ class Padding:
             self.places, self.holes = (part.flatten().nonzero()[:, 0].to(device) for part in (there, ~there))
 
     def fill(self, flat: Tensor) -> Tensor:
-        """``[rows, width, ...]``, of anything where a segment has ended."""
+        """``[rows, width, ...]``, with arbitrary values after the end of a segment."""
         if self.places is not None:
             flat = _Fill.apply(flat, self)
         return flat.unflatten(0, (self.rows, self.width))
@@ -74,7 +74,7 @@ class Padding:
 
 
 class _Fill(torch.autograd.Function):
-    """Each token stands in one place, so that a gradient is looked up instead of added up."""
+    """Each token is in one place only, so that gradients are indexed instead of accumulated."""
 
     @staticmethod
     def forward(ctx: Any, flat: Tensor, padding: Padding) -> Tensor:
@@ -100,7 +100,7 @@ class _Drain(torch.autograd.Function):
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """Neighbouring segments of similar lengths: what attention computes at a time.
+    """Neighbouring segments of similar lengths, for one call of attention.
 
     :param segments: their numbers among the prompts, or among the samples. :param context: for samples, the tokens
         of each one's prompt.
@@ -112,7 +112,7 @@ class Part:
 
     @property
     def seen(self) -> tuple[int, ...]:
-        """``context``, or one of it where all are alike: a mask for each."""
+        """``context``, or a single one if all are equal: a mask for each."""
         return self.context[:1] if len(set(self.context)) == 1 else self.context
 
 
@@ -120,10 +120,10 @@ class Part:
 class SharedPrompts:
     """How rows ``[B, T]`` become one row ``[1, L]``: prompts first, then the samples' own parts.
 
-    :param shape: of the rows. :param index: ``[L]`` int64, where each token stands in the flattened rows.
+    :param shape: of the rows. :param index: ``[L]`` int64, the place of each token in the flattened rows.
     :param prompts: their lengths. :param own: lengths of the samples' own parts, each of which
         sees the prompt numbered in ``prompt_of``.
-    :param attended: how often layers have gone by it.
+    :param attended: number of layers that have used it.
     """
 
     shape: torch.Size
@@ -136,9 +136,10 @@ class SharedPrompts:
 
     @classmethod
     def of(cls, tokens: Tensor, asked: Tensor, *, at_most: float) -> SharedPrompts | None:
-        """The layout of a batch; None where it would have more than ``at_most`` tokens.
+        """The layout of a batch; None if it would have more than ``at_most`` tokens.
 
-        :param tokens: ``[B, T]``, padded on the right. :param asked: ``[B, T]`` bool, positions that are asked about.
+        :param tokens: ``[B, T]``, padded on the right. :param asked: ``[B, T]`` bool, positions whose results are
+            needed.
         """
         columns = torch.arange(1, tokens.shape[1] + 1, device=asked.device)
         marked = asked * columns
@@ -146,7 +147,7 @@ class SharedPrompts:
         rows, starts, ends = tokens.tolist(), starts.tolist(), ends.tolist()
         groups: dict[tuple[int, ...], list[int]] = {}
         for row, (start, end) in enumerate(zip(starts, ends, strict=True)):
-            if end == 0:  # nothing is asked: one token, so that every parameter is reached
+            if end == 0:  # nothing is needed: one token, so that every parameter gets a gradient
                 starts[row], ends[row] = start, end = 0, 1
             groups.setdefault(tuple(rows[row][:start]), []).append(row)
         own = [end - start for start, end in zip(starts, ends, strict=True)]
@@ -167,11 +168,11 @@ class SharedPrompts:
         )
 
     def place(self, values: Tensor) -> Tensor:
-        """``[..., B, T]`` figures of tokens as ``[..., 1, L]``."""
+        """``[..., B, T]`` values of tokens as ``[..., 1, L]``."""
         return values.flatten(-2)[..., self.index].unsqueeze(-2)
 
     def restore(self, values: Tensor) -> Tensor:
-        """``[1, L]`` figures as ``[B, T]``, 0 where a row's token is not its own."""
+        """``[1, L]`` values as ``[B, T]``, 0 where a token is not in the row's own part."""
         flat = torch.zeros(self.shape.numel(), dtype=values.dtype, device=values.device)
         return flat.index_copy(0, self.index, values[0]).view(self.shape)
 
@@ -180,14 +181,14 @@ class SharedPrompts:
     def parts(self) -> list[Part]:
         """The prompts' parts, then the samples'."""
         device, context = self.index.device, tuple(self.prompts[prompt] for prompt in self.prompt_of)
-        some = tuple(length for length in self.prompts if length)  # a prompt of one token leaves nothing to share
+        some = tuple(length for length in self.prompts if length)  # nothing to share in a prompt of one token
         return [Part(rows, Padding(some[rows], device)) for rows in alike(some)] + [
             Part(rows, Padding(self.own[rows], device), context[rows]) for rows in alike(self.own)
         ]
 
     @cached_property
     def all_prompts(self) -> Padding:
-        """All prompts as rows, from which samples take theirs."""
+        """All prompts as rows, to be selected by the samples."""
         return Padding(self.prompts, self.index.device)
 
     @cached_property
@@ -220,7 +221,7 @@ class SharedPrompts:
 
 
 def alike(lengths: Sequence[int]) -> list[slice]:
-    """Cut ascending lengths into runs that may be padded to one length."""
+    """Split ascending lengths into runs that may be padded to one length."""
     runs: list[slice] = []
     start = real = 0
     for end, length in enumerate(lengths, 1):

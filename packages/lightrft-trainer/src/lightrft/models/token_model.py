@@ -1,4 +1,4 @@
-"""What actors and critics have in common: a transformers model that is asked about the tokens of rows."""
+"""The common part of actors and critics: a transformers model that is evaluated at the tokens of rows."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from .shared_prompts import LARGEST_MASK, WORTHWHILE, SharedPrompts, can_share, 
 
 @dataclass(frozen=True)
 class Question:
-    """One forward pass: what the model is given, and which of its positions are asked about.
+    """One forward pass: the model's inputs, and the positions at which results are needed.
 
     :param inputs: keywords of the model's forward. :param asked: ``[R, L]`` bool over the positions that the model
-        sees: true where the *next* token is wanted. :param labels: ``[N]``, those next tokens.
-    :param layout: how the model's rows came from the caller's; None: they are the same.
-    :param shape: of the caller's rows, ``[B, T]``. :param model: who is asked.
+        sees: true where a result for the *next* token is needed. :param labels: ``[N]``, those next tokens.
+    :param layout: how the model's rows were made from the caller's; None: they are the same.
+    :param shape: of the caller's rows, ``[B, T]``. :param model: the model.
     """
 
     inputs: dict[str, Any]
@@ -36,11 +36,11 @@ class Question:
     model: Any
 
     def answer(self, values: Tensor) -> Tensor:
-        """``[R, L]`` figures at the model's positions as ``[B, T]`` at the tokens that follow, 0 where not asked.
+        """``[R, L]`` values at the model's positions as ``[B, T]`` at the tokens that follow, 0 elsewhere.
 
-        :raises ValueError: the model's forward has not gone by the layout in every layer.
+        :raises ValueError: the model's forward has not used the layout in every layer.
         """
-        # where(), not a product: a figure at padding may be anything, NaN included
+        # where(), not a product: a value at padding may be anything, even NaN
         kept = torch.where(self.asked, values, torch.zeros_like(values))
         if self.layout is not None:
             row_attention.check_attended(self.model, self.layout)
@@ -48,32 +48,32 @@ class Question:
         return nn.functional.pad(kept[:, :-1], (1, self.shape[1] - kept.shape[1]))
 
     def spread(self, values: Tensor) -> Tensor:
-        """:meth:`answer` of figures ``[N]`` at the asked positions alone."""
+        """:meth:`answer` for values ``[N]`` at the asked positions only."""
         empty = torch.zeros(self.asked.shape, dtype=values.dtype, device=values.device)
         return self.answer(empty.masked_scatter(self.asked, values))
 
 
 class TokenModel(nn.Module):
-    """A transformers model, ``.model``, behind rows of prompt, response and padding.
+    """A transformers model, ``.model``, for rows of prompt, response and padding.
 
-    Everything goes through :meth:`forward` and the model's own forward, so that a strategy may shard any part of it.
-    Rows that begin with one prompt are computed with that prompt once, where the model allows it
-    (``.shares_prompts``) and enough is saved.
+    Everything goes through :meth:`forward` and the model's own forward, so that a strategy may shard any part of it. If
+    rows have the same prompt, it is computed once, provided that the model allows it (``.shares_prompts``) and enough
+    is saved.
 
     :param pretrain_or_model: a folder or hub name, a transformers configuration (random weights), or a module.
-    :param kind: what of the model is taken; see :func:`lightrft.models.loading.load_model`.
-    :param dtype: of the weights, where they are loaded or made here.
-    :param compute_dtype: what a strategy casts the weights to when it computes; None: ``dtype``.
-    :param use_flash_attention_2: refused where the package is not installed.
+    :param kind: the part of the model to load; see :func:`lightrft.models.loading.load_model`.
+    :param dtype: of the weights, if they are loaded or made here.
+    :param compute_dtype: the dtype to which a strategy casts the weights; None: ``dtype``.
+    :param use_flash_attention_2: refused if the package is not installed.
     :param gradient_checkpointing: recompute activations in the backward pass.
-    :param trust_remote_code: run code that a hub model brings along.
+    :param trust_remote_code: run Python code that comes with a hub model.
     :param packing_samples: let the model see the rows of a batch as one, without padding.
     :param sequence_group: process group of the ranks that share each row; all of them must be given the same rows.
-        ``strategy.sequence_group`` is it; None: each rank has rows of its own.
+        Use ``strategy.sequence_group``; None: each rank has its own rows.
     :param lora_rank: above 0: train LoRA adapters of this rank, and freeze the model; see
         :func:`lightrft.models.lora.add_adapters` for ``lora_alpha``, ``lora_dropout`` and ``target_modules``.
-    :raises ValueError: see :func:`lightrft.models.loading.load_model`; or a model whose samples would see each other,
-        or whose attention heads the ranks cannot share.
+    :raises ValueError: see :func:`lightrft.models.loading.load_model`; or a model in which samples would see each
+        other, or whose attention heads cannot be split over the ranks.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class TokenModel(nn.Module):
             if is_vision_language(self.config):
                 raise ValueError(
                     f"--sp_size {self.sequence_ranks.size}: {type(self.model).__name__} takes images, which cannot be "
-                    "cut over ranks; leave it at 1"
+                    "split over ranks; use 1"
                 )
         if packing_samples or self.sequence_ranks is not None:
             row_attention.install(self.model, "--packing_samples" if packing_samples else "--sp_size")
@@ -141,12 +141,12 @@ class TokenModel(nn.Module):
         response_mask: Tensor | None,
         multimodal: dict[str, Any],
     ) -> Question:
-        """Rows as the model takes them.
+        """The forward pass for rows.
 
         :param sequences: ``[B, T]`` token ids: prompt, response, padding.
         :param attention_mask: ``[B, T]``, 1 at tokens, 0 at padding on the right; None: no padding.
-        :param response_mask: ``[B, T]`` bool, the tokens that are wanted; None: every token but a row's first.
-        :param multimodal: ``pixel_values``, ``image_grid_thw`` and whatever else the model's forward takes.
+        :param response_mask: ``[B, T]`` bool, the tokens to evaluate; None: every token but a row's first.
+        :param multimodal: ``pixel_values``, ``image_grid_thw`` and other arguments of the model's forward.
         :raises ValueError: rows with padding on the left, or masks of another shape.
         """
         mask = torch.ones_like(sequences) if attention_mask is None else attention_mask
@@ -162,7 +162,7 @@ class TokenModel(nn.Module):
         asked, following = nn.functional.pad(wanted[:, 1:], (0, 1)), nn.functional.pad(tokens[:, 1:], (0, 1))
         given = extras = multimodal_inputs(self.config, tokens, multimodal)
         if getattr(self.config.get_text_config(decoder=True), "output_router_logits", False):
-            # Its router's auxiliary loss is no part of an objective here, and rows in parts would not give it.
+            # The router's auxiliary loss is not part of the objective, and parts of rows would not give it.
             extras = {"output_router_logits": False, **extras}
         layout: RowLayout | SharedPrompts | None = None
         if response_mask is not None and self.shares_prompts and not given:
@@ -183,7 +183,7 @@ class TokenModel(nn.Module):
         return Question(inputs, asked, layout.place(following)[asked], layout, sequences.shape, self.model)
 
     def _shared(self, tokens: Tensor, mask: Tensor, asked: Tensor) -> RowLayout | SharedPrompts | None:
-        """A layout in which prompts that rows share are computed once; None where that saves too little."""
+        """A layout in which shared prompts are computed once; None if that saves too little."""
         if len(tokens) < 2 or (self._random and self.model.training):
             return None
         real, padded = int(mask.sum()), tokens.numel()
@@ -194,7 +194,7 @@ class TokenModel(nn.Module):
 
     @property
     def _head_groups(self) -> int:
-        """Query heads to each head of keys."""
+        """Query heads per head of keys."""
         return self.config.num_attention_heads // self.config.num_key_value_heads
 
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:

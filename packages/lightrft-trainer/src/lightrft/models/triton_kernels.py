@@ -1,6 +1,6 @@
-"""The kernels of :mod:`.logit_kernels`, which imports this when it first needs them: Triton takes 0.4 s to import."""
+"""The kernels of :mod:`.logit_kernels`, in their own module because importing Triton takes 0.4 s."""
 
-# What is decorated with triton.jit is Triton's language, not Python's.
+# Functions decorated with triton.jit are in Triton's language, not Python.
 # pyright: reportMissingParameterType=false
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ def statistics_kernel(
     logits, labels, logprobs, normalizers, entropies, stride, vocabulary, scale,
     with_entropy: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """A program reads one row of logits; see :func:`.logit_kernels.statistics`."""
+    """One program per row of logits; see :func:`.logit_kernels.statistics`."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     peak, total, mean = -float("inf"), 0.0, 0.0  # mean: of the logits above the peak, weighted and not yet divided
@@ -45,7 +45,7 @@ def gradients_kernel(
     logits, result, labels, normalizers, entropies, by_logprob, by_entropy, stride, result_stride, width, first,
     scale, with_entropy: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """A program writes one block of a row; see :func:`.logit_kernels.gradients`."""
+    """One program per block of a row; see :func:`.logit_kernels.gradients`."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * block + tl.arange(0, block)
     x = tl.load(logits + row * stride + columns, mask=columns < width, other=-float("inf")).to(tl.float32)

@@ -1,4 +1,4 @@
-"""Rewards: rules, your own functions, servers. ``build_reward`` makes one from what the command line says."""
+"""Rewards: rules, your own functions, servers. ``build_reward`` makes one from the command line's flags."""
 
 from __future__ import annotations
 

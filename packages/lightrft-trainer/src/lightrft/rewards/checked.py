@@ -1,4 +1,4 @@
-"""Rewards that cannot spoil a run: every call has a deadline, and every result is one finite number for each sample."""
+"""Rewards with checks: every call has a deadline, and every result is one finite number per sample."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DEFAULT_TIMEOUT_SECONDS = 60.0
 
 
 def check_signature(function: Any, name: str) -> frozenset[str] | None:
-    """The keywords that a reward takes besides prompts, responses and labels; None where it takes any.
+    """The keywords that a reward takes besides prompts, responses and labels; None if it takes any.
 
     :raises RewardError: it is not callable, or not with those three.
     """
@@ -24,10 +24,10 @@ def check_signature(function: Any, name: str) -> frozenset[str] | None:
         raise RewardError(f"reward {name}: {function!r} is not a function; write module:function")
     try:
         signature = inspect.signature(function)
-    except (TypeError, ValueError):  # some compiled callables have no signature: then the call itself will tell
+    except (TypeError, ValueError):  # some compiled callables have no signature: then the call itself will show
         return None
     try:
-        signature.bind_partial((), (), ())  # further ones may be extras
+        signature.bind_partial((), (), ())  # others may be extras
     except TypeError as error:
         raise RewardError(
             f"reward {name}{signature} cannot be called with (prompts, responses, labels): {error}; "
@@ -40,9 +40,9 @@ def check_signature(function: Any, name: str) -> frozenset[str] | None:
 
 
 def numbers_of(values: Any, count: int, *, name: str, prompts: Sequence[str]) -> list[float]:
-    """``count`` finite floats from whatever sequence, tensor or array a reward returned.
+    """``count`` finite floats from the sequence, tensor or array that a reward returned.
 
-    :raises RewardError: it is something else; the message names the first sample at fault.
+    :raises RewardError: it returned something else; the message names the first sample at fault.
     """
     advice = "return one finite number for each response"
     if hasattr(values, "tolist") and not isinstance(values, (list, tuple)):
@@ -76,9 +76,9 @@ class CheckedReward:
     """A reward function behind a deadline and a check of what it returns.
 
     :param function: see :class:`~lightrft.rewards.protocol.RewardFunction`.
-    :param name: how messages and metrics call it.
+    :param name: its name in messages and metrics.
     :param timeout: seconds that one call, for one batch, may take.
-    :raises RewardError: at construction, where the function cannot be called as a reward.
+    :raises RewardError: at construction, if the function cannot be called as a reward.
     """
 
     def __init__(self, function: RewardFunction, *, name: str, timeout: float = DEFAULT_TIMEOUT_SECONDS) -> None:
@@ -94,14 +94,14 @@ class CheckedReward:
     ) -> RewardOutput:
         """Rewards of one batch. No samples give no rewards, without calling the function.
 
-        :raises RewardError: it raised, or returned anything but one finite number a sample.
+        :raises RewardError: it raised, or did not return one finite number per sample.
         :raises RewardTimeoutError: it was late.
         """
         count = len(responses)
         if not len(prompts) == len(labels) == count:
             raise RewardError(
-                f"reward {self.name}: {len(prompts)} prompts, {count} responses and {len(labels)} labels; they "
-                "must be as many"
+                f"reward {self.name}: {len(prompts)} prompts, {count} responses and {len(labels)} labels; the "
+                "numbers must be equal"
             )
         if count == 0:
             return RewardOutput(rewards=[])
@@ -132,7 +132,7 @@ class CheckedReward:
 
     def _late(self, late: LateCallError, prompts: Sequence[str]) -> RewardTimeoutError:
         return RewardTimeoutError(
-            f"reward {self.name} was not back after {self.timeout:g} s for {len(prompts)} sample(s), "
+            f"reward {self.name} did not return within {self.timeout:g} s for {len(prompts)} sample(s), "
             f"the first with prompt {excerpt(prompts[0])}; it was at {late.where}. "
             "Give it more time with --reward_timeout, or a time limit of its own"
         )
@@ -146,7 +146,7 @@ class CheckedReward:
         extras: Mapping[str, Any],
         remaining: float,
     ) -> RewardError:
-        """Find the sample at fault by asking again, one sample at a time, in what is left of the deadline."""
+        """Find the sample at fault by grading one sample at a time, in the rest of the deadline."""
         count = len(prompts)
         culprit = 0 if count == 1 else None
         end = time.monotonic() + remaining
@@ -163,7 +163,7 @@ class CheckedReward:
                 call_with_deadline(
                     lambda one=one, alone=alone: self.function(prompts[one], responses[one], labels[one], **alone), left
                 )
-            except Exception:  # noqa: BLE001 - the first one that fails alone, in whatever way, is the one to show
+            except Exception:  # noqa: BLE001 - the first sample that fails alone, with any error, is reported
                 culprit = index
                 break
         cause = f"{type(error).__name__}: {error}"
@@ -175,6 +175,6 @@ class CheckedReward:
         return RewardError(
             f"reward {self.name} raised {cause} for sample {culprit} of {count} (prompt {excerpt(prompts[culprit])}, "
             f"response {excerpt(responses[culprit])}, label {str(labels[culprit])[:80]!r}); "
-            "mend the function, or let it return 0 for what it cannot judge",
+            "correct the function, or let it return 0 for what it cannot judge",
             sample=culprit,
         )

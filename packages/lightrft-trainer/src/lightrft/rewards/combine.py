@@ -14,7 +14,7 @@ class CombinedReward:
     """The weighted sum of several rewards.
 
     :param parts: rewards under different names, each with its weight (any finite number but 0).
-    :raises ValueError: no part, a name twice, or a weight that is 0 or not finite.
+    :raises ValueError: no parts, a name twice, or a weight that is 0 or not finite.
     """
 
     def __init__(self, parts: Sequence[tuple[CheckedReward, float]]) -> None:
@@ -37,7 +37,7 @@ class CombinedReward:
     ) -> RewardOutput:
         """Rewards of one batch; with several parts, ``metrics`` holds each part's unweighted rewards under its name.
 
-        :raises RewardError: from the part at fault, or where the sum is too large for a float.
+        :raises RewardError: from the part at fault, or if the sum is too large for a float.
         """
         total = [0.0] * len(responses)
         metrics: dict[str, Sequence[float]] = {}

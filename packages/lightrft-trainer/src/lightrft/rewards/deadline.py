@@ -1,4 +1,4 @@
-"""Call something with a deadline, and say where it was stuck when it did not come back."""
+"""Call a function with a deadline, and report where it was stuck."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ class LateCallError(Exception):
 
 
 def seconds_left(share: float = 1.0) -> float:
-    """Until ``share`` of the time is over that :func:`call_with_deadline` gave to this thread; infinite elsewhere."""
+    """Seconds until ``share`` of this thread's time from :func:`call_with_deadline` is over; infinite elsewhere."""
     return _call.begun + share * _call.seconds - time.monotonic() if hasattr(_call, "begun") else float("inf")
 
 
 def call_with_deadline(function: Callable[[], Result], seconds: float) -> Result:
-    """Run ``function`` in a thread of its own and return its result, or raise what it raised.
+    """Run ``function`` in its own thread and return its result, or raise its error.
 
-    A thread cannot be ended from outside: a late call is left behind in a daemon thread, which does not keep the
-    program alive.
+    A thread cannot be ended from outside: a late call continues in a daemon thread, which does not keep the program
+    alive.
 
-    :raises LateCallError: it was not back within ``seconds``.
+    :raises LateCallError: it did not return within ``seconds``.
     """
     outcome: dict[str, Any] = {}
 
@@ -41,7 +41,7 @@ def call_with_deadline(function: Callable[[], Result], seconds: float) -> Result
         _call.begun, _call.seconds = time.monotonic(), seconds
         try:
             outcome["result"] = function()
-        except BaseException as error:  # noqa: BLE001 - handed to the caller below, whatever it is
+        except BaseException as error:  # noqa: BLE001 - any error is raised in the caller below
             outcome["error"] = error
 
     thread = threading.Thread(target=target, name="reward", daemon=True)

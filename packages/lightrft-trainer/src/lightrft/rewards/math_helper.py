@@ -1,7 +1,7 @@
 """The program that :class:`~lightrft.rewards.math_worker.MathWorker` starts: math-verify within time and memory limits.
 
-It is run by its path, so that it imports math-verify and nothing else. Each comparison happens in a fork: one that
-does not end is killed without losing the import, which takes seconds.
+It is run by its path, so that it imports only math-verify. Each comparison is made in a fork: one that does not end is
+killed without losing the import, which takes seconds.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ MEMORY_BYTES = 4 * 2**30
 
 
 def compare(answer: str, reference: str) -> bool:
-    """math-verify's verdict, without a limit of its own; each text is read as LaTeX first, and as it is second."""
+    """math-verify's verdict, without its own time limit; each text is read first as LaTeX, then as plain text."""
     from math_verify import parse, verify
 
     def read(text: str) -> list:
-        # Without a limit math-verify leaves SIGALRM alone: the process is ended from outside instead.
+        # Without a limit math-verify does not use SIGALRM: the process is ended from outside instead.
         return parse(f"${text}$", parsing_timeout=None) or parse(text, parsing_timeout=None)  # pyright: ignore[reportArgumentType]
 
     gold, guess = read(reference), read(answer)
@@ -43,7 +43,7 @@ def compare_in_fork(answer: str, reference: str, seconds: float) -> str:
                 verdict = b"equal"
         except MemoryError:
             verdict = b"died"
-        except Exception:  # noqa: BLE001 - whatever an expression does to the algebra system, it is not a right answer
+        except Exception:  # noqa: BLE001 - an expression that makes the algebra system fail is not a correct answer
             verdict = b"unequal"
         finally:
             os.write(writer, verdict)
@@ -59,9 +59,9 @@ def compare_in_fork(answer: str, reference: str, seconds: float) -> str:
 
 
 def serve(questions: IO[str], answers: IO[str]) -> None:
-    """``[answer, reference, seconds]`` a line in, a verdict a line out, until the input ends (or the parent)."""
+    """Read lines ``[answer, reference, seconds]`` and write a verdict for each, until the input or the parent ends."""
     logging.disable(logging.WARNING)  # math-verify warns at each comparison that its own limit is off
-    compare("1", "1")  # imports and builds the parsers once, for all forks
+    compare("1", "1")  # imports and builds the parsers once for all forks
 
     print("ready", file=answers, flush=True)
     for line in questions:
@@ -70,5 +70,5 @@ def serve(questions: IO[str], answers: IO[str]) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which closes our input
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer handles Ctrl-C and closes our input
     serve(sys.stdin, sys.stdout)

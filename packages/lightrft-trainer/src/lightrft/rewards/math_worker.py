@@ -1,4 +1,4 @@
-"""math-verify in a process of its own, with a time limit that really ends a comparison.
+"""math-verify in its own process, with a time limit that really ends a comparison.
 
 math-verify's own limit uses SIGALRM, which works only in a program's main thread and does not interrupt compiled code.
 """
@@ -30,10 +30,10 @@ BATCH_SHARE = 0.75
 
 
 class MathWorker:
-    """Compares expressions in a helper process, which starts at the first question and ends with this one.
+    """Compares expressions in a helper process, which starts with the first comparison and ends with this process.
 
-    Within a reward's deadline no comparison takes more than half of what is left of the batch's time, so that slow
-    ones never use it up; where hardly any is left, a comparison is left out and counts as unequal (``left_out``).
+    Within a reward's deadline a comparison takes at most half of the batch's remaining time, so that slow ones never
+    use it up; if hardly any is left, a comparison is skipped and counts as unequal (``left_out``).
 
     :param compare_seconds: limit of one comparison; one that takes longer counts as unequal and is logged.
     :param start_seconds: limit of the helper's start (it imports sympy).
@@ -65,7 +65,7 @@ class MathWorker:
             try:
                 self._process.stdin.write(json.dumps([answer, reference, limit]) + "\n")
                 self._process.stdin.flush()
-                # The helper keeps the limit; ours only catches a helper that is itself stuck.
+                # The helper applies the limit; ours is only for a helper that is stuck itself.
                 verdict = self._answers.get(timeout=limit + 30.0).strip()
             except (queue.Empty, OSError):
                 verdict = ""
@@ -78,7 +78,7 @@ class MathWorker:
         return False
 
     def close(self) -> None:
-        """End the helper; the next question starts another."""
+        """End the helper; the next comparison starts another."""
         with self._lock:
             self._stop()
 
@@ -108,7 +108,7 @@ class MathWorker:
 
     def _stop(self) -> None:
         process, self._process = self._process, None
-        if process is None or self._owner != os.getpid():  # a fork must not end its parent's helper
+        if process is None or self._owner != os.getpid():  # a forked process must not end its parent's helper
             return
         process.kill()
         process.wait()

@@ -1,8 +1,7 @@
-"""The numeric reward: is the answer in this response the labelled number or expression?
+"""The numeric reward: compares a response's answer with the label's number or expression.
 
 Plain numbers are compared exactly, here. Everything else (LaTeX, fractions, intervals) goes to math-verify in a
-helper process, because an expression that sends the algebra system into a loop can only be stopped by ending its
-process.
+helper process, because an endless loop in the algebra system can only be stopped by ending its process.
 """
 
 from __future__ import annotations
@@ -101,11 +100,11 @@ _shared_worker = MathWorker()
 def numeric_answer(
     prompts: Sequence[str], responses: Sequence[str], labels: Sequence[Any], **extras: Any
 ) -> list[float]:
-    """1 where the response's answer is mathematically the label's, else 0.
+    """1 if the response's answer is mathematically equal to the label's, else 0.
 
     The answer is found by :func:`extract_answer`, the label is read by :func:`reference_answer`. A comparison that
-    takes longer than the worker's limit counts as wrong and is logged; so do those for which slow ones have left no
-    time of the batch (``--reward_timeout``).
+    takes longer than the worker's limit counts as wrong and is logged; so do those for which slow ones have left
+    no time in the batch (``--reward_timeout``).
     """
     rewards, left_out = [], _shared_worker.left_out
     for index, (prompt, response, label) in enumerate(zip(prompts, responses, labels, strict=True)):
@@ -117,7 +116,7 @@ def numeric_answer(
         rewards.append(float(right))
     if _shared_worker.left_out > left_out:
         logger.warning(
-            "%d comparisons were left out for want of time and count as unequal; give the batch of %d responses more "
+            "%d comparisons were skipped for lack of time and count as unequal; give the batch of %d responses more "
             "with --reward_timeout",
             _shared_worker.left_out - left_out,
             len(responses),

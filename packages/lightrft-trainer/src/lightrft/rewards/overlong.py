@@ -1,14 +1,14 @@
-"""The penalty for responses that run into the length limit."""
+"""The penalty for responses that come near the length limit."""
 
 from __future__ import annotations
 
 
 def soft_overlong_penalty(length: int, *, max_length: int, buffer_length: int) -> float:
-    """0 while there is room, then down to -1 over the last ``buffer_length`` tokens (DAPO, arXiv:2503.14476, eq. 13).
+    """0, then falling to -1 over the last ``buffer_length`` tokens (DAPO, arXiv:2503.14476, eq. 13).
 
     :param length: tokens of the response.
     :param max_length: the length at which the penalty has become -1 (L_max); longer responses keep -1.
-    :param buffer_length: tokens before ``max_length`` over which it falls (L_cache); 0 punishes only what is longer.
+    :param buffer_length: tokens before ``max_length`` over which it falls (L_cache); 0 penalizes only longer ones.
     :raises ValueError: a negative length, or a buffer that is longer than ``max_length``.
     """
     if length < 0 or max_length < 1 or not 0 <= buffer_length <= max_length:

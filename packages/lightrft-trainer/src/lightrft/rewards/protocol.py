@@ -1,4 +1,4 @@
-"""What a reward is: a function of prompts, responses and labels, and what it may return."""
+"""The interface of rewards: a function of prompts, responses and labels, and its result."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightrft.strategy.errors import LightRFTError
 class RewardError(LightRFTError, ValueError):
     """A reward raised, was late, or returned something that is not one finite number for each sample.
 
-    :ivar sample: index of the sample at fault within the batch, where it is known.
+    :ivar sample: index of the sample at fault within the batch, if it is known.
     """
 
     def __init__(self, message: str, *, sample: int | None = None) -> None:
@@ -21,12 +21,12 @@ class RewardError(LightRFTError, ValueError):
 
 
 class RewardTimeoutError(RewardError, TimeoutError):
-    """A reward call was not back before its deadline."""
+    """A reward call did not return before its deadline."""
 
 
 @dataclasses.dataclass(slots=True)
 class RewardOutput:
-    """One reward for each sample, and further numbers worth logging.
+    """One reward for each sample, and further numbers to log.
 
     :param rewards: one finite float for each sample, in the order of the samples.
     :param metrics: name → one finite float for each sample (a part of a combined reward, a judge's sub-score).
@@ -40,8 +40,8 @@ class RewardOutput:
 class RewardFunction(Protocol):
     """A reward: three parallel sequences in, one number for each sample out.
 
-    ``responses`` hold the response alone, never the prompt. Further per-sample values (``images``, ``finish_reasons``,
-    ``response_lengths``, ...) come as keywords, to a function that takes them by name or through ``**extras``.
+    ``responses`` are without their prompts. Further per-sample values (``images``, ``finish_reasons``,
+    ``response_lengths``, ...) are passed as keywords to a function that takes them by name or as ``**extras``.
     """
 
     def __call__(

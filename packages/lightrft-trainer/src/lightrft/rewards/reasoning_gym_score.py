@@ -1,4 +1,4 @@
-"""Scores from reasoning-gym: each of its datasets brings the function that judges its answers."""
+"""Scores from reasoning-gym: each of its datasets has a function that judges its answers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .rules import tagged_answers
 
 
 def tagged_answer(response: str) -> str:
-    """What stands in the response's last ``<answer>…</answer>``, else all of it, without surrounding blanks."""
+    """The text in the response's last ``<answer>…</answer>``, else all of it, without surrounding whitespace."""
     tagged = tagged_answers(response)
     return (tagged[-1][1] if tagged else response).strip()
 
@@ -20,12 +20,12 @@ def tagged_answer(response: str) -> str:
 def reasoning_gym_score(
     prompts: Sequence[str], responses: Sequence[str], labels: Sequence[Any], **extras: Any
 ) -> list[float]:
-    """The score, usually 0 to 1, that the sample's own reasoning-gym dataset gives.
+    """The score, usually 0 to 1, from the sample's reasoning-gym dataset.
 
     Labels are reasoning-gym's entries (``question``, ``answer``, ``metadata``), as ``--prompt_data
     reasoning_gym:NAME`` yields them.
 
-    :raises RewardError: a label is no such entry, or reasoning-gym is not installed.
+    :raises RewardError: a label is not such an entry, or reasoning-gym is not installed.
     """
     try:
         gym = import_reasoning_gym()
@@ -39,7 +39,7 @@ def reasoning_gym_score(
         source = label.get("metadata", {}).get("source_dataset") if isinstance(label, Mapping) else None
         if not source:
             raise RewardError(
-                f"sample {index} (prompt {excerpt(prompt)}): its label is no reasoning-gym entry, it is "
+                f"sample {index} (prompt {excerpt(prompt)}): its label is not a reasoning-gym entry but "
                 f"{str(label)[:80]!r}; "
                 "use --prompt_data reasoning_gym:NAME, or another --reward",
                 sample=index,

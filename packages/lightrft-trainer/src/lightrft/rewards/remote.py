@@ -26,7 +26,7 @@ class _TryAgainError(Exception):
 
 
 def check_url(url: str) -> str:
-    """The URL without blanks, if it is one that we would talk to.
+    """The URL without whitespace, if it is acceptable.
 
     :raises RewardError: not http or https, without a host, or a Python file.
     """
@@ -40,18 +40,18 @@ def check_url(url: str) -> str:
         )
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise RewardError(
-            f"--remote_rm_url {url!r}: write the whole address, for example http://localhost:5000/get_reward"
+            f"--remote_rm_url {url!r}: give the whole address, for example http://localhost:5000/get_reward"
         )
     return url
 
 
 class RemoteReward:
-    """A reward given by one of several servers, that take batches in turn; one that fails is followed by the next.
+    """A reward from one of several servers, which take batches in turn; after a failure the next is tried.
 
     :param urls: at least one http or https address.
     :param timeout: seconds for a whole batch, retries included.
     :param max_request_bytes: a larger batch is sent in several requests; one sample larger than this is an error.
-    :param max_response_bytes: a longer answer is an error, and is not read to its end.
+    :param max_response_bytes: a longer answer is an error, and is not read completely.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class RemoteReward:
         return requests
 
     def _ask(self, body: bytes, deadline: float, *, what: str) -> Any:
-        """One answer, from whichever server gives it before the deadline."""
+        """One answer, from the first server that gives it before the deadline."""
         failures: list[str] = []
 
         def attempt() -> Any:
@@ -147,7 +147,7 @@ class RemoteReward:
             try:
                 return self._post(url, body, deadline)
             except _TryAgainError as error:
-                if not failures or time.monotonic() < deadline:  # an answer that came says more than a late try
+                if not failures or time.monotonic() < deadline:  # the last answer says more than a late try
                     failures.append(f"{url}: {error}")
                 raise
 
@@ -157,7 +157,7 @@ class RemoteReward:
         retry = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(_TryAgainError),
             wait=wait,
-            # Another wait and another try must still fit before the deadline.
+            # There must be time for another wait and another try before the deadline.
             stop=lambda state: time.monotonic() + state.upcoming_sleep >= deadline,
             reraise=True,
         )
@@ -185,7 +185,7 @@ class RemoteReward:
                     content += chunk
                     if len(content) > self.max_response_bytes:
                         raise RewardError(f"{url} sent more than {self.max_response_bytes} bytes; rewards are small")
-                    if time.monotonic() > deadline:  # httpx's limit is for one read: a server that trickles resets it
+                    if time.monotonic() > deadline:  # httpx's limit is for one read: a slow stream resets it
                         raise _TryAgainError("still sending at the deadline")
         except httpx.TransportError as error:
             raise _TryAgainError(f"{type(error).__name__} {error}".strip()) from error
@@ -200,7 +200,7 @@ class RemoteReward:
         rewards = answer.get("rewards") if isinstance(answer, dict) else None
         if not isinstance(rewards, list):
             raise RewardError(
-                f'the reward server answered {str(answer)[:80]!r}; expected {{"rewards": [one number a response]}}'
+                f'the reward server answered {str(answer)[:80]!r}; expected {{"rewards": [one number per response]}}'
             )
         if len(rewards) != count:
             raise RewardError(f"the reward server gave {len(rewards)} rewards for {count} responses")

@@ -1,4 +1,4 @@
-"""From what a user wrote on the command line to a reward: rule names, ``module:function``, weights."""
+"""From the command line to a reward: rule names, ``module:function``, weights."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LABELLED = frozenset({"exact_match", "numeric_answer", "reasoning_gym"})
 def resolve_reward(name: str) -> RewardFunction:
     """The reward called ``name``: a rule, or ``package.module:function`` from Python's path or the current directory.
 
-    :raises RewardError: no such rule, module or attribute, or nothing that can be called as a reward.
+    :raises RewardError: no such rule, module or attribute, or it cannot be called as a reward.
     """
     name = name.strip()
     if name in RULES:
@@ -65,7 +65,7 @@ def resolve_reward(name: str) -> RewardFunction:
 
 def _import(module_name: str, name: str) -> Any:
     here = os.getcwd()
-    if here not in sys.path:  # a console script does not look where the user stands, `python` does
+    if here not in sys.path:  # a console script does not search the current directory, as `python` does
         sys.path.append(here)
     try:
         return importlib.import_module(module_name)
@@ -82,46 +82,46 @@ def _import(module_name: str, name: str) -> Any:
 
 
 def parse_reward_spec(spec: str) -> list[tuple[str, float]]:
-    """``"exact_match,format=0.1"`` as names and weights; a weight that is not written is 1.
+    """``"exact_match,format=0.1"`` as names and weights; the default weight is 1.
 
-    :raises RewardError: an empty part, or a weight that is no number.
+    :raises RewardError: an empty part, or a weight that is not a number.
     """
     parsed = []
     for part in spec.split(","):
         name, equals, weight = (piece.strip() for piece in part.partition("="))
         if not name:
             raise RewardError(
-                f"--reward {spec!r}: an empty part; write names with commas between them, for example "
-                "exact_match,format=0.1"
+                f"--reward {spec!r}: an empty part; write names separated by commas, for example exact_match,format=0.1"
             )
         try:
             parsed.append((name, float(weight) if equals else 1.0))
         except ValueError as error:
-            raise RewardError(f"--reward {spec!r}: {weight!r} is no weight; write {name}=0.5") from error
+            raise RewardError(f"--reward {spec!r}: {weight!r} is not a weight; write {name}=0.5") from error
     return parsed
 
 
 def needs_labels(spec: str | None) -> bool:
-    """Does a rule of ``--reward`` compare with labels? A function of the user's own may do without."""
+    """Whether a rule of ``--reward`` compares with labels; a user's own function may not need them."""
     return any(name in LABELLED for name, _ in (parse_reward_spec(spec) if spec else []))
 
 
 def build_reward(
     spec: str | None = None, *, remote_urls: str | Sequence[str] | None = None, timeout: float = DEFAULT_TIMEOUT_SECONDS
 ) -> CombinedReward:
-    """The reward of a run, from ``--reward`` and ``--remote_rm_url``; given both, their sum.
+    """The reward of a run, from ``--reward`` and ``--remote_rm_url``; with both, their sum.
 
     :param spec: for example ``"exact_match,format=0.1,my_rewards:brevity=-0.2"``.
-    :param remote_urls: one or more URLs of a reward server, as a list or with commas; batches are shared among them.
+    :param remote_urls: one or more URLs of a reward server, as a list or separated by commas; they take batches in
+        turn.
     :param timeout: seconds for one call of each reward.
-    :raises RewardError: neither is given, or something in them is wrong.
+    :raises RewardError: neither is given, or one of them is wrong.
     """
     parts: list[tuple[CheckedReward, float]] = []
     for name, weight in parse_reward_spec(spec) if spec else []:
         parts.append((CheckedReward(resolve_reward(name), name=name, timeout=timeout), weight))
     if remote_urls:
         urls = remote_urls.split(",") if isinstance(remote_urls, str) else remote_urls
-        # Its own deadline names the server, so it comes a little before the general one.
+        # Its own deadline names the server, so it is a little before the general one.
         parts.append((CheckedReward(RemoteReward(urls, timeout=timeout), name="remote", timeout=timeout + 5.0), 1.0))
     if not parts:
         raise RewardError(

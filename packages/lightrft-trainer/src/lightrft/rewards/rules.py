@@ -1,4 +1,4 @@
-"""Rewards that need no model: exact match, and the form of a response. Each looks at the response alone."""
+"""Rewards without a model: exact match, and the form of a response. Each uses only the response."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from .protocol import RewardError, RewardFunction, excerpt
 
 THINK_ANSWER_PATTERN = r"\s*<think>(?:(?!</?think>|</?answer>).)*</think>\s*<answer>(?:(?!</?answer>).)*</answer>\s*"
-BOXED_PATTERN = r"(?>.*?\\boxed\s*\{).+\}.*"  # the first box decides: trying each takes quadratic time
+BOXED_PATTERN = r"(?>.*?\\boxed\s*\{).+\}.*"  # only the first box is tried: trying each takes quadratic time
 
 
 _ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
@@ -18,12 +18,12 @@ _ANSWER_END = "</answer>"
 
 def tagged_answers(text: str) -> list[tuple[int, str]]:
     """Start and contents of every ``<answer>…</answer>``, in one pass over the text."""
-    end = text.rfind(_ANSWER_END) + len(_ANSWER_END)  # a tag that begins later is not closed; there may be thousands
+    end = text.rfind(_ANSWER_END) + len(_ANSWER_END)  # no later tag is closed; there may be thousands
     return [(match.start(), match.group(1)) for match in _ANSWER_TAG.finditer(text, 0, end)]
 
 
 def accepted_answers(label: Any, *, sample: int, prompt: str) -> tuple[str, ...]:
-    """The texts that count as right for one sample: the label, each of a list of labels, or an entry's ``answer``.
+    """The correct answers for one sample: the label, each of a list of labels, or an entry's ``answer``.
 
     :raises RewardError: the sample has no label.
     """
@@ -41,7 +41,7 @@ def accepted_answers(label: Any, *, sample: int, prompt: str) -> tuple[str, ...]
 
 
 def exact_match(prompts: Sequence[str], responses: Sequence[str], labels: Sequence[Any], **extras: Any) -> list[float]:
-    """1 where the response equals the label (or one of several) but for surrounding blanks, else 0."""
+    """1 if the response equals the label (or one of several) except for surrounding whitespace, else 0."""
     rewards = []
     for index, (prompt, response, label) in enumerate(zip(prompts, responses, labels, strict=True)):
         answers = accepted_answers(label, sample=index, prompt=prompt)
@@ -50,11 +50,11 @@ def exact_match(prompts: Sequence[str], responses: Sequence[str], labels: Sequen
 
 
 def format_reward(pattern: str) -> RewardFunction:
-    """A reward that is 1 where the *whole response* matches ``pattern`` (dots match line ends), else 0.
+    """A reward that is 1 if the *whole response* matches ``pattern`` (dots match line ends), else 0.
 
-    The prompt is never looked at: a system prompt that shows the form must not earn the reward.
+    The prompt is not used: a system prompt that shows the form must not earn the reward.
 
-    :raises ValueError: the pattern is no regular expression.
+    :raises ValueError: the pattern is not a regular expression.
     """
     try:
         compiled = re.compile(pattern, re.DOTALL)

@@ -1,7 +1,7 @@
 """How rewards become advantages.
 
 Rewards of a step come as ``[P, n]``: one row for each prompt, one column for each of its samples. An estimator turns
-them into one score a sample (:func:`group_scores`); :func:`discounted_returns` spreads a score and the token rewards
+them into one score per sample (:func:`group_scores`); :func:`discounted_returns` spreads a score and the token rewards
 over the tokens of the response. GAE works on token rewards and values instead (:func:`gae`).
 """
 
@@ -17,7 +17,7 @@ Estimator = Literal["group_norm", "grpo", "dr_grpo", "rloo", "reinforce", "reinf
 GROUP_ESTIMATORS = ("group_norm", "grpo", "dr_grpo", "rloo")
 STD_EPS = 1e-6
 
-# Sums a small float64 vector over all data ranks. One process passes nothing.
+# Sums a small float64 vector over all data ranks. Not needed in one process.
 SumOverRanks = Callable[[Tensor], Tensor]
 
 
@@ -32,23 +32,23 @@ def group_scores(rewards: Tensor, estimator: Estimator, sum_over_ranks: SumOverR
     - ``rloo``: r_i - mean of the others = n / (n - 1) · (r_i - mean) (RLOO, arXiv:2402.14740, section 3.3).
     - ``reinforce``: r_i (Williams, 1992).
     - ``reinforce_baseline``: (r_i - mean) / std over the whole batch of r_i - mean (REINFORCE++-baseline,
-      arXiv:2501.03262); with one sample a prompt the mean is that of the batch.
+      arXiv:2501.03262); with one sample per prompt the mean is that of the batch.
     - ``gae``: r_i; the critic is the baseline.
 
     A group whose rewards are all equal scores exactly 0, never NaN.
 
     :param rewards: ``[P, n]`` floats; computed in float64.
-    :param sum_over_ranks: needed by ``reinforce_baseline`` when the batch is spread over ranks. A collective: every
+    :param sum_over_ranks: needed by ``reinforce_baseline`` if the batch is spread over ranks. A collective: every
         data rank must call.
     :return: ``[P, n]``, dtype of ``rewards``.
-    :raises ValueError: a group estimator with fewer than two samples a prompt.
+    :raises ValueError: a group estimator with fewer than two samples per prompt.
     """
     if rewards.dim() != 2:
-        raise ValueError(f"rewards have shape {tuple(rewards.shape)}; group_scores needs [prompts, samples a prompt]")
+        raise ValueError(f"rewards have shape {tuple(rewards.shape)}; group_scores needs [prompts, samples per prompt]")
     n = rewards.shape[1]
     if estimator in GROUP_ESTIMATORS and n < 2:
         raise ValueError(
-            f"{estimator} compares samples of one prompt; set n_samples_per_prompt to at least 2, found {n}"
+            f"{estimator} compares the samples of a prompt; n_samples_per_prompt must be at least 2, not {n}"
         )
     if estimator in ("reinforce", "gae"):
         return rewards.clone()
@@ -77,7 +77,7 @@ def group_scores(rewards: Tensor, estimator: Estimator, sum_over_ranks: SumOverR
 def discounted_returns(token_rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
     """G_t = r_t + gamma · G_{t+1} over the response tokens of each row.
 
-    :param token_rewards: ``[B, T]`` floats; what lies outside ``mask`` is ignored.
+    :param token_rewards: ``[B, T]`` floats; values outside ``mask`` are ignored.
     :param mask: ``[B, T]`` bool; True on the response, which is contiguous.
     :return: ``[B, T]``, 0 outside ``mask``.
     """
@@ -136,7 +136,7 @@ def whiten(values: Tensor, mask: Tensor, sum_over_ranks: SumOverRanks | None = N
     """Shift and scale to mean 0 and variance 1 over all tokens of the batch, on all ranks together.
 
     :param values: ``[B, T]``. :param mask: ``[B, T]`` bool.
-    :return: ``[B, T]``, 0 outside ``mask``; all 0 where the values do not vary.
+    :return: ``[B, T]``, 0 outside ``mask``; all 0 if the values do not vary.
     """
     mean, variance = _moments(values.double()[mask], sum_over_ranks)
     whitened = (values.double() - mean) / (variance.sqrt() + 1e-8)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class EvaluationResult:
     """What an evaluation found, the same on every rank.
 
-    :param accuracy: share of answers that are right. :param reward: their mean reward. :param count: prompts.
+    :param accuracy: fraction of correct answers. :param reward: their mean reward. :param count: prompts.
     :param answers: the first few: prompt, response, label, reward, right.
     """
 
@@ -28,10 +28,10 @@ class EvaluationResult:
 def evaluate(
     maker: ExperienceMaker, grader: Grader, prompts: Sequence[Any], *, step: int, shown: int = 8
 ) -> EvaluationResult:
-    """Answer every prompt greedily, spread over the data ranks, and grade the answers. A collective.
+    """Answer every prompt greedily, distributed over the data ranks, and grade the answers. A collective.
 
     :param prompts: all of them, on every rank.
-    :param shown: answers to keep.
+    :param shown: number of answers to keep.
     """
     strategy = maker.strategy
     rank, ranks = strategy.data_parallel_rank, strategy.data_parallel_size

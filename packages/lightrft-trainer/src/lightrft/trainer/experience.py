@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Per-token figures of a sample, each [response length], that travel with it into the batch.
+# Per-token values of a sample, each [response length], that become part of the batch.
 TOKEN_FIELDS = ("engine_logprobs", "old_logprobs", "reference_logprobs", "advantages", "returns", "values", "entropies")
 
 
@@ -26,11 +26,11 @@ class Experience:
     :param tokens: ``[L]`` int64: prompt and response.
     :param response_length: R, the last R tokens are the response.
     :param reward: as the reward function gave it; ``shaped_reward``: after shaping.
-    :param finished: the response ended by itself, not by its length.
+    :param finished: the response ended with an end token, not by its length.
     :param images: what the processor made of the prompt's images, by name; empty for text.
-    :param weight_version: of the weights that wrote it.
+    :param weight_version: of the weights that generated it.
 
-    The further tensors are ``[R]`` float32 or None where the algorithm does not need them.
+    The other tensors are ``[R]`` float32, or None if the algorithm does not need them.
     """
 
     index: int
@@ -89,10 +89,10 @@ def make_batch(
 ) -> ExperienceBatch:
     """Right-pad samples into one batch.
 
-    No samples give one dummy row whose mask is empty, so that a rank with nothing left still takes part in a forward
-    pass that all ranks share.
+    Without samples the batch is one dummy row with an empty mask, so that a rank with nothing left can still take part
+    in the forward pass of all ranks.
 
-    :param dummy_fields: per-token figures of the dummy row: those that the other ranks' samples have.
+    :param dummy_fields: per-token values of the dummy row: those that the other ranks' samples have.
     """
     if not samples:
         tokens = torch.full((1, 2), pad_token_id, dtype=torch.long)

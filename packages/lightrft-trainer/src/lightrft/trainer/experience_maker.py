@@ -1,4 +1,4 @@
-"""From prompts to samples ready for training: generate, grade, ask the other models, compute advantages."""
+"""From prompts to samples for training: generate, grade, evaluate the other models, compute advantages."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ logger = logging.getLogger("lightrft")
 
 @dataclass
 class Rollout:
-    """What :meth:`ExperienceMaker.make_experience_list` gives.
+    """The result of :meth:`ExperienceMaker.make_experience_list`.
 
     :param samples: this rank's. :param records: of every rank's samples, by global index.
-    :param seconds: wall time on this rank by part of the work. :param generated_tokens: on this rank, dropped ones
+    :param seconds: wall time on this rank, by part of the work. :param generated_tokens: on this rank, dropped ones
         included.
-    :param groups_dropped: groups over all ranks that dynamic sampling turned away.
+    :param groups_dropped: groups over all ranks that dynamic sampling dropped.
     :param trajectories: texts of some of this rank's samples, for the log.
     :param metrics: sums of the rewards' parts over the ``graded`` samples of this rank, dropped ones included.
     """
@@ -57,7 +57,7 @@ class Rollout:
 
 @dataclass
 class _Group:
-    """The samples of one prompt, and its place: round of redrawing, then place in the global batch."""
+    """The samples of one prompt, and its place: round of drawing, then place in the global batch."""
 
     place: tuple[int, int]
     samples: list[Experience]
@@ -67,8 +67,8 @@ class _Group:
 class ExperienceMaker:
     """Makes the experience of one rollout step on this rank; the ranks call it together.
 
-    :param needs_old_logprobs: compute the policy's logprobs before training. Not needed while there is a single
-        optimizer step a rollout: the training pass then sees the same weights.
+    :param needs_old_logprobs: compute the policy's logprobs before training. Not needed with a single
+        optimizer step per rollout, which sees the same weights.
     :param trajectories: texts to keep of each draw, for the log.
     """
 
@@ -88,7 +88,7 @@ class ExperienceMaker:
 
     def __post_init__(self) -> None:
         self.config = config = self.strategy.config
-        self.has_engine_logprobs = True  # until an engine brings none
+        self.has_engine_logprobs = True  # until an engine returns none
         self.moments = RunningMoments()
         self.shaping = RewardShaping(
             clip=config.reward_clip,
@@ -102,17 +102,17 @@ class ExperienceMaker:
 
     @property
     def vllm_mp_group(self) -> Any:
-        """The ranks that share an engine; None where each rank has its own."""
+        """The ranks that share an engine; None if each rank has its own."""
         return self.strategy.engine_mp_group
 
     @property
     def samples_together(self) -> int:
-        """How many neighbours among the samples share a prompt, where the actor gains by it."""
+        """How many neighbouring samples share a prompt, if the actor makes use of it."""
         return self.sampling.n if getattr(unwrap(self.actor), "shares_prompts", False) else 1
 
     @property
     def token_fields(self) -> tuple[str, ...]:
-        """Per-token figures that every sample of this run has."""
+        """Per-token values that every sample of this run has."""
         config = self.config
         wanted = {
             "advantages": True,
@@ -127,7 +127,7 @@ class ExperienceMaker:
 
     @property
     def _needs_policy(self) -> bool:
-        """Whether the actor looks at the samples before it is trained on them."""
+        """Whether the actor computes logprobs of the samples before it is trained on them."""
         kl_in_reward = self.initial_model is not None and not self.config.use_kl_loss
         return self.needs_old_logprobs or kl_in_reward or self.config.high_entropy_token_ratio > 0
 
@@ -135,8 +135,7 @@ class ExperienceMaker:
     def tokenize_fn(
         self, texts: str | Sequence[str], max_length: int, padding: bool = True, device: Any = None
     ) -> dict[str, Any]:
-        """Token ids of prompts, cut at the front to ``max_length`` so that the end, where the question stands,
-        survives.
+        """Token ids of prompts, truncated at the front to ``max_length``, which keeps the question at the end.
 
         :param padding: False: lists of ids. True: tensors ``[B, T]``, padded on the tokenizer's side, on ``device``.
         :return: ``input_ids`` and ``attention_mask``.
@@ -155,10 +154,10 @@ class ExperienceMaker:
 
     # ---- the step ---------------------------------------------------------------------------------------------------
     def make_experience_list(self, stream: PromptStream, step: int) -> Rollout | None:
-        """One step's samples, or None where the stream has ended. A collective."""
+        """One step's samples, or None if the stream has ended. A collective."""
         rollout = Rollout([], {})
         groups = self._collect(stream, step, rollout)
-        # Only now: at sleep level 2 the weights go, and another draw or an evaluation would need them.
+        # Only now: sleep level 2 discards the weights, which another draw needs.
         self.strategy.maybe_sleep_inference_engine()
         if groups is None:
             return None
@@ -173,7 +172,7 @@ class ExperienceMaker:
         return rollout
 
     def _collect(self, stream: PromptStream, step: int, rollout: Rollout) -> list[_Group] | None:
-        """Groups of this rank: one draw, or with dynamic sampling as many as it takes."""
+        """Groups of this rank: one draw, or with dynamic sampling as many as needed."""
         config, kept = self.config, []
         rounds = config.dynamic_sampling_max_rounds if config.dynamic_sampling else 1
         wanted = 0
@@ -236,7 +235,7 @@ class ExperienceMaker:
         )
 
     def to_sample(self, output: GenerationOutput, prompt: Any) -> Experience:
-        """A response as a sample, not numbered yet."""
+        """A response as a sample, without its index yet."""
         logprobs = None if output.logprobs is None else torch.tensor(output.logprobs, dtype=torch.float32)
         return Experience(
             index=-1,
@@ -249,7 +248,7 @@ class ExperienceMaker:
         )
 
     def _number(self, groups: Sequence[_Group], rollout: Rollout) -> None:
-        """Give every sample its global index, and let every rank know of every sample."""
+        """Give every sample its global index, and send the records of all samples to all ranks."""
         rank = self.strategy.data_parallel_rank
         mine = [(group.place, [SampleRecord.of(sample, rank) for sample in group.samples]) for group in groups]
         told = all(s.engine_logprobs is not None for group in groups for s in group.samples)
@@ -273,7 +272,7 @@ class ExperienceMaker:
 
     # ---- the models' view -------------------------------------------------------------------------------------------
     def _microbatches(self, rollout: Rollout) -> Iterator[list[Experience]]:
-        """This rank's samples in micro-batches of similar length; as many as the rank with the most has."""
+        """This rank's samples in micro-batches of similar length; as many as on the rank with the most."""
         config, samples = self.config, {sample.index: sample for sample in rollout.samples}
         cut = cut_microbatches(
             sorted(rollout.records),
@@ -290,7 +289,7 @@ class ExperienceMaker:
 
     @torch.no_grad()
     def _look(self, rollout: Rollout, batches: Sequence[list[Experience]]) -> None:
-        """Fill in what the actor, the reference and the critic say of the samples, where the algorithm needs it."""
+        """Fill in logprobs of actor and reference and the critic's values, as far as the algorithm needs them."""
         policy, temperature = self._needs_policy, self.sampling.temperature
         entropies = self.config.high_entropy_token_ratio > 0
         if not (policy or self.initial_model is not None or self.critic is not None):
@@ -335,7 +334,7 @@ class ExperienceMaker:
         ).flatten()
         batch = make_batch(samples, 0, torch.device("cpu"))
         mask = batch.mask
-        if not samples:  # a rank without samples still takes part in what follows
+        if not samples:  # a rank without samples still takes part in the collectives below
             scores = torch.zeros(1)
         kl = None
         if self.initial_model is not None and not config.use_kl_loss:

@@ -1,4 +1,4 @@
-"""What the models say of a batch: logprobs and entropies of the response tokens, values of their states."""
+"""Forward passes over a batch: logprobs and entropies of the response tokens, values of their states."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .experience import ExperienceBatch
 
 @contextlib.contextmanager
 def evaluating(*models: nn.Module | None) -> Iterator[None]:
-    """While open, nothing is dropped out of the models."""
+    """Within it, the models use no dropout."""
     before = [(model, model.training) for model in models if model is not None]
     for model, _ in before:
         model.eval()
@@ -26,10 +26,10 @@ def evaluating(*models: nn.Module | None) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class TokenStatistics:
-    """Per-token figures ``[B, T]``; only those on response tokens mean anything.
+    """Per-token values ``[B, T]``, defined only on response tokens.
 
     :param logprobs: ``logprobs[:, t]`` is token t's, under the distribution at the sampling temperature.
-    :param entropies: of the distribution that token t was drawn from, in nats; None where not asked for.
+    :param entropies: of the distribution that token t was drawn from, in nats; None if not requested.
     """
 
     logprobs: Tensor

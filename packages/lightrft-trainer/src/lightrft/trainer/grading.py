@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 class Grades:
     """What grading found for this rank's samples.
 
-    :param rewards: one a sample. :param right: 1.0 where the answer counts as right (see :class:`Grader`).
-    :param metrics: sums over the samples, by name. :param trajectories: texts of the samples, where asked for.
+    :param rewards: one per sample. :param right: 1.0 if the answer counts as right (see :class:`Grader`).
+    :param metrics: sums over the samples, by name. :param trajectories: texts of the samples, if requested.
     """
 
     rewards: list[float]
@@ -38,7 +38,7 @@ class Grader:
     """Grades samples: the sum of all rewards. Rewards see the response without special tokens, and never the prompt in
     it.
 
-    An answer counts as *right* where the first reward gives at least 1 before its weight, so that
+    An answer counts as *right* if the first reward is at least 1 before weighting, so that
     ``exact_match,format=0.1`` measures exact matches.
 
     :param rewards: functions of (prompts, responses, labels), each called with this rank's samples.
@@ -130,11 +130,13 @@ class Grader:
             scores = self._score_here(model, samples)
         for number, score in enumerate(scores):
             if not math.isfinite(score):
-                raise RewardError(f"reward model: sample {number} of this rank scored {score}; are its weights whole?")
+                raise RewardError(
+                    f"reward model: sample {number} of this rank scored {score}; are its weights damaged?"
+                )
         return scores
 
     def _score_here(self, model: nn.Module, samples: Sequence[Experience]) -> list[float]:
-        """Every rank runs equally many forward passes, since the model may be sharded."""
+        """Every rank runs the same number of forward passes, since the model may be sharded."""
         size = self.micro_batch_size
         rounds = self.strategy.all_reduce(-(-len(samples) // size), "max")
         scores: list[float] = []
@@ -147,7 +149,7 @@ class Grader:
 
 
 def _first_part(reward: Any, output: RewardOutput) -> list[float]:
-    """The unweighted rewards of a combined reward's first part; of any other reward, all there is."""
+    """The unweighted rewards of a combined reward's first part; of any other reward, all of it."""
     rewards = [float(value) for value in output.rewards]
     if not isinstance(reward, CombinedReward):
         return rewards

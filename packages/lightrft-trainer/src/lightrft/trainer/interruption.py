@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: finish the optimizer step, write a checkpoint, leave."""
+"""Ctrl-C and SIGTERM: finish the optimizer step, write a checkpoint, end."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Interruption:
-    """Turns the first SIGINT or SIGTERM into a flag that the trainer asks for; the second ends the process at once.
+    """Turns the first SIGINT or SIGTERM into a flag that the trainer checks; the second ends the process at once.
 
     Use as a context manager around the training loop, in the main thread::
 
@@ -36,8 +36,7 @@ class Interruption:
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         if self.asked:
-            # A terminal sends SIGINT to the whole group and the launcher forwards it too: the same wish, not a second
-            # one.
+            # A terminal sends SIGINT to the whole group, and the launcher forwards it too: one request, not two.
             if number == signal.SIGTERM:
                 return
             os._exit(128 + number)

@@ -6,8 +6,8 @@ With x drawn from p, and r = q(x) / p(x), KL(p || q) is estimated by
 - k2 = (log r)² / 2: biased, low variance;
 - k3 = r - 1 - log r: unbiased, low variance, never negative.
 
-Which one to use where: in the *reward* the value counts, so k1 (or k3) is right. In the *loss* the gradient counts,
-and there the roles change: the gradient of k2 is an unbiased estimate of the KL's gradient, that of k1 has expectation
+Which one to use: in the *reward* the value matters, so k1 (or k3) is right. In the *loss* the gradient matters, and
+there the gradient of k2 is an unbiased estimate of the KL's gradient, that of k1 has expectation
 0, and that of k3 is the gradient of the reverse KL(q || p). GRPO (arXiv:2402.03300, equation 4) uses k3 in the loss
 all the same.
 """
@@ -33,6 +33,6 @@ def approximate_kl(logprobs: Tensor, reference_logprobs: Tensor, estimator: KLEs
     if estimator == "k2":
         return log_ratio.square() / 2
     if estimator == "k3":
-        # expm1 keeps the difference where the policies nearly agree; the clamp keeps one odd token from becoming inf.
+        # expm1 is exact where the policies nearly agree; the clamp keeps an outlier from becoming inf.
         return log_ratio.clamp(-20.0, 20.0).expm1() - log_ratio
     raise ValueError(f"unknown kl_estimator {estimator!r}; known are k1, k2, k3")

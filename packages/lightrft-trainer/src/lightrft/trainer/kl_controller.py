@@ -1,4 +1,4 @@
-"""The weight of the KL penalty: fixed, or steered toward a target."""
+"""The weight of the KL penalty: fixed, or adapted to a target."""
 
 from __future__ import annotations
 
@@ -6,28 +6,28 @@ from typing import Any
 
 
 class FixedKLController:
-    """Always the same weight."""
+    """A constant weight."""
 
     def __init__(self, kl_coef: float) -> None:
         self.value = float(kl_coef)
 
     def update(self, current: float, n_steps: int) -> None:
-        """Take note of a measured KL; changes nothing."""
+        """Ignore a measured KL."""
 
     def state_dict(self) -> dict[str, Any]:
         """The state as JSON values."""
         return {"value": self.value}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state."""
+        """Restore a saved state."""
         self.value = float(state["value"])
 
 
 class AdaptiveKLController(FixedKLController):
     """Raises the weight while the KL is above its target and lowers it below (arXiv:1909.08593, section 2.2).
 
-    :param init_kl_coef: the weight to begin with.
-    :param target: the KL to hold, in nats a token.
+    :param init_kl_coef: the initial weight.
+    :param target: the KL to approach, in nats per token.
     :param horizon: samples over which the weight may change by a factor of about 1.2.
     """
 
@@ -45,5 +45,5 @@ class AdaptiveKLController(FixedKLController):
 
 
 def make_kl_controller(init_kl_coef: float, target: float | None, horizon: int) -> FixedKLController:
-    """Adaptive where there is a target, else fixed."""
+    """Adaptive if there is a target, else fixed."""
     return FixedKLController(init_kl_coef) if target is None else AdaptiveKLController(init_kl_coef, target, horizon)

@@ -1,8 +1,8 @@
 """The losses of a step, each a *sum* that a global count divides later.
 
-A mean over a micro-batch would weigh tokens by how the batch happens to be cut. Here a loss returns the sum over its
-micro-batch, and the trainer multiplies by 1 / :func:`loss_denominator`, a count over all ranks and micro-batches of the
-optimizer step. So neither the micro-batch size nor the number of ranks changes the gradient.
+A mean over a micro-batch would make a token's weight depend on the split of the batch. Here a loss returns the sum over
+its micro-batch, and the trainer multiplies by 1 / :func:`loss_denominator`, a count over all ranks and micro-batches of
+the optimizer step. So neither the micro-batch size nor the number of ranks changes the gradient.
 
 Shapes: logprobs, advantages and masks are ``[B, T]``; everything outside the mask is ignored, even NaN.
 """
@@ -23,12 +23,12 @@ PolicyObjective = Literal["ppo", "gspo", "cpgd"]
 def aggregate(token_losses: Tensor, mask: Tensor, mode: AggregationMode) -> Tensor:
     """Sum token losses so that dividing by :func:`loss_denominator` gives the mean that ``mode`` names.
 
-    - ``token-mean``: every token of the batch weighs the same (DAPO, arXiv:2503.14476, equation 12).
-    - ``seq-mean-token-mean``: every sequence weighs the same (GRPO, arXiv:2402.03300, equation 3).
-    - ``seq-mean-token-sum``: a sequence weighs its length; a constant length normalizer is left to the learning rate
+    - ``token-mean``: every token of the batch weighs the same (DAPO, arXiv:2503.14476, equation 12). -
+    ``seq-mean-token-mean``: every sequence weighs the same (GRPO, arXiv:2402.03300, equation 3). -
+    ``seq-mean-token-sum``: a sequence weighs its length; a constant length normalizer can be put into the learning rate
       (Dr. GRPO, arXiv:2503.20783).
 
-    :return: a 0-d tensor; 0 with a graph where the mask is empty, so that every rank can call backward.
+    :return: a 0-d tensor; for an empty mask 0 with a graph, so that every rank can call backward.
     """
     held = token_losses.masked_fill(~mask, 0.0)
     if mode in ("token-mean", "seq-mean-token-sum"):
@@ -39,7 +39,7 @@ def aggregate(token_losses: Tensor, mask: Tensor, mode: AggregationMode) -> Tens
 
 
 def loss_denominator(mode: AggregationMode, tokens: int, sequences: int) -> int:
-    """What an aggregated sum is divided by, given the counts over all ranks; never below 1 (no tokens: loss 0, not
+    """The divisor of an aggregated sum, from the counts over all ranks; never below 1 (no tokens: loss 0, not
     NaN).
     """
     return max(1, tokens if mode == "token-mean" else sequences)
@@ -50,7 +50,7 @@ class PolicyLoss:
     """A policy loss in parts.
 
     :param token_losses: ``[B, T]`` with gradient. :param ratio: ``[B, T]`` detached. :param clipped: ``[B, T]`` bool,
-        where the clip cut the gradient off.
+        where clipping removed the gradient.
     """
 
     token_losses: Tensor
@@ -78,9 +78,9 @@ def policy_loss(
     - ``gspo``: the same with the sequence's ratio s = exp(mean of logp - old over its tokens), whose gradient reaches
       each token through its own logprob (GSPO-token, arXiv:2507.18071, equation 13).
     - ``cpgd``: -min(l A, clip(l, log(1 - eps_low), log(1 + eps_high)) A), l = logp - old: a policy gradient without
-      the ratio in it, cut off where the ratio leaves its range. Plus ``drift_coef`` times the policy drift, KL(old ||
+      the ratio, clipped where the ratio leaves its range. Plus ``drift_coef`` times the policy drift, KL(old ||
       policy): its value is the k3 estimate r - 1 - l, its gradient min(r - 1, ``drift_clip``) times that of logp, k3's
-      own but for the cut, without which one token with a large ratio would carry the step (CPGD, arXiv:2505.12504,
+      gradient with a clip, without which one token with a large ratio would dominate the step (CPGD, arXiv:2505.12504,
       and its authors' ``policy_drift_clip_eps``).
 
     :param weights: ``[B, T]`` importance weights that correct for the engine's distribution, without gradient.
@@ -97,7 +97,7 @@ def policy_loss(
         losses = -torch.minimum(ratio * advantages, limited * advantages)
     elif objective == "cpgd":
         ratio = log_ratio.clamp(-20.0, 20.0).exp()
-        # eps_low of 1 and more would be log of nothing: no lower bound then.
+        # eps_low of 1 or more has no logarithm: no lower bound then.
         low = math.log1p(-eps_low) if eps_low < 1 else -math.inf
         limited = log_ratio.clamp(low, math.log1p(eps_high))
         losses = -torch.minimum(log_ratio * advantages, limited * advantages)
@@ -127,7 +127,7 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, value_clip: 
 
 
 def truncated_importance_weights(trainer_logprobs: Tensor, engine_logprobs: Tensor, cap: float) -> Tensor:
-    """min(p_trainer / p_engine, cap): corrects for an engine that samples from slightly other probabilities.
+    """min(p_trainer / p_engine, cap): corrects for an engine that samples from slightly different probabilities.
 
     Truncated importance sampling (Ionides, 2008) as used for rollouts (https://fengyao.notion.site/off-policy-rl).
 
@@ -137,7 +137,7 @@ def truncated_importance_weights(trainer_logprobs: Tensor, engine_logprobs: Tens
 
 
 def entropy_threshold(entropies: Tensor, share: float) -> float:
-    """The entropy that the ``share`` of tokens with the highest entropy reach (arXiv:2506.01939, section 4).
+    """The lowest entropy among the ``share`` of tokens with the highest entropy (arXiv:2506.01939, section 4).
 
     :param entropies: ``[N]`` of all tokens of the batch, over all ranks.
     """

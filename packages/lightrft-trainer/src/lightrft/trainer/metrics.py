@@ -1,4 +1,4 @@
-"""What a step measured, written where people look: metrics.jsonl, TensorBoard, Weights & Biases, Trackio."""
+"""Where a step's figures are written: metrics.jsonl, TensorBoard, Weights & Biases, Trackio."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ logger = logging.getLogger("lightrft")
 
 METRICS_FILE = "metrics.jsonl"
 # Every line has these; more may follow. Seconds are wall time of that part of the step, on the slowest rank.
-# weight_version is that of the weights which the step left in the engine; sample_versions says how many of its samples
-# were written by which version: {"7": 512}.
+# weight_version is the version in the engine after the step; sample_versions is the number of its samples by version:
+# {"7": 512}.
 STEP_KEYS = (
     "step",
     "reward_mean",
@@ -40,20 +40,20 @@ Figure = float | int | Mapping[str, int] | None
 
 
 class MetricSink(Protocol):
-    """Something that takes a step's figures."""
+    """Receives a step's figures."""
 
     def log(self, step: int, values: Mapping[str, Figure]) -> None:
-        """Take figures by name; None means not measured in this step. A sink of plain numbers leaves mappings out."""
+        """Take figures by name; None means not measured in this step. Sinks of plain numbers skip mappings."""
 
     def close(self) -> None:
         """Write out what is buffered."""
 
 
 class JsonlSink:
-    """One JSON object a line. Not-a-number and infinities become null: JSON has no word for them."""
+    """One JSON object per line. NaN and infinities become null, since JSON does not have them."""
 
     def __init__(self, path: Path, *, first_step: int = 0) -> None:
-        """:param first_step: lines of this step and later are dropped: the resumed run writes them again."""
+        """:param first_step: lines from this step on are dropped: the resumed run writes them again."""
         self.path = path
         kept = [line for line in read_metrics(path) if line.get("step", 0) < first_step] if first_step else []
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +93,7 @@ class TensorBoardSink:
 
 
 class TrackerSink:
-    """Weights & Biases, or Trackio, which has the same three functions."""
+    """Weights & Biases, or Trackio, which has the same interface."""
 
     def __init__(self, module: Any, project: str, name: str | None, config: Mapping[str, Any], folder: Path) -> None:
         self._module = module
@@ -133,7 +133,7 @@ def make_sinks(config: StrategyConfig, output_dir: Path, log_dir: Path, *, first
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a metrics file; a line that was cut off by a crash is left out."""
+    """All complete lines of a metrics file, without one that a crash truncated."""
     return list(_lines(path))
 
 
@@ -144,7 +144,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
         try:
             line = json.loads(text)
         except json.JSONDecodeError:
-            logger.warning("%s: dropped a line that was cut off", path)
+            logger.warning("%s: dropped a truncated line", path)
             continue
         if isinstance(line, dict):
             yield line

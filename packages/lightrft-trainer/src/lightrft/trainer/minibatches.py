@@ -1,7 +1,7 @@
-"""Which samples an optimizer step takes, and how each rank cuts its share into micro-batches.
+"""The samples of each optimizer step, and how each rank splits its share into micro-batches.
 
-Pure functions of (seed, step, epoch) and of the samples' global indices, so that the same samples meet in the same
-optimizer step on any number of ranks, and a resumed run finds its place again.
+Pure functions of (seed, step, epoch) and of the samples' global indices, so that the same samples are in the same
+optimizer step on any number of ranks, and after a resume.
 
 Global sample indices count within a rollout step: prompt at position p, sample k of n is ``p * n + k``.
 """
@@ -17,14 +17,14 @@ from dataclasses import dataclass
 def plan_minibatches(
     *, prompts: int, n_samples: int, batch_size: int, seed: int, step: int, epoch: int
 ) -> list[list[int]]:
-    """Cut a step's samples into optimizer steps of ``batch_size``, shuffled.
+    """Split a step's samples into optimizer steps of ``batch_size``, shuffled.
 
     Ranks own prompts in turn (position p belongs to rank p mod world size). A free shuffle would give one rank many
     samples of an optimizer step and another few. So the samples are laid out with ``batch_size`` columns and shuffled
-    within each column: every optimizer step takes one sample a column, and the ranks' shares are equal wherever the
-    world size divides ``prompts`` and ``batch_size``.
+    within each column: every optimizer step takes one sample per column, and the ranks' shares are equal if the world
+    size divides ``prompts`` and ``batch_size``.
 
-    :return: global sample indices for each optimizer step, each list sorted. Together they are every index once.
+    :return: global sample indices for each optimizer step, each list sorted. Together they have every index once.
     """
     total = prompts * n_samples
     columns = min(batch_size, total)
@@ -43,7 +43,8 @@ def plan_minibatches(
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Global sample indices of one forward and backward pass on one rank; empty on a rank that fills up."""
+    """Global sample indices of one forward and backward pass on one rank; empty if a rank has fewer micro-batches than
+    others."""
 
     indices: tuple[int, ...]
 
@@ -55,12 +56,12 @@ class SampleTooLongError(ValueError):
 def balance(
     steps: Sequence[Sequence[int]], lengths: Mapping[int, int], *, ranks: int, equally_many: bool
 ) -> dict[int, int]:
-    """The data rank that is to train on each sample, so that in every optimizer step all have about as many tokens.
+    """Assign each sample to a data rank, so that in every optimizer step all have about the same number of tokens.
 
-    Longest first, each to the rank with the least: within a third of the best there is (Graham, 1969).
+    Longest first, each to the rank with the fewest: at most a third above the optimum (Graham, 1969).
 
     :param steps: the samples of each optimizer step.
-    :param equally_many: ranks also get as many samples as each other, to within one.
+    :param equally_many: the ranks' numbers of samples also differ by at most one.
     """
     owners: dict[int, int] = {}
     for step in steps:
@@ -85,14 +86,14 @@ def cut_microbatches(
     packed: bool = False,
     n_samples: int = 1,
 ) -> list[list[MicroBatch]]:
-    """Each rank's micro-batches of one optimizer step: equally many on every rank, of similar lengths within each.
+    """Each rank's micro-batches of one optimizer step: the same number on every rank, with similar lengths in each.
 
     :param owners: data rank that holds each sample. :param lengths: tokens of each sample, to keep padding low.
     :param size: samples of a micro-batch. :param max_tokens: tokens of a micro-batch instead; padding counts, unless
         samples are ``packed``.
     :param n_samples: of a prompt, which stay together where ``size`` counts: for models that compute it once.
-    :return: one list for each rank; short ones are filled up with empty micro-batches.
-    :raises SampleTooLongError: a sample has more than ``max_tokens``; raised alike on every rank.
+    :return: one list for each rank; shorter ones are filled up with empty micro-batches.
+    :raises SampleTooLongError: a sample has more than ``max_tokens``; raised on every rank.
     """
     if max_tokens is not None and minibatch:
         longest = max(minibatch, key=lambda index: lengths[index])

@@ -18,9 +18,9 @@ SMOOTHING_WINDOW = 20
 
 
 def plot_curves(lines: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
-    """Draw every curve that has data; returns the files, written whole or not at all.
+    """Draw every curve that has data; returns the files, each of which appears only when complete.
 
-    :param lines: one mapping a step, as in metrics.jsonl.
+    :param lines: one mapping per step, as in metrics.jsonl.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

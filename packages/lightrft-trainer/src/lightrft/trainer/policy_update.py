@@ -1,4 +1,4 @@
-"""One optimizer step: forward and backward over micro-batches, the losses of actor and critic, what they measured."""
+"""One optimizer step: forward and backward over micro-batches, the losses of actor and critic, and their figures."""
 
 from __future__ import annotations
 
@@ -34,9 +34,8 @@ if TYPE_CHECKING:
 class PolicyUpdater:
     """Takes optimizer steps on batches of a replay buffer.
 
-    :param temperature: that the samples were drawn at.
-    :param comparable: engine and trainer logprobs are those of the same distribution, so that their difference is
-        drift.
+    :param temperature: the samples' sampling temperature.
+    :param comparable: engine and trainer logprobs are of the same distribution, so that their difference is drift.
     """
 
     strategy: StrategyBase
@@ -63,9 +62,9 @@ class PolicyUpdater:
     def step(
         self, batch: OptimizerBatch, buffer: ReplayBuffer, token_fields: Sequence[str], *, train_actor: bool = True
     ) -> dict[str, float]:
-        """One optimizer step. A collective; ranks run equally many micro-batches, some of them empty.
+        """One optimizer step. A collective; all ranks run the same number of micro-batches, some of them empty.
 
-        :param token_fields: per-token figures that every sample has, on every rank.
+        :param token_fields: per-token values that every sample has, on every rank.
         :return: loss and means over all tokens of all ranks, gradient norms, and whether the step was skipped.
         """
         threshold, kept_tokens = self._high_entropy(batch, buffer)
@@ -94,7 +93,7 @@ class PolicyUpdater:
         config, fields, mask = self.config, rows.per_token, rows.mask
         statistics = token_statistics(self.actor, rows, self.temperature, entropy=config.entropy_coef > 0)
         logprobs = statistics.logprobs
-        # With a single optimizer step a rollout the weights are still those that wrote it: the ratio is 1.
+        # With a single optimizer step per rollout the weights are still those that generated it: the ratio is 1.
         old = fields.get("old_logprobs", logprobs.detach())
         train_mask = mask if threshold is None else mask & (fields["entropies"] >= threshold)
         policy = policy_loss(
@@ -125,7 +124,7 @@ class PolicyUpdater:
         return loss
 
     def _engine_weights(self, old: Tensor, fields: dict[str, Tensor], mask: Tensor, sums: DeviceSums) -> Tensor | None:
-        """Measure how far the engine is from the trainer, and correct for it where asked."""
+        """Measure the drift between engine and trainer, and correct for it if requested."""
         if not self.comparable or "engine_logprobs" not in fields:
             return None
         drift = (old.detach() - fields["engine_logprobs"]).abs().masked_fill(~mask, 0.0)
@@ -161,7 +160,7 @@ class PolicyUpdater:
 
     # ---- high-entropy tokens ----------------------------------------------------------------------------------------
     def _high_entropy(self, batch: OptimizerBatch, buffer: ReplayBuffer) -> tuple[float | None, int]:
-        """The entropy from which tokens are trained on, one value for all ranks, and how many tokens reach it."""
+        """The lowest entropy of tokens to train on, the same on all ranks, and how many tokens reach it."""
         share = self.config.high_entropy_token_ratio
         if share <= 0:
             return None, batch.tokens
@@ -178,7 +177,7 @@ class PolicyUpdater:
 
 
 class DeviceSums:
-    """Sums that stay on the device and are fetched once an optimizer step."""
+    """Sums that stay on the device and are fetched once per optimizer step."""
 
     def __init__(self) -> None:
         self.values: dict[str, Tensor] = {}
@@ -194,7 +193,7 @@ class DeviceSums:
         self.values[name] = torch.maximum(self.values[name], value) if name in self.values else value
 
     def over_ranks(self, strategy: StrategyBase) -> dict[str, float]:
-        """Totals and maxima over all ranks, which must have measured the same things. A collective."""
+        """Totals and maxima over all ranks, which must have the same names. A collective."""
         totals: dict[str, float] = {}
         for op in ("sum", "max"):
             names = [name for name in self.values if name.endswith("_max") == (op == "max")]

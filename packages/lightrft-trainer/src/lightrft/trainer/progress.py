@@ -16,7 +16,7 @@ PLAIN_SECONDS = 5.0
 
 
 class Progress(Protocol):
-    """Shows how far the run is."""
+    """Shows the progress of a run."""
 
     def __enter__(self) -> Progress: ...
 
@@ -46,7 +46,7 @@ class SilentProgress:
 
 
 class PlainProgress:
-    """A line every few seconds, for logs and pipes: the first step, the last, and what lies a while apart."""
+    """A line every few seconds, for logs and pipes; the first and the last step always get one."""
 
     def __init__(self, total: int) -> None:
         self.total = total
@@ -59,7 +59,7 @@ class PlainProgress:
         return None
 
     def advance(self, step: int, values: Mapping[str, Any]) -> None:
-        """Write a line if the last one is some time ago."""
+        """Write a line if the last one is old enough."""
         now = time.monotonic()
         if self._last == 0.0 or step >= self.total or now - self._last >= PLAIN_SECONDS:
             self._last = now
@@ -106,12 +106,12 @@ class LiveProgress:
 
 
 def describe(values: Mapping[str, Any]) -> str:
-    """The figures that fit beside a bar."""
+    """The figures that fit next to a bar."""
     return "  ".join(f"{label} {values[name]:{form}}" for name, label, form in SHOWN if values.get(name) is not None)
 
 
 def make_progress(total: int, *, done: int = 0, show: bool = True) -> Progress:
-    """A bar on a terminal, lines elsewhere, nothing where ``show`` is off."""
+    """A bar on a terminal, lines elsewhere, nothing if ``show`` is off."""
     if not show:
         return SilentProgress()
     return LiveProgress(total, done) if sys.stdout.isatty() else PlainProgress(total)

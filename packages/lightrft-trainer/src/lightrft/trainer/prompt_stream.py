@@ -9,12 +9,12 @@ from typing import Any
 
 
 class PromptStream:
-    """Draws batches from a loader for ``episodes`` passes, and knows how far it has come.
+    """Draws batches from a loader for ``episodes`` passes, and keeps its position.
 
-    The position counts batches of this episode. With a strategy's own sampler it is reached at once; with any other
-    one the batches before it are drawn and dropped.
+    The position counts batches of this episode. A strategy's own sampler goes to it directly; with any other one the
+    batches before it are drawn and dropped.
 
-    :param loader: an iterable of lists of prompts, new on every ``iter``.
+    :param loader: an iterable of lists of prompts, which can be iterated again.
     :param batch_size: prompts of a batch over all ranks.
     """
 

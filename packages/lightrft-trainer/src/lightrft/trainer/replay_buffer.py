@@ -1,7 +1,7 @@
-"""The samples of one rollout step, keyed by global index, and the plan by which they are trained on.
+"""The samples of one rollout step by global index, and the plan of training on them.
 
-Every rank holds its own samples and, of all samples, who owns them and how long they are. From these and (seed, step,
-epoch) each rank derives the same plan without talking to the others, also after a resume on another number of ranks.
+Every rank has its own samples, and the owner and length of all samples. From these and (seed, step, epoch) each rank
+derives the same plan without communication, also after a resume on another number of ranks.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class SampleRecord(NamedTuple):
 
 @dataclass(frozen=True)
 class OptimizerBatch:
-    """One optimizer step as this rank sees it.
+    """One optimizer step on this rank.
 
-    :param microbatches: this rank's, equally many on every rank. :param tokens: response tokens over all ranks.
+    :param microbatches: this rank's, the same number on every rank. :param tokens: response tokens over all ranks.
     :param sequences: samples with a response over all ranks.
     """
 
@@ -49,7 +49,7 @@ class OptimizerBatch:
 
 @dataclass
 class ReplayBuffer:
-    """This rank's samples of a step, and the records of everybody's."""
+    """This rank's samples of a step, and the records of all samples."""
 
     samples: dict[int, Experience] = field(default_factory=dict)
     records: dict[int, SampleRecord] = field(default_factory=dict)
@@ -73,7 +73,7 @@ class ReplayBuffer:
 
     def steps(self, *, n_samples: int, batch_size: int, seed: int, step: int, epoch: int) -> list[list[int]]:
         """The samples of each optimizer step of one epoch over the buffer, the same on every rank."""
-        # Dynamic sampling may have left holes: samples are laid out without them.
+        # Dynamic sampling may have left gaps, which the layout skips.
         held = sorted(self.records)
         prompts = len({index // n_samples for index in held})
         planned = plan_minibatches(
@@ -82,9 +82,9 @@ class ReplayBuffer:
         return [[held[place] for place in places] for places in planned]
 
     def exchange(self, owners: Mapping[int, int], *, rank: int, gather: Callable[[Any], Any]) -> None:
-        """Bring each sample to its new owner. A collective.
+        """Send each sample to its new owner. A collective.
 
-        :param owners: the data rank of every sample. :param gather: what every data rank has to give, as a list.
+        :param owners: the data rank of every sample. :param gather: returns the argument of every data rank, as a list.
         """
         leaving = [sample for sample in self.samples.values() if owners[sample.index] != rank]
         for sample in (sample for part in gather(leaving) for sample in part):
@@ -104,7 +104,7 @@ class ReplayBuffer:
         packed: bool = False,
         n_samples: int = 1,
     ) -> list[OptimizerBatch]:
-        """Optimizer steps with their micro-batches; the same on every rank but for those.
+        """Optimizer steps with their micro-batches; which are this rank's; the rest is the same on every rank.
 
         :param steps: from :meth:`steps`. The other parameters are those of
             :func:`lightrft.trainer.minibatches.cut_microbatches`.
@@ -144,7 +144,7 @@ class ReplayBuffer:
     def restore(states: Sequence[Mapping[str, Tensor]], *, n_samples: int, rank: int, ranks: int) -> ReplayBuffer:
         """The buffer from the states of all saved ranks (``states[i]`` is data rank i's).
 
-        On as many ranks as saved it, each gets its own samples back; otherwise they are dealt out by prompt, in turn.
+        On the same number of ranks each gets its own samples; otherwise they are distributed by prompt, in turn.
         """
         saved = [(origin, sample) for origin, state in enumerate(states) for sample in unpack(state)]
         saved.sort(key=lambda item: item[1].index)

@@ -1,4 +1,4 @@
-"""What happens to a reward between the reward function and the advantages: overlong penalty, clipping, running norm."""
+"""From rewards to shaped rewards: overlong penalty, running norm, clipping."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from .advantages import SumOverRanks
 
 
 class RunningMoments:
-    """Mean and variance of everything seen so far (Chan, Golub and LeVeque, 1979), over all ranks.
+    """Mean and variance of all values so far (Chan, Golub and LeVeque, 1979), over all ranks.
 
-    Every data rank must call :meth:`update` together; all then hold the same state.
+    All data ranks must call :meth:`update` together; all then have the same state.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class RunningMoments:
         return math.sqrt(variance) if variance > 0 else 1.0
 
     def update(self, values: Tensor, sum_over_ranks: SumOverRanks | None = None) -> None:
-        """Add this rank's values (any shape). A collective where ``sum_over_ranks`` is one."""
+        """Add this rank's values (any shape). A collective if ``sum_over_ranks`` is one."""
         reduce = sum_over_ranks or (lambda vector: vector)
         exact = values.double().flatten()
         total = reduce(torch.stack([exact.sum(), exact.new_tensor(float(exact.numel()))]))
@@ -52,7 +52,7 @@ class RunningMoments:
         return {"count": self.count, "mean": self.mean, "squares": self.squares}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state."""
+        """Restore a saved state."""
         self.count, self.mean, self.squares = (float(state[key]) for key in ("count", "mean", "squares"))
 
 
@@ -60,7 +60,7 @@ class RunningMoments:
 class RewardShaping:
     """The settings, applied in this order: overlong penalty, running norm, clip.
 
-    :param clip: rewards end within plus and minus this; 0: no clipping.
+    :param clip: largest absolute value of a reward; 0: no clipping.
     :param running_norm: divide by the running standard deviation; ``minus_mean``: subtract the running mean first.
     :param overlong: add the overlong penalty, times its factor (:func:`lightrft.rewards.soft_overlong_penalty`).
     """
@@ -76,8 +76,8 @@ class RewardShaping:
     def apply(
         self, rewards: Tensor, lengths: Tensor, moments: RunningMoments, sum_over_ranks: SumOverRanks | None = None
     ) -> Tensor:
-        """Shaped rewards ``[B]``; ``moments`` takes these rewards in first. A collective where ``sum_over_ranks`` is
-        one.
+        """Shaped rewards ``[B]``; ``moments`` is updated with these rewards first. A collective where
+        ``sum_over_ranks`` is one.
         """
         shaped = rewards.float()
         if self.overlong:

@@ -1,4 +1,4 @@
-"""A whole run on one rank: build everything that the settings name, train, save, report."""
+"""A whole run on one rank: build everything from the settings, train, save, report."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ TASK = "task:reverse_digits"
 
 @dataclass(frozen=True)
 class RunResult:
-    """What became of a run.
+    """The result of a run.
 
     :param evaluation: held-out accuracy by step. :param answers: of the last evaluation.
     """
@@ -58,7 +58,7 @@ def train(
 ) -> RunResult:
     """Run the training that ``config`` describes. Every rank calls.
 
-    :param on_output_dir: told the run's folder as soon as it is known.
+    :param on_output_dir: called with the run's folder as soon as it is known.
     :raises ConfigError: the folder holds another run.
     """
     begun = time.monotonic()
@@ -91,8 +91,8 @@ def train(
 
 
 def quiet_libraries() -> None:
-    """Keep out of the run's output: bars of each model that is read, a warning of torchdata's about itself, and torch's
-    about its own old names, which DeepSpeed and vLLM call."""
+    """Keep library messages out of the run's output: progress bars of loading, a warning of torchdata about itself, and
+    torch's about deprecated names, which DeepSpeed and vLLM use."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
@@ -101,14 +101,14 @@ def quiet_libraries() -> None:
 
 
 def claim_output_dir(strategy: StrategyBase, config: StrategyConfig) -> Path:
-    """The run's folder, decided on rank 0: the one asked for, or a new one that ``latest`` points to.
+    """The run's folder, decided on rank 0: the given one, or a new one to which ``latest`` points.
 
-    :raises ConfigError: it holds a run already, and this is no resume. Raised on every rank.
+    :raises ConfigError: it already has a run, and ``resume`` is off. Raised on every rank.
     """
     decided: tuple[str, str | None] = ("", None)
     if strategy.is_rank_0():
         folder = Path(config.output_dir)
-        if folder.is_symlink():  # `latest`: a later run will move it
+        if folder.is_symlink():  # `latest`: a later run will change it
             folder = folder.parent / folder.readlink()
         default = config.output_dir == FIELDS["output_dir"].default
         if default and not config.resume:
@@ -116,7 +116,7 @@ def claim_output_dir(strategy: StrategyBase, config: StrategyConfig) -> Path:
             _point(folder.parent / Path(config.output_dir).name, folder.name)
         problem = None
         if not config.resume and (folder / CONFIG_FILE).exists():
-            problem = f"--output_dir {str(folder)!r}: holds a run already; add --resume to go on with it"
+            problem = f"--output_dir {str(folder)!r}: already holds a run; add --resume to continue it"
         else:
             folder.mkdir(parents=True, exist_ok=True)
             saved = dataclasses.replace(config, output_dir=str(folder), resume=False)
@@ -143,7 +143,7 @@ def _new_folder(parent: Path) -> Path:
 
 
 def _point(link: Path, target: str) -> None:
-    """Let ``link`` point to a run, unless somebody keeps a real folder there."""
+    """Let ``link`` point to a run, unless there is a real folder of that name."""
     if link.exists() and not link.is_symlink():
         return
     scratch = link.with_name(f".{link.name}.{target}")
@@ -204,7 +204,7 @@ def build(
 
 
 def data_options(config: StrategyConfig, *, multimodal: bool) -> dict[str, Any]:
-    """What a run asks of its datasets: images for models that see, labels where a rule reads them or a key is named."""
+    """Options of a run's datasets: images for vision-language models, labels if a rule reads them or a key is given."""
     named = config.label_key != FIELDS["label_key"].default
     options: dict[str, Any] = {"labels_optional": not (named or needs_labels(config.reward))}
     return options if multimodal else {**options, "images_key": None}
@@ -216,7 +216,9 @@ def built_in_task(strategy: StrategyBase, config: StrategyConfig, output_dir: Pa
     if strategy.is_rank_0() and not folder.exists():
         from lightrft.data.warm_start import build_warm_model
 
-        strategy.print("building a small model, with a short supervised warm start so that some answers are right")
+        strategy.print(
+            "building a small model, with a short supervised warm start so that some of its answers are correct"
+        )
         scratch = folder.with_name(f".{folder.name}")
         report = build_warm_model(scratch, seed=config.seed)
         scratch.rename(folder)
@@ -249,7 +251,7 @@ def load_tokenizer(config: StrategyConfig, *, multimodal: bool) -> tuple[Any, An
 def rollout_steps(config: StrategyConfig, prompts: int) -> int:
     """Rollout steps of the run.
 
-    :raises ConfigError: there are fewer prompts than a rollout takes.
+    :raises ConfigError: there are fewer prompts than a rollout needs.
     """
     per_episode = prompts // config.rollout_batch_size
     if per_episode == 0:
@@ -268,12 +270,12 @@ def optimizer_steps_per_epoch(config: StrategyConfig) -> int:
 def build_models(
     strategy: StrategyBase, config: StrategyConfig, *, multimodal: bool
 ) -> tuple[nn.Module, nn.Module | None, Sequence[nn.Module] | None, nn.Module | None, nn.Module | None]:
-    """Actor, critic, reward models, reference and moving average, on the CPU or without memory (``--meta_init``)."""
+    """Actor, critic, reward models, reference and moving average, on the CPU or the meta device (``--meta_init``)."""
     import torch
 
     compute = getattr(torch, strategy.config.dtype_name)
     options: dict[str, Any] = {
-        "dtype": compute,  # frozen models are held as they compute
+        "dtype": compute,  # frozen models are held in the dtype in which they compute
         "compute_dtype": compute,
         "use_flash_attention_2": config.flash_attn,
         "trust_remote_code": config.trust_remote_code,
@@ -287,7 +289,7 @@ def build_models(
     trained = {
         **asked,
         **adapters,
-        # beside adapters the weights are frozen; the adapters themselves are in fp32
+        # with adapters the weights are frozen; the adapters themselves are in fp32
         "dtype": compute if config.use_mp_opt or config.lora_rank else torch.float32,
         "gradient_checkpointing": config.gradient_checkpointing,
     }
@@ -305,6 +307,6 @@ def build_models(
         if config.init_kl_coef > 0 and not config.lora_rank:  # else it is the actor without its adapters
             reference = actor_class(config.pretrain, **asked, **policy)
         average = None
-        if config.enable_ema:  # In 16 bit most of an average's updates would round away.
+        if config.enable_ema:  # In 16 bits most updates of an average would be rounded away.
             average = actor_class(config.pretrain, **{**options, **adapters, "dtype": torch.float32})
     return actor, critic, reward_models, reference, average

@@ -1,4 +1,4 @@
-"""Where a run stands, and how it is written into a checkpoint and found again."""
+"""The position of a run, as it is written into a checkpoint."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 
 @dataclass
 class RunState:
-    """All that a resumed run needs beyond weights, optimizers, schedulers and random states, as JSON values.
+    """What a resumed run needs besides weights, optimizers, schedulers and random states, as JSON values.
 
     :param step: rollout steps that are complete.
     :param training: the rollout of step ``step + 1`` is in the buffer and partly trained on.
     :param epoch: passes over the buffer that are complete. :param batch: optimizer steps of the next pass that are
         complete.
     :param optimizer_steps: of the whole run. :param skipped_steps: of them, those whose gradient was not finite.
-    :param sums: what the optimizer steps of an unfinished rollout step have measured so far.
-    :param figures: what its rollout measured.
+    :param sums: figures of the optimizer steps of an unfinished rollout step so far.
+    :param figures: figures of its rollout.
     :param evaluation: held-out accuracy by step.
     """
 

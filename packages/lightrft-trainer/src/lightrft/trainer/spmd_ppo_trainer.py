@@ -1,7 +1,7 @@
-"""The trainer: roll out, grade, train, sync, and again, on every rank the same program.
+"""The trainer: roll out, grade, train, sync, in a loop that every rank runs.
 
-``fit`` is the loop. ``ppo_train`` trains on what is in the replay buffer and may be overridden; the loop brings the
-weights to the engine after it, unless an override has done so.
+``fit`` is the loop. ``ppo_train`` trains on the replay buffer and may be overridden; the loop then syncs the weights to
+the engine, unless the override has done so.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .grading import Grader
 from .interruption import Interruption
 from .kl_controller import make_kl_controller
 from .losses import PolicyObjective
-from .metrics import METRICS_FILE, JsonlSink, MetricSink, make_sinks, read_metrics
+from .metrics import METRICS_FILE, STEP_KEYS, JsonlSink, MetricSink, make_sinks, read_metrics
 from .minibatches import balance
 from .plots import plot_curves
 from .policy_update import PolicyUpdater
@@ -45,30 +45,39 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("lightrft")
 
+# generate_kwargs by Hugging Face's names that have no meaning here, and what to do instead.
+UNSUPPORTED = {
+    "do_sample": "drop it",
+    "max_length": "use max_new_tokens",
+    "pad_token_id": "drop it",
+    "eos_token_id": "use stop_token_ids",
+    "num_return_sequences": "use n_samples_per_prompt",
+}
+
 CHECKPOINTS, PLOTS, TRAJECTORIES = "checkpoints", "plots", "trajectories"
 
 
 class DriftError(LightRFTError, RuntimeError):
-    """Engine and trainer disagree about the tokens' probabilities by more than ``--max_logprob_drift``."""
+    """The logprobs of engine and trainer differ by more than ``--max_logprob_drift``."""
 
 
 class SPMDPPOTrainer:
-    """Trains an actor by reinforcement on any LightRFT strategy and engine.
+    """Trains an actor by reinforcement learning with any LightRFT strategy and engine.
 
-    All that is not given here comes from ``strategy.config``. Models are prepared by the strategy beforehand, for
-    example with ``strategy.prepare_models_and_optimizers``, and an engine is set up.
+    Whatever is not given comes from ``strategy.config``. The strategy must have prepared the models, for example with
+    ``strategy.prepare_models_and_optimizers``, and set up an engine.
 
     :param actor: the policy (:class:`lightrft.models.ActorLanguage` or anything that a strategy prepared from it).
     :param critic: needed with ``advantage_estimator="gae"``, else None.
-    :param reward_model: a reward model, or what ``strategy.setup_reward_engine`` gave; a list of them, or None.
-    :param initial_model: the reference for the KL; None where ``init_kl_coef`` is 0, and for an actor with LoRA
-        adapters, which without them is its own reference.
-    :param ema_model: a copy of the actor that follows it slowly, or None.
+    :param reward_model: a reward model, or the result of ``strategy.setup_reward_engine``; a list of them, or None.
+    :param initial_model: the reference for the KL; None if ``init_kl_coef`` is 0, and for an actor with LoRA
+        adapters, which is its own reference without them.
+    :param ema_model: a moving average of the actor, or None.
     :param tokenizer: of the actor; ``processor`` for vision-language models.
-    :param reward_fn: grades responses: ``reward_fn(prompts, responses, labels, **extras)`` gives one number for each.
-        None takes ``--reward`` and ``--remote_rm_url``. Reward models add to it.
-    :param output_dir: where checkpoints, metrics and plots go; None takes ``--output_dir``.
-    :param generate_kwargs: sampling settings by Hugging Face's or vLLM's names; they win over the configuration.
+    :param reward_fn: grades responses: ``reward_fn(prompts, responses, labels, **extras)`` returns one number for each.
+        None: ``--reward`` and ``--remote_rm_url``. The scores of reward models are added.
+    :param output_dir: folder for checkpoints, metrics and plots; None: ``--output_dir``.
+    :param generate_kwargs: sampling settings by Hugging Face's or vLLM's names; they override the configuration.
     :raises ValueError: settings that cannot work together.
     """
 
@@ -113,7 +122,7 @@ class SPMDPPOTrainer:
         self.strategy, self.args, self.config = strategy, strategy.args, config
         self.actor, self.critic, self.reward_model = actor, critic, reward_model
         self.ema_model = ema_model
-        self.initial_model: Any = initial_model  # or what stands for one, and is called alike
+        self.initial_model: Any = initial_model  # or an object that is called in the same way
         self.actor_optim, self.critic_optim = actor_optim, critic_optim
         self.actor_scheduler, self.critic_scheduler = actor_scheduler, critic_scheduler
         self.tokenizer, self.processor = tokenizer, processor
@@ -190,7 +199,7 @@ class SPMDPPOTrainer:
         )
 
     def make_experience_maker(self) -> ExperienceMaker:
-        """What turns prompts into experience; override to bring another."""
+        """The maker of experience; override it to use another."""
         return self._experience_maker_class()(
             strategy=self.strategy,
             actor=self.actor,
@@ -211,7 +220,7 @@ class SPMDPPOTrainer:
         return ExperienceMaker
 
     def _problems(self) -> list[str]:
-        """What is missing among the constructor's arguments."""
+        """Refuse missing arguments of the constructor."""
         config, problems = self.config, []
         if config.advantage_estimator == "gae" and self.critic is None:
             problems.append("--advantage_estimator gae needs a critic; pass critic=... and its optimizer")
@@ -219,7 +228,7 @@ class SPMDPPOTrainer:
             problems.append("a critic was given without critic_optim; make one with strategy.create_optimizer(critic)")
         if self.initial_model is None and self.kl_ctl.value:
             problems.append(
-                f"init_kl_coef is {self.kl_ctl.value} and there is no initial_model; pass one, or set init_kl_coef=0"
+                f"init_kl_coef is {self.kl_ctl.value} but there is no initial_model; pass one, or set init_kl_coef=0"
             )
         if self.sampling.greedy:
             problems.append("temperature=0: greedy answers come from no distribution to train; give one above 0")
@@ -231,13 +240,16 @@ class SPMDPPOTrainer:
         policy, reference = "Actor(...)", "Actor(...) of initial_model"
         for name, model in ((policy, self.actor), ("Critic(...)", self.critic), (reference, self.initial_model)):
             module = None if model is None else unwrap(model)
-            if module is None or (name == reference and module is unwrap(self.actor)):  # looked at already
+            if module is None or (name == reference and module is unwrap(self.actor)):  # checked already
                 continue
             if config.fused_linear_logprob and name in (policy, reference):
                 made_with = getattr(module, "chunk_size", None)
                 if not getattr(module, "fused_linear_logprob", False):
                     problems.append(f"--fused_linear_logprob: pass fused_linear_logprob=True to {name} as well")
-                elif config.chunk_size not in (type(config).chunk_size, made_with):  # by default a script's own holds
+                elif config.chunk_size not in (
+                    type(config).chunk_size,
+                    made_with,
+                ):  # the default leaves the script's own value
                     problems.append(
                         f"--chunk_size {config.chunk_size}: the model was made with {made_with}; pass "
                         f"chunk_size={config.chunk_size} to {name} as well"
@@ -255,12 +267,12 @@ class SPMDPPOTrainer:
     # ---- what the documents' examples read --------------------------------------------------------------------------
     @property
     def vllm_mp_group(self) -> Any:
-        """The ranks that share an engine; None where each rank has its own."""
+        """The ranks that share an engine; None if each rank has its own."""
         return self.strategy.engine_mp_group
 
     @property
     def vllm_engine(self) -> Any:
-        """This rank's engine, whichever it is."""
+        """This rank's engine."""
         return self.strategy.inference_engine
 
     def tokenize_fn(
@@ -288,18 +300,19 @@ class SPMDPPOTrainer:
         resume: bool | None = None,
         interruption: Interruption | None = None,
     ) -> RunState:
-        """Train until the steps are done or somebody interrupts. Every rank calls.
+        """Train until all steps are done or the run is interrupted. Every rank calls.
 
         :param args: kept for older scripts; the settings are the strategy's.
-        :param prompts_dataloader: lists of prompts, this rank's share of each rollout batch, as
-            ``strategy.setup_dataloader`` gives them.
-        :param consumed_samples: prompts, over all ranks, that earlier runs have used; a checkpoint's own position wins.
+        :param prompts_dataloader: lists of prompts, this rank's share of each rollout batch, from
+            ``strategy.setup_dataloader``.
+        :param consumed_samples: prompts, over all ranks, that earlier runs have used; a checkpoint's position overrides
+            it.
         :param eval_prompts: held-out prompts, all of them on every rank.
-        :param resume: go on from the last whole checkpoint; default ``--resume``.
+        :param resume: continue from the last complete checkpoint; default ``--resume``.
         :raises DriftError: the engine drifted further than allowed.
         """
         if pretrain_dataloader is not None:
-            raise ValueError("fit: pretrain_dataloader: mixing in a supervised loss is not possible; pass None")
+            raise ValueError("fit: pretrain_dataloader: a supervised loss cannot be mixed in; pass None")
         config = self.config
         stream = PromptStream(prompts_dataloader, episodes=config.num_episodes, batch_size=config.rollout_batch_size)
         per_episode = num_update_steps_per_episodes or max(1, len(stream))
@@ -338,7 +351,7 @@ class SPMDPPOTrainer:
 
     @property
     def interrupted(self) -> bool:
-        """The last ``fit`` ended early because somebody asked for it."""
+        """Whether the last ``fit`` was interrupted."""
         return self._stopping
 
     def _run_steps(
@@ -374,18 +387,18 @@ class SPMDPPOTrainer:
                 self._plot()
 
     def _due(self, every: int, total: int) -> bool:
-        """A step at which something periodic happens; the last one is done after the loop."""
+        """Whether to do something periodic after this step; after the last one it is done anyway."""
         return every > 0 and self.state.step % every == 0 and self.state.step < total
 
     def _interrupted(self) -> bool:
-        """Whether any rank was asked to stop. A collective: ranks hear of Ctrl-C at different moments."""
+        """Whether any rank was asked to stop. A collective: Ctrl-C reaches the ranks at different times."""
         if not self._stopping:
             self._stopping = bool(self.strategy.all_reduce(int(self._save_wanted()), "max"))
         return self._stopping
 
     # ---- one step ---------------------------------------------------------------------------------------------------
     def _roll_out(self, stream: PromptStream) -> bool:
-        """Fill the buffer; False where the prompts have ended."""
+        """Fill the buffer; False if there are no more prompts."""
         rollout = self.experience_maker.make_experience_list(stream, self.state.step)
         if rollout is None:
             return False
@@ -431,7 +444,7 @@ class SPMDPPOTrainer:
     def ppo_train(self, global_steps: int = 0) -> dict[str, float]:
         """Train on the replay buffer: every epoch, every optimizer step that is not done yet.
 
-        Stops early, between two optimizer steps, when somebody interrupts the run.
+        Stops early, between two optimizer steps, if the run is interrupted.
 
         :param global_steps: the rollout step, which decides how the buffer is shuffled.
         :return: means over the step: loss, kl, grad_norm, logprob_drift, clip_fraction, ...
@@ -455,8 +468,8 @@ class SPMDPPOTrainer:
         return self._status()
 
     def _plan_epoch(self, step: int, epoch: int) -> list[OptimizerBatch]:
-        """The optimizer steps of one epoch. Where samples are packed, or micro-batches formed by tokens, samples first
-        change ranks, so that all ranks have about as many tokens in each step; a collective.
+        """The optimizer steps of one epoch. If samples are packed, or micro-batches formed by tokens, samples are first
+        exchanged so that all ranks have about the same number of tokens in each step; a collective.
         """
         config, buffer = self.config, self.replay_buffer
         rank, ranks = self.strategy.data_parallel_rank, self.strategy.data_parallel_size
@@ -478,7 +491,7 @@ class SPMDPPOTrainer:
         )
 
     def training_step(self, batch: OptimizerBatch, global_steps: int) -> dict[str, float]:
-        """One optimizer step of the actor, and of the critic where there is one; returns its figures, alike on all
+        """One optimizer step of the actor, and of the critic if there is one; returns its figures, the same on all
         ranks.
         """
         return self.updater.step(
@@ -499,7 +512,7 @@ class SPMDPPOTrainer:
 
     # ---- after training ---------------------------------------------------------------------------------------------
     def _sync_and_time(self, training: float, version: int) -> None:
-        """Sync, unless an own ``ppo_train`` did so itself, and note the seconds of both on the slowest rank.
+        """Sync, unless an overridden ``ppo_train`` has done so, and note the seconds of both on the slowest rank.
 
         :param training: seconds in ``ppo_train``. :param version: the engine's weights before it.
         """
@@ -524,31 +537,19 @@ class SPMDPPOTrainer:
 
     def _step_values(self, status: dict[str, float]) -> dict[str, Any]:
         """A line of metrics.jsonl: always with the keys of :data:`lightrft.trainer.metrics.STEP_KEYS`."""
-        figures = self.state.figures
-        # Without a reference the KL is that of the update itself: how far training moved the policy that wrote the
-        # samples.
-        kl = status.get("kl", status.get("policy_kl"))
-        values = {
-            "reward_mean": figures.get("reward_mean"),
-            "reward_std": figures.get("reward_std"),
-            "loss": status.get("loss"),
-            "kl": kl,
-            "grad_norm": status.get("grad_norm"),
-            "response_length_mean": figures.get("response_length_mean"),
-            "tokens_per_second": figures.get("tokens_per_second"),
-            "seconds_generate": figures.get("seconds_generate"),
-            "seconds_reward": figures.get("seconds_reward"),
-            "seconds_train": figures.get("seconds_train"),
-            "seconds_sync": figures.get("seconds_sync", 0.0),
-            "logprob_drift": status.get("logprob_drift"),
+        absent = {**dict.fromkeys(STEP_KEYS[1:]), "seconds_sync": 0.0, "sample_versions": {}}  # log() adds the step
+        return {
+            **absent,
+            **self.state.figures,
+            **status,
+            # Without a reference it is the KL of the update itself: how far training has moved the policy from the
+            # one that generated the samples.
+            "kl": status.get("kl", status.get("policy_kl")),
             "weight_version": self.strategy.engine_host.weight_version,
-            "sample_versions": figures.get("sample_versions", {}),
+            "kl_coef": self.kl_ctl.value,
+            "lr": self.actor_optim.param_groups[0]["lr"],
+            "skipped_steps": self.state.skipped_steps,
         }
-        values |= {name: value for name, value in (*figures.items(), *status.items()) if name not in values}
-        values["kl_coef"] = self.kl_ctl.value
-        values["lr"] = self.actor_optim.param_groups[0]["lr"]
-        values["skipped_steps"] = self.state.skipped_steps
-        return values
 
     def _check_drift(self, values: dict[str, Any]) -> None:
         limit, drift = self.config.max_logprob_drift, values.get("logprob_drift")
@@ -573,8 +574,8 @@ class SPMDPPOTrainer:
         return {"eval_accuracy": result.accuracy, "eval_reward": result.reward}
 
     def _log_evaluation(self, figures: Mapping[str, float], sinks: Sequence[MetricSink]) -> None:
-        """An evaluation before or after the steps belongs to no step's line in metrics.jsonl: it gets its own file, and
-        the plot reads both.
+        """An evaluation before or after the steps belongs to no line of metrics.jsonl: it has its own file, and the
+        plot reads both.
         """
         if not self.strategy.is_rank_0() or not self.state.evaluation:
             return
@@ -639,7 +640,7 @@ class SPMDPPOTrainer:
         )
 
     def load_state(self, stream: PromptStream) -> bool:
-        """Go back to the last whole checkpoint; False where none was finished yet: the run starts from the beginning.
+        """Load the last complete checkpoint; False if there is none yet, and the run starts from the beginning.
 
         :raises CheckpointError: there are checkpoints, and every one is damaged or another model's.
         """
@@ -677,18 +678,11 @@ class SPMDPPOTrainer:
 def sampling_from(config: Any, generate_kwargs: dict[str, Any]) -> SamplingParams:
     """Sampling settings: the configuration's, overridden by ``generate_kwargs`` (Hugging Face's or vLLM's names).
 
-    :raises ValueError: a name that means nothing here.
+    :raises ValueError: a name that is not supported here.
     """
-    given = dict(generate_kwargs)
-    for name in ("do_sample", "max_length", "pad_token_id", "eos_token_id", "num_return_sequences"):
-        if name in given:
-            hint = {
-                "max_length": "max_new_tokens",
-                "num_return_sequences": "n_samples_per_prompt",
-                "eos_token_id": "stop_token_ids",
-            }
-            cure = f"; use {hint[name]}" if name in hint else "; leave it away"
-            raise ValueError(f"generate_kwargs: {name} has no meaning here{cure}")
+    for name, cure in UNSUPPORTED.items():
+        if name in generate_kwargs:
+            raise ValueError(f"generate_kwargs: {name} is not supported here; {cure}")
     named = {
         "n": config.n_samples_per_prompt,
         "temperature": config.temperature,
@@ -698,5 +692,4 @@ def sampling_from(config: Any, generate_kwargs: dict[str, Any]) -> SamplingParam
         "max_tokens": config.generate_max_len,
         "seed": config.seed,
     }
-    renamed = {{"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}.get(k, k): v for k, v in given.items()}
-    return SamplingParams.coerce({**named, **renamed})
+    return SamplingParams.coerce({**named, **generate_kwargs})  # which also knows Hugging Face's names

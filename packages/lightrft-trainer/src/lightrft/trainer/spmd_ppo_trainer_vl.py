@@ -1,4 +1,5 @@
-"""The trainer for vision-language models: prompts may bring images, which reach the engine and every forward pass."""
+"""The trainer for vision-language models: prompts may have images, which are passed to the engine and every forward
+pass."""
 
 from __future__ import annotations
 
@@ -16,18 +17,18 @@ from .spmd_ppo_trainer import SPMDPPOTrainer
 if TYPE_CHECKING:
     from lightrft.strategy.engine import GenerationOutput
 
-# What an image processor returns that a model's forward pass takes.
+# Outputs of an image processor that a model's forward pass takes.
 IMAGE_INPUTS = ("pixel_values", "image_grid_thw", "image_sizes")
 
 
 class ExperienceMakerVL(ExperienceMaker):
-    """Sends text and images to the engine, and keeps what the processor makes of the images for training."""
+    """Sends text and images to the engine, and keeps the processor's output for training."""
 
     def generate(self, prompts: Sequence[Any], sampling: SamplingParams, step: int) -> list[GenerationOutput]:
-        """See the base class. The engine expands image placeholders; its prompt ids are those that training sees.
+        """See the base class. The engine expands image placeholders; training uses its prompt ids.
 
-        It gets the dataset's ids, not the text: tokenized again, a text could gain special tokens that its chat
-        template has written already.
+        It gets the dataset's ids, not the text: tokenizing the text again could add special tokens that its chat
+        template has added already.
         """
         images = [list(prompt.images or ()) for prompt in prompts]
         return self.strategy.gather_and_generate(

@@ -55,7 +55,7 @@ def test_what_is_missing_is_told_without_starting_ranks(capsys: pytest.CaptureFi
     shown = capsys.readouterr().out
     assert "FAIL  packages" in shown
     assert "-     ranks        not reached" in shown
-    assert "packages: at fault is the installation." in shown
+    assert "packages: the fault is in the installation." in shown
     assert "Verdict: unfit." in shown
 
 

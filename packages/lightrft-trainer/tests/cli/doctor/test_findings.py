@@ -75,7 +75,7 @@ def test_the_text_ends_in_a_verdict_with_layer_and_cure() -> None:
         "  FAIL  drift        it drifts",
         "  -     sleep        not reached",
         "",
-        "drift: at fault is the engine 'hf'.",
+        "drift: the fault is in the engine 'hf'.",
         "  What to do: give it one dtype",
         "Verdict: unfit. A run with these flags would fail. (12 s)",
     ]

@@ -16,7 +16,7 @@ def test_rounding_is_no_drift_and_a_stale_matrix_is() -> None:
 
 @pytest.mark.parametrize("figures", [(math.nan, 0.0), (0.0, math.nan)])
 def test_what_is_no_number_is_a_problem(figures: tuple[float, float]) -> None:
-    assert drift_problem(*figures, "float32") == "a logprob is not a number"
+    assert drift_problem(*figures, "float32") == "a logprob is NaN"
 
 
 def test_drift_may_vary_within_rounding_but_not_grow() -> None:

@@ -11,50 +11,52 @@ from lightrft.strategy.errors import LightRFTError
 
 EXIT_FAILED = 2
 KINDS = {
-    "hf": "a Hugging Face folder, which from_pretrained loads (weights alone)",
+    "hf": "a Hugging Face folder, which from_pretrained loads (weights only)",
     "ds": "a checkpoint as DeepSpeed strategies write it",
     "fsdp": "a checkpoint as FSDP2 strategies write it",
 }
 DTYPES = ("float32", "bfloat16", "float16")
 DESCRIPTION = """\
-Convert a checkpoint or a Hugging Face folder, tensor by tensor, without starting ranks or building the model. What
-IN is, is found out: a LightRFT checkpoint of any backend and world size, a folder of them (the newest whole one), a
-Hugging Face folder, PyTorch's DCP, or what DeepSpeed's engine.save_checkpoint wrote (with lightrft-deepspeed
-installed). Between checkpoints everything travels: weights, optimizer states, scheduler, step, random states.
+Convert a checkpoint or a Hugging Face folder, tensor by tensor, without starting ranks or building the model. IN
+may be a LightRFT checkpoint of any backend and world size, a folder of them (the newest complete one is taken), a
+Hugging Face folder, a PyTorch DCP checkpoint, or what DeepSpeed's engine.save_checkpoint wrote (needs
+lightrft-deepspeed). From checkpoint to checkpoint everything is converted: weights, optimizer states, scheduler, step
+and random states.
 """
 EPILOG = """\
 examples:
   lightrft convert runs/a/checkpoints out/model                     the newest checkpoint's actor, for from_pretrained
   lightrft convert runs/a/checkpoints/step_100 out/model --dtype bfloat16 --verify
-  lightrft convert runs/a/checkpoints/step_100 out/fsdp --to fsdp   goes on under --fsdp: load_ckpt(model, "out/fsdp")
-  lightrft convert out/model out/ds --to ds                         a start for DeepSpeed: load_ckpt(model, "out/ds")
+  lightrft convert runs/a/checkpoints/step_100 out/fsdp --to fsdp   continue with --fsdp: load_ckpt(model, "out/fsdp")
+  lightrft convert out/model out/ds --to ds                         start with DeepSpeed: load_ckpt(model, "out/ds")
   lightrft convert deepspeed_run/global_step200 out/model --pretrain base_model
 """
 
 
 def add_convert_arguments(parser: argparse.ArgumentParser, *, to: str | None = None) -> argparse.ArgumentParser:
-    """The flags. :param to: what is made, where the script's name says it."""
+    """Add the flags. :param to: what to make, if the script's name decides it."""
     parser.description, parser.formatter_class = DESCRIPTION, argparse.RawDescriptionHelpFormatter
     parser.add_argument("source", metavar="IN", help="What to convert: a folder.")
-    parser.add_argument("target", metavar="OUT", help="The folder to make; appears when it is whole.")
+    parser.add_argument("target", metavar="OUT", help="The folder to write; it appears only when complete.")
     if to is None:
         parser.epilog = EPILOG
         kinds = "; ".join(f"{name}: {text}" for name, text in KINDS.items())
         parser.add_argument("--to", choices=list(KINDS), default="hf", help=f"What to make (default: hf). {kinds}.")
-    parser.add_argument("--tag", metavar="TAG", help="Which of the checkpoints in IN; default: the newest whole one.")
+    parser.add_argument("--tag", metavar="TAG", help="Which checkpoint in IN; default: the newest complete one.")
     parser.add_argument(
         "--model", metavar="NAME", help="Which model of the checkpoint (default: actor, or the only one)."
     )
-    parser.add_argument(
-        "--pretrain", metavar="DIR", help="A folder with the model's config.json, where IN does not hold one."
-    )
+    parser.add_argument("--pretrain", metavar="DIR", help="A folder with the model's config.json, if IN has none.")
     if to in (None, "hf"):
-        parser.add_argument("--dtype", choices=DTYPES, help="Cast weights for hf; default: as they are stored.")
+        parser.add_argument("--dtype", choices=DTYPES, help="Cast the weights (hf only); default: as stored.")
         parser.add_argument(
-            "--max_shard_size", default="5GB", metavar="SIZE", help="Of one safetensors file, for hf (default: 5GB)."
+            "--max_shard_size",
+            default="5GB",
+            metavar="SIZE",
+            help="Size limit of each safetensors file (hf only; default: 5GB).",
         )
     parser.add_argument("--verify", action="store_true", help="Read every tensor back and compare it with its source.")
-    parser.add_argument("--force", action="store_true", help="Replace OUT where it exists, once the new one is whole.")
+    parser.add_argument("--force", action="store_true", help="Replace an existing OUT, once the new one is complete.")
     return parser
 
 

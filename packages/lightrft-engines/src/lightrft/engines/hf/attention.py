@@ -1,4 +1,4 @@
-"""Attention for one query a row: grouped heads read each key once instead of repeating the cache for every head."""
+"""Attention for one query per row: grouped heads read each key once instead of repeating the cache for every head."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def decode_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Scaled dot-product attention, transformers' own but for a single masked query a row under grouped heads.
+    """Scaled dot-product attention: transformers' own, except for a single masked query per row with grouped heads.
 
     The query heads of one group become the queries of their one key head: ``[rows, groups * heads, 1, dim]`` is read as
     ``[rows, heads, groups, dim]``. The result is the same; the keys and values are not copied.
@@ -40,9 +40,9 @@ def decode_attention(
 
 
 def install(model: Any) -> None:
-    """Let the model's text layers attend through :func:`decode_attention`, where they would have used SDPA."""
+    """Let the model's text layers use :func:`decode_attention` instead of SDPA."""
     text = model.config.get_text_config(decoder=True)
-    # A configuration that the trainer's model holds may name the trainer's attention, which is SDPA by another name.
+    # The configuration may come from the trainer's model and name the trainer's attention, which also uses SDPA.
     if text._attn_implementation.removeprefix("lightrft_") != "sdpa" or not getattr(
         model, "_supports_attention_backend", False
     ):

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 PREFILL_TOKENS = 16_384  # padded tokens in one prefill
 FREE_PADDING = 256  # padding below this costs less than another call
 PADDING_SHARE = 0.25
-DISTINCT_ENDS = 8  # logits are computed at every distinct last position, for all prompts of the bucket
+DISTINCT_ENDS = 8  # logits are computed at every distinct last position, for all prompts of the batch
 
 
 def group_equal(keys: Sequence[Hashable]) -> list[list[int]]:
@@ -21,8 +21,8 @@ def group_equal(keys: Sequence[Hashable]) -> list[list[int]]:
 def prefill_buckets(lengths: Sequence[int], *, tokens: int = PREFILL_TOKENS, ragged: bool = True) -> list[list[int]]:
     """Split prompts into right-padded prefill batches, by ascending length.
 
-    :param lengths: tokens of each prompt. :param tokens: most padded tokens a batch (a longer prompt goes alone).
-    :param ragged: False where padding is not allowed, so that each batch has one length.
+    :param lengths: tokens of each prompt. :param tokens: most padded tokens in a batch (a longer prompt is alone).
+    :param ragged: False if padding is not allowed, so that each batch has one length.
     :return: indices into ``lengths``; each index once.
     """
     buckets: list[list[int]] = []
@@ -48,14 +48,14 @@ def prefill_buckets(lengths: Sequence[int], *, tokens: int = PREFILL_TOKENS, rag
 
 
 def worth_compacting(finished: int, rows: int, waiting: int) -> bool:
-    """Should finished rows leave the batch now? Moving rows costs about what a few of them cost for one step."""
+    """Whether to remove finished rows now: moving rows costs about as much as one step of a few of them."""
     return finished == rows or finished * 8 >= rows or (waiting > 0 and finished * 16 >= rows)
 
 
 def swap_remove(done: Sequence[bool]) -> tuple[list[int], list[int]]:
-    """Fill the holes of finished rows with the last living ones.
+    """Fill the places of finished rows with the last unfinished ones.
 
-    :return: (holes, movers): row ``movers[i]`` goes to ``holes[i]``; afterwards the living rows come first.
+    :return: (holes, movers): row ``movers[i]`` goes to ``holes[i]``; afterwards the unfinished rows come first.
     """
     living = sum(not flag for flag in done)
     holes = [row for row in range(living) if done[row]]

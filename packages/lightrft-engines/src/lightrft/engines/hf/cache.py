@@ -1,7 +1,7 @@
-"""The KV memory of a decoding batch, written in place, and what a prefill leaves behind.
+"""The KV cache of a decoding batch, written in place, and that of a prefill.
 
-Rows start at slot 0 and grow to the right, each at its own length, so a prompt needs no left padding, a finished row's
-place is taken by another one, and a decoding step writes one slot a row instead of copying the whole cache.
+Rows start at slot 0 and grow to the right, each with its own length: prompts need no left padding, another row can take
+a finished one's place, and a decoding step writes one slot per row instead of copying the whole cache.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _ROUND = 64  # capacities are multiples of this, which keeps masks aligned for f
 
 
 class Prefill(Cache):
-    """Catches the keys and values of one forward over whole prompts; ``layers`` stays empty."""
+    """Keeps the keys and values of one forward pass over whole prompts; ``layers`` stays empty."""
 
     def __init__(self) -> None:
         super().__init__(layers=[])
@@ -80,7 +80,7 @@ class SlotCache(Cache):
     def admit(self, prefill: Prefill, first_row: int, source: torch.Tensor) -> None:
         """Copy prompts into rows ``first_row ...``; row i takes prompt ``source[i]`` (int64) of the prefill.
 
-        The rows' further slots are zeroed: what is masked out still enters as 0 x value, and 0 x NaN is NaN.
+        The rows' other slots are zeroed: masked slots still enter as 0 x value, and 0 x NaN is NaN.
         """
         rows = slice(first_row, first_row + source.numel())
         for layer, fresh in enumerate(prefill.caught):
@@ -123,11 +123,11 @@ class SlotCache(Cache):
 
 
 def attention_windows(model: Any) -> tuple[bool, int | None, bool]:
-    """What kind of cache a model wants: (plain, window, mixed).
+    """The kind of cache that a model needs: (plain, window, mixed).
 
-    ``plain``: every layer keeps keys and values of all positions, or of a window, and takes a mask made by others, so
-    that :class:`SlotCache` serves it. Models with a recurrent state or with biases by distance do not.
-    ``window``: the sliding window of those layers that have one. ``mixed``: some have one and some have not.
+    ``plain``: every layer keeps keys and values of all positions, or of a window, and accepts our mask, so that
+    :class:`SlotCache` works. Models with a recurrent state or distance biases are not plain.
+    ``window``: the sliding window of those layers that have one. ``mixed``: only some layers have one.
     """
     config = model.config
     layers = DynamicCache(config=config).layers

@@ -1,7 +1,7 @@
-"""The decoding loop: prefill each distinct prompt once, then one step a token for all living rows.
+"""The decoding loop: prefill each distinct prompt once, then one step per token for all unfinished rows.
 
-Rows that finish leave the batch and waiting samples take their place. All of a row's state stands in one row of a few
-tensors, so that moving it is one copy each.
+Finished rows leave the batch and waiting samples take their place. A row's state is one row of a few tensors, so that
+moving it is one copy each.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _TEMPERATURE, _TOP_P, _MIN_P = range(3)
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One response to write.
+    """One response to generate.
 
-    :param limit: most output tokens, the context's end considered.
-    :param stops: tokens that end the response: none, some, the model's own included where they count.
+    :param limit: most output tokens, within the context.
+    :param stops: tokens that end the response, including the model's own unless they are ignored.
     """
 
     prompt: Prompt
@@ -42,7 +42,7 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Response:
-    """What was written: output tokens, their logprobs, and why it ended."""
+    """The response: output tokens, their logprobs, and why it ended."""
 
     tokens: list[int]
     logprobs: list[float]
@@ -51,7 +51,7 @@ class Response:
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderModel:
-    """A causal language model and what the loop must know of it.
+    """A causal language model, with what the loop must know about it.
 
     :param cache_argument: name under which its forward takes the cache.
     :param plain: all layers keep keys and values by position, so rows of any lengths share a batch.
@@ -80,13 +80,13 @@ class Decoder:
 
     @torch.inference_mode()
     def run(self, samples: Sequence[Sample], deadline: float | None = None) -> list[Response]:
-        """Write all responses, in order of the samples.
+        """Generate all responses, in order of the samples.
 
         :raises TimeoutError: ``deadline`` (on the monotonic clock) passed.
         """
         if not samples:
             return []
-        # Longest prompts first: memory is as large as it will get from the start, and neighbours are alike in length.
+        # Longest prompts first: memory has its final size from the start, and neighbours have similar lengths.
         order = [i for group in group_equal([s.prompt for s in samples]) for i in group]
         order.sort(key=lambda i: -len(samples[i].prompt.ids))
         batch = _Batch(self.m, self.memory, samples, rows=min(self.max_rows, len(samples)))
@@ -117,7 +117,7 @@ class _Batch:
         self.stops = torch.full((rows, self.width), -1, dtype=torch.int64, device=device)
         self.done = torch.zeros(rows, dtype=torch.bool, device=device)
         longest = max(s.limit for s in samples)
-        # One spare place a sample: until a finished row leaves, its further draws land there.
+        # One spare place per sample, for draws of a finished row that has not left yet.
         self.tokens = torch.zeros((len(samples), longest + 1), dtype=torch.int64, device=device)
         self.logprobs = torch.zeros((len(samples), longest + 1), dtype=torch.float32, device=device)
         self.counts = torch.zeros(len(samples), dtype=torch.int64, device=device)
@@ -130,7 +130,7 @@ class _Batch:
         self.used = 0
         self.any_minimum = self.any_stop = self.all_stop = self.any_images = False
         self.longest_row = 0
-        self.lockstep: Any = None  # transformers' own cache, for models that ours does not serve
+        self.lockstep: Any = None  # transformers' own cache, for models with which ours does not work
         self.mask = torch.empty(0)
         self._views()
 
@@ -149,7 +149,7 @@ class _Batch:
         prompts = [chosen[group[0]].prompt for group in groups]
         first, self.rows = self.rows, self.rows + len(chosen)
         self._reserve(first, chosen)
-        # Prompts with further inputs (images) are prefilled one by one: each family lays its inputs out differently.
+        # Prompts with further inputs (images) are prefilled one by one: each family arranges its inputs differently.
         alone = [p for p, prompt in enumerate(prompts) if prompt.inputs]
         plain = [p for p, prompt in enumerate(prompts) if not prompt.inputs]
         buckets = [[plain[i] for i in b] for b in self._buckets([len(prompts[p].ids) for p in plain])]
@@ -182,7 +182,7 @@ class _Batch:
         return self.finished > 0 and worth_compacting(self.finished, self.rows, waiting)
 
     def compact(self) -> None:
-        """Let finished rows go: living ones from the end take their places."""
+        """Remove finished rows: unfinished ones from the end take their places."""
         if not self.finished:
             return
         done = self.done[: self.rows].tolist()
@@ -211,7 +211,7 @@ class _Batch:
         if not self.m.plain:
             return
         held = self.memory.capacity if first else 0
-        # Room for the prompts and a part of the answers now; long answers make it grow.
+        # Room for the prompts and a part of the answers; it grows for long answers.
         need = max(len(s.prompt.ids) + min(s.limit, 256) for s in chosen)
         self._grow(max(need, held), first)
 
@@ -231,7 +231,7 @@ class _Batch:
         ints, floats, stops = [], [], []
         for index, s in zip(indices, chosen, strict=True):
             p = s.sampling
-            free = p.greedy  # truncation has no meaning for the likeliest token
+            free = p.greedy  # truncation does not change the likeliest token
             ints.append(
                 [index, len(s.prompt.ids), shift, 0, 0, s.limit, p.min_tokens, s.seed, 0 if free else max(p.top_k, 0)]
             )
@@ -249,7 +249,7 @@ class _Batch:
         self.any_images |= shift != 0
 
     def _views(self) -> None:
-        """Columns of the living rows, and what they ask for together."""
+        """Sampling parameters of the unfinished rows, by column, and what they need together."""
         n = self.rows
         self.length, self.token, self.index = (self.ints[:n, c] for c in (_LENGTH, _TOKEN, _INDEX))
         self.sample = self.ints[:n, _SAMPLE].contiguous()
@@ -286,9 +286,9 @@ class _Batch:
 
     # ---- forwards ---------------------------------------------------------------------------------------------------
     def _prefill(self, prompts: Sequence[Prompt], first_row: int, source: torch.Tensor) -> tuple[torch.Tensor, int]:
-        """Run whole prompts; their cache goes to rows from ``first_row``, prompt ``source[i]`` to row i.
+        """Run whole prompts; their cache is copied to rows from ``first_row`` on, prompt ``source[i]`` to row i.
 
-        :return: logits ``[prompts, vocabulary]`` after each prompt, and how far positions run ahead of the token count.
+        :return: logits ``[prompts, vocabulary]`` after each prompt, and by how much positions exceed the token count.
         """
         device = self.m.device
         lengths = [len(prompt.ids) for prompt in prompts]
@@ -296,7 +296,7 @@ class _Batch:
         ids = torch.tensor([[*p.ids, *[0] * (longest - len(p.ids))] for p in prompts], device=device)
         ends = sorted({length - 1 for length in lengths})
         inputs: dict[str, Any] = {name: value.to(device) for name, value in prompts[0].inputs.items()}
-        if not inputs:  # with images the model itself finds the positions
+        if not inputs:  # with images the model computes the positions itself
             inputs["position_ids"] = torch.arange(longest, device=device).expand(len(prompts), -1)
         if self.m.plain:
             caught: Any = Prefill()
@@ -362,12 +362,12 @@ class _Batch:
         return {"full_attention": full[:, None, None], "sliding_attention": near[:, None, None]}
 
     def _take(self, rows: slice, logits: torch.Tensor) -> None:
-        """Draw a token for each of ``rows``, store it, and note who is finished."""
+        """Draw a token for each of ``rows``, store it, and note which are finished."""
         index, sample, place = self.index[rows], self.sample[rows], self.place[rows]
         stops, early, sampling = self.row_stops[rows], self.minimum[rows], self.sampling
         if rows.start:  # rows that were just admitted behind others
             sampling = RowSampling(**{name: value[rows] for name, value in vars(sampling).items()})
-        if self.quiet and self.all_stop:  # all are too early to end
+        if self.quiet and self.all_stop:  # none may end yet
             logits = logits.scatter_(1, stops, -torch.inf)
         elif self.any_minimum and self.any_stop:
             logits = _forbid(logits.float(), stops, index < early)
@@ -393,7 +393,7 @@ class _Batch:
         self.finished = int(self.done[: self.rows].sum())
 
     def _noise(self, rows: slice, vocabulary: int) -> torch.Tensor | None:
-        """This token's noise for all rows, made for several tokens at a time; None where that gains nothing."""
+        """This token's noise for all rows, made for several tokens at a time; None if that is not faster."""
         if rows.start or self.shape.truncates or self.shape.all_greedy:
             return None
         if self.noise is None or self.used == self.noise.shape[1]:
@@ -419,7 +419,7 @@ class _Batch:
 
 
 def _widest(top_k: Sequence[int]) -> int:
-    """The largest top_k where all rows have one, 0 where none has, -1 where only some have."""
+    """The largest top_k if all rows have one, 0 if none has, -1 if only some have."""
     limited = [k for k in top_k if k > 0]
     if not limited:
         return 0
@@ -427,7 +427,7 @@ def _widest(top_k: Sequence[int]) -> int:
 
 
 def quiet_tokens(samples: Sequence[Sample], written: Sequence[int]) -> int:
-    """How many more tokens every sample can be given before the one that may be the last of any of them.
+    """How many more tokens can be drawn before a sample may end.
 
     :param written: output tokens that each has.
     """
@@ -436,7 +436,7 @@ def quiet_tokens(samples: Sequence[Sample], written: Sequence[int]) -> int:
 
 
 def _forbid(logits: torch.Tensor, stops: torch.Tensor, early: torch.Tensor) -> torch.Tensor:
-    """Set the stop tokens (``[rows, stops]``, -1 for none) of the rows that are too ``early`` to end to -inf."""
+    """Set the stop tokens (``[rows, stops]``, -1 for none) of the rows that may not end yet (``early``) to -inf."""
     ids = stops.clamp(min=0)
     held = logits.gather(1, ids)
     return logits.scatter(1, ids, held.masked_fill(early.unsqueeze(1) & (stops >= 0), -torch.inf))

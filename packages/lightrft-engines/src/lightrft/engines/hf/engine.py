@@ -28,7 +28,7 @@ _ROWS_ON_CPU, _ROWS_ON_ACCELERATOR = 128, 256
 
 
 class HFEngine(BatchEngine):
-    """Writes rollouts with the transformers model itself, in the calling process.
+    """Generates rollouts with a transformers model in the calling process.
 
     Any causal language model of transformers works, and vision-language ones through their processor. It runs on one
     rank; each rank may have its own.
@@ -159,7 +159,7 @@ class HFEngine(BatchEngine):
 
     def sample_weights(self, positions: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         held = self._weight_store().sample(positions)
-        # Some families keep a few weights in float32 whatever was asked; what came for them was in the engine's dtype.
+        # Some families keep a few weights always in float32; their values were sent in the engine's dtype.
         return {name: t.to(self.spec.dtype) if t.is_floating_point() else t for name, t in held.items()}
 
     def _weight_store(self) -> Any:

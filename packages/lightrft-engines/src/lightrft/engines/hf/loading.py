@@ -1,4 +1,4 @@
-"""Bringing a transformers model up: from a folder or the hub, or from its configuration alone."""
+"""Load a transformers model from a folder or the hub, or build it from a configuration."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def require_transformers() -> None:
 def load_model(spec: EngineSpec) -> tuple[Any, Any]:
     """Model (in eval mode, no gradients) and its generation settings.
 
-    A model made from ``spec.model_config`` has memory for its weights and nothing in it; buffers that no checkpoint
-    holds (rotary frequencies) are right.
+    A model made from ``spec.model_config`` has uninitialised weights; buffers that are not in checkpoints (rotary
+    frequencies) are correct.
     """
     from transformers import AutoConfig, GenerationConfig
 
@@ -39,7 +39,7 @@ def load_model(spec: EngineSpec) -> tuple[Any, Any]:
         else:
             from transformers.initialization import no_init_weights
 
-            config = copy.deepcopy(spec.model_config)  # the trainer's model may hold this very object
+            config = copy.deepcopy(spec.model_config)  # the trainer's model may have the same object
             with no_init_weights(), torch.device(spec.device):
                 model = _model_class(config).from_config(
                     config, dtype=spec.dtype, trust_remote_code=spec.trust_remote_code
@@ -64,7 +64,7 @@ def cache_argument(model: Any) -> str:
 
 
 def own_storages(model: torch.nn.Module) -> None:
-    """Give every parameter a resizable storage of its own: a checkpoint's memory map is neither ours nor shrinkable."""
+    """Give every parameter its own resizable storage: a checkpoint's memory map is shared and cannot be freed."""
     fresh: dict[int, torch.Tensor] = {}
     for parameter in model.parameters():
         storage = parameter.untyped_storage()
@@ -78,7 +78,7 @@ def own_storages(model: torch.nn.Module) -> None:
 
 @contextmanager
 def _rng_untouched() -> Iterator[None]:
-    """Give torch's CPU generator back as it was: constructing modules draws from it."""
+    """Restore torch's CPU generator at the end: constructing modules draws from it."""
     state = torch.get_rng_state()
     try:
         yield

@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 
-from lightrft.strategy.errors import WeightSyncError
 from lightrft.strategy.hub_layout import HubLayout, hub_sources
 from lightrft.strategy.weights import TensorSpec, take_all_samples
 
-from ..manifest import read_manifest
+from ..manifest import read_manifest, untied
 
 
 class WeightStore:
@@ -37,10 +36,7 @@ class WeightStore:
                 view = self.view(owner)
                 if owner in self._written:
                     if not torch.equal(view, tensor.to(view.device, view.dtype)):
-                        raise WeightSyncError(
-                            f"{name} is tied to {owner} in the engine's model, but another value was sent for it: "
-                            "give the engine a model with tie_word_embeddings=False, or tie the trainer's"
-                        )
+                        raise untied(name, owner)
                     continue
                 view.copy_(tensor)
                 self._written.add(owner)
@@ -56,7 +52,7 @@ class WeightStore:
 
 
 class WeightMemory:
-    """The storages behind a model's weights: emptied and filled again without touching the tensors that use them."""
+    """The storages of a model's weights, freed and allocated again without changing the tensors that use them."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         storages = {t.untyped_storage()._cdata: t.untyped_storage() for _, t in hub_sources(model)}
@@ -65,7 +61,7 @@ class WeightMemory:
         self._host: list[torch.UntypedStorage] | None = None
 
     def drop(self) -> int:
-        """Free the memory and forget the values; returns the bytes."""
+        """Free the memory and drop the values; returns the bytes."""
         self._host = None
         freed = sum(storage.nbytes() for storage in self._storages)
         for storage in self._storages:
@@ -73,7 +69,7 @@ class WeightMemory:
         return freed
 
     def to_host(self) -> int:
-        """Keep the values on the host and free the device; on a CPU, where these are one, nothing is freed."""
+        """Copy the values to the host and free the device; on a CPU, which is the host, nothing is freed."""
         if all(storage.device.type == "cpu" for storage in self._storages):
             return 0
         host = [storage.cpu() for storage in self._storages]
@@ -82,7 +78,7 @@ class WeightMemory:
         return freed
 
     def back(self) -> None:
-        """Take the memory again, with the values where they were kept."""
+        """Allocate the memory again, with the values if they were kept."""
         for i, (storage, size) in enumerate(zip(self._storages, self._sizes, strict=True)):
             if storage.nbytes() == size:
                 continue

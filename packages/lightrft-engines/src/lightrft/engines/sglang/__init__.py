@@ -1,4 +1,4 @@
-"""SGLang in processes of its own, beside the training process."""
+"""SGLang, in its own processes."""
 
 from __future__ import annotations
 

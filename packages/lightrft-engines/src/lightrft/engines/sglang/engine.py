@@ -31,9 +31,9 @@ from .weights import RemoteWeights
 
 
 class SGLangEngine(BatchEngine):
-    """Writes rollouts with SGLang, in processes of its own: one for each part into which the model is split.
+    """Generates rollouts with SGLang, in its own processes: one for each part into which the model is split.
 
-    The first rank of a tensor-parallel group owns them; the others hand it their prompts, and are of its node.
+    The first rank of a tensor-parallel group owns them; the others, on the same node, send it their prompts.
     Options of ``EngineSpec.extra`` are those of SGLang's ``ServerArgs``.
     """
 
@@ -107,7 +107,7 @@ class SGLangEngine(BatchEngine):
 
     @contextlib.contextmanager
     def _failing(self) -> Iterator[None]:
-        """An engine whose processes broke is not asked again."""
+        """An engine whose processes failed is not used again."""
         try:
             yield
         except RolloutError:
@@ -152,12 +152,12 @@ class SGLangEngine(BatchEngine):
 
     @staticmethod
     def _images(prompts: Sequence[Any]) -> list[Any]:
-        """Those of equal prompts are one object, and cross to SGLang's process once."""
+        """Inputs of equal prompts are one object, which is sent to SGLang's process once."""
         read = {id(prompt): image_input(prompt.inputs) for prompt in prompts}
         return [read[id(prompt)] for prompt in prompts]
 
     def _output(self, name: RequestId, request: GenerationRequest, prompt: Any, answer: Any) -> GenerationOutput:
-        logprobs = chosen_logprobs(answer)  # always asked for: they tell of broken weights
+        logprobs = chosen_logprobs(answer)  # always requested: they show broken weights
         self._refuse_nan(logprobs)
         return GenerationOutput(
             request_id=name,
@@ -171,7 +171,7 @@ class SGLangEngine(BatchEngine):
     # ---- weights ----------------------------------------------------------------------------------------------------
     def _check_manifest(self, specs: Sequence[TensorSpec]) -> None:
         self._weights.manifest.check(specs)
-        self._close_update()  # one that was broken off
+        self._close_update()  # one that was aborted
         self._call("begin")
         self._updating = True
         with self._failing():
@@ -202,7 +202,7 @@ class SGLangEngine(BatchEngine):
             before = torch.accelerator.get_memory_info(self.spec.device)[0]
             self._call("release", tag=what)
             return max(0, torch.accelerator.get_memory_info(self.spec.device)[0] - before)
-        # SGLang has no sleep on a CPU. Its cache stays, emptied; kept on the host is where weights are.
+        # SGLang has no sleep on a CPU: its cleared cache keeps its memory, and its weights are on the host already.
         if what == "kv_cache":
             self._call("flush")
             return 0

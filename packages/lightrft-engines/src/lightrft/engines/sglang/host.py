@@ -1,9 +1,9 @@
 """The process that owns SGLang's engine and its schedulers: ``python -m lightrft.engines.sglang.host DESCRIPTOR``.
 
-SGLang expects a process of its own: it forks or spawns, sets signal handlers that end the whole process tree, changes
-the environment, and at its end kills every child that it finds. So the trainer keeps none of it in its own process, and
-talks to this one over a socket: (method, arguments) in, ("done", value) or (a kind of error, its text) back. Where the
-trainer is gone, everything here ends.
+SGLang expects to own its process: it forks or spawns, sets signal handlers that end the whole process tree, changes the
+environment, and at its end kills all child processes. So it runs in this process, to which the trainer talks over a
+socket: (method, arguments) in, ("done", value) or (kind of error, text) back. If the trainer ends, so does everything
+here.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SECONDS_TO_IDLE = 60.0
 
 
 class Host:
-    """SGLang's engine, and what may be asked of it."""
+    """SGLang's engine, and the methods that the trainer can call."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -48,12 +48,12 @@ class Host:
                 f'engine "sglang" has no option {", ".join(unknown)}; it has those of SGLang\'s ServerArgs'
             )
         if arguments["device"] == "cpu":
-            # This process is ours and has no threads yet: forked schedulers need not import everything again.
+            # This process has no threads yet: forked schedulers need not import everything again.
             entrypoint.mp.set_start_method("fork", force=True)
             entrypoint.mp.set_start_method = _stay
 
         class Engine(entrypoint.Engine):
-            """With our schedulers, and without a detokenizer: text is none of its business."""
+            """With our schedulers, and without a detokenizer, since no text is needed."""
 
             run_scheduler_process_func = staticmethod(scheduler.run)
 
@@ -80,7 +80,7 @@ class Host:
         images: Sequence[Mapping[str, Any] | None],
         seconds: float | None,
     ) -> list[Mapping[str, Any]]:
-        """One answer a prompt. :raises TimeoutError: it took longer; nothing of it runs on."""
+        """One answer per prompt. :raises TimeoutError: it took longer; all requests have been stopped."""
         return self._run(self._generate(input_ids, sampling, images, seconds))
 
     async def _generate(
@@ -103,8 +103,8 @@ class Host:
             while not done:  # some may still be on their way to the scheduler
                 self._engine.tokenizer_manager.abort_request(abort_all=True)
                 done, _ = await asyncio.wait({task}, timeout=0.2)
-            task.exception()  # whichever: nothing is left running
-            raise TimeoutError(f"{len(input_ids)} samples were not written within {seconds:g} s")
+            task.exception()  # on any error: nothing may be left running
+            raise TimeoutError(f"{len(input_ids)} samples were not generated within {seconds:g} s")
         return list(task.result())
 
     # ---- weights ----------------------------------------------------------------------------------------------------
@@ -114,7 +114,7 @@ class Host:
         self._session = True
 
     def end(self) -> None:
-        """Close it, and forget what the old weights had computed."""
+        """Close it, and clear the results of the old weights."""
         if self._session:
             self._session = False
             _check(self._engine.end_weight_update())
@@ -142,13 +142,13 @@ class Host:
             _check(self._engine.end_weight_update())
 
     def flush(self) -> None:
-        """Forget the KV cache."""
+        """Clear the KV cache."""
         answer = self._run(self._flush())
         if not answer.success:
-            raise RuntimeError("SGLang did not empty its cache: requests are still running")
+            raise RuntimeError("SGLang did not clear its cache: requests are still running")
 
     async def _flush(self) -> Any:
-        """It is refused until the scheduler has put away the batch whose answers it gave just now."""
+        """SGLang refuses it until the scheduler has removed the batch that it has just answered."""
         late = time.monotonic() + _SECONDS_TO_IDLE
         while not (answer := await self._engine.tokenizer_manager.flush_cache()).success and time.monotonic() < late:
             await asyncio.sleep(0.005)
@@ -156,16 +156,16 @@ class Host:
 
     # ---- memory, where SGLang has a sleep of its own -----------------------------------------------------------------
     def release(self, tag: str) -> None:
-        """Give memory back."""
+        """Free memory."""
         self._engine.release_memory_occupation([tag])
 
     def resume(self, tag: str) -> None:
-        """Take it again."""
+        """Allocate it again."""
         self._engine.resume_memory_occupation([tag])
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
     def serve(self) -> None:
-        """Answer until the trainer says ``stop``, or is gone."""
+        """Answer until the trainer sends ``stop`` or ends."""
         while True:
             try:
                 method, arguments = self._connection.recv()
@@ -181,14 +181,14 @@ class Host:
                 return
 
     def _run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        """Run to the end, or until the trainer is gone: it says nothing while it waits for an answer."""
+        """Run to the end, or until the trainer ends, which sends nothing while it waits for an answer."""
         loop, socket = self._engine.loop, self._connection.fileno()
         loop.add_reader(socket, self._gone)
         try:
             return loop.run_until_complete(coroutine)
         finally:
             loop.remove_reader(socket)
-            os.set_blocking(socket, True)  # which a loop changes for good
+            os.set_blocking(socket, True)  # which an event loop changes permanently
 
     def _gone(self) -> None:
         self.stop()
@@ -202,7 +202,7 @@ def _queues() -> list[Path]:
 
 
 def _stay(*args: Any, **kwargs: Any) -> None:
-    """SGLang asks for another way to start processes."""
+    """SGLang sets another way to start processes."""
 
 
 def _tensors(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -211,14 +211,14 @@ def _tensors(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check(answer: Any) -> None:
-    """SGLang says (False, why) where another would raise. :raises RuntimeError: it did."""
+    """Raise where SGLang returns (False, reason). :raises RuntimeError: it did."""
     success, message = answer
     if not success:
         raise RuntimeError(message)
 
 
 def _keep_from_children(descriptor: int) -> None:
-    """The schedulers must not hold the line open: the trainer hears of this process's end by its silence."""
+    """The schedulers must not inherit the socket: the trainer notices this process's end by its closing."""
     mine = os.getpid()
     os.set_inheritable(descriptor, False)
 
@@ -230,7 +230,7 @@ def _keep_from_children(descriptor: int) -> None:
 
 
 def main(descriptor: str) -> None:
-    """Serve over a socket that this process was born with."""
+    """Serve over an inherited socket."""
     _keep_from_children(int(descriptor))
     host = Host(Connection(int(descriptor)))
     try:

@@ -20,7 +20,7 @@ from lightrft.strategy.errors import NotBuiltError, RolloutError, WeightSyncErro
 from .options import environment
 
 _SHOWN = 1500
-# A host whose own clock ran out says so itself; beyond that it hangs.
+# The host reports its own timeout; after this margin it counts as stuck.
 _GRACE = 30.0
 _ERRORS: dict[str, type[Exception]] = {
     kind.__name__: kind for kind in (NotBuiltError, TimeoutError, ValueError, WeightSyncError)
@@ -49,7 +49,7 @@ class Link:
     def call(self, method: str, *, timeout: float | None = None, **arguments: Any) -> Any:
         """Ask, and wait for the answer.
 
-        :param timeout: seconds until SGLang must have answered by itself; None: the spec's ``call_timeout``.
+        :param timeout: seconds in which SGLang must answer; None: the spec's ``call_timeout``.
         :raises RolloutError: its process ended, is stuck, or SGLang failed.
         :raises TimeoutError, ValueError, NotBuiltError, WeightSyncError: as the method says.
         """
@@ -78,7 +78,7 @@ class Link:
         raise RolloutError(f'engine "sglang" failed during "{method}": {kind}: {value}{self._said()}')
 
     def end(self) -> None:
-        """End SGLang's processes: asked first, killed then."""
+        """End SGLang's processes: ask them, then kill them."""
         with contextlib.suppress(EOFError, OSError):
             self._connection.send(("stop", {}))
             self._connection.poll(20.0)
@@ -91,6 +91,6 @@ class Link:
         self._log.close()
 
     def _said(self) -> str:
-        """The end of what SGLang wrote."""
+        """The end of SGLang's output."""
         text = Path(self._log.name).read_text(errors="replace").strip()
         return f"\n---- the end of its output\n{text[-_SHOWN:]}" if text else ""

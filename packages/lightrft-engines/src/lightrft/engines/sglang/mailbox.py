@@ -1,7 +1,7 @@
-"""Memory that the trainer shares with SGLang's schedulers: what is sent, and what each of them answers.
+"""Memory that the trainer shares with SGLang's schedulers, for what is sent and what each of them answers.
 
-Bytes cross through it; who should look, and where, is said in a short message beside it. It is a file without a name
-once everybody has mapped it, so that nothing stays behind however the processes end.
+Only bytes are in it; a separate short message says what is where. The file is unlinked when all have mapped it, so that
+nothing is left behind however the processes end.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ import torch
 
 from lightrft.strategy.errors import NotBuiltError, WeightSyncError
 
-# What may have gone wrong in a scheduler, by the name under which it is answered.
+# Errors of a scheduler, by the name in its answer.
 ERRORS: dict[str, type[Exception]] = {kind.__name__: kind for kind in (NotBuiltError, WeightSyncError)}
-ANSWER_BYTES = 2**16  # the words of one rank's answer
+ANSWER_BYTES = 2**16  # bytes of one rank's answer
 _ALIGNMENT = 64
 _SHARED = Path("/dev/shm")
 
 
 def aligned(nbytes: int) -> int:
-    """The next place where a tensor of any dtype may begin."""
+    """The next aligned offset for a tensor of any dtype."""
     return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
 class Mailbox:
-    """One shared region: an answer's words for each rank, then the payload.
+    """One shared region: an answer for each rank, then the payload.
 
-    :param path: a file of that size. :param ranks: who answers.
+    :param path: a file of that size. :param ranks: number of ranks that answer.
     """
 
     def __init__(self, path: str, nbytes: int, ranks: int) -> None:
@@ -52,7 +52,7 @@ class Mailbox:
         return self.nbytes - self.ranks * ANSWER_BYTES
 
     def unlink(self) -> None:
-        """Take the name away; who has mapped the region keeps it."""
+        """Unlink the file; processes that have mapped it keep the memory."""
         Path(self.path).unlink(missing_ok=True)
 
     def view(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -62,7 +62,7 @@ class Mailbox:
         return self._bytes[begin : begin + count].view(dtype).view(shape)
 
     def answer(self, rank: int, words: dict[str, Any]) -> None:
-        """Leave a rank's answer; an error's text that is too long is cut."""
+        """Write a rank's answer; an error's text that is too long is truncated."""
         if "error" in words:
             words = {**words, "error": words["error"][: ANSWER_BYTES // 8]}
         text = json.dumps(words).encode()
@@ -70,7 +70,7 @@ class Mailbox:
         place[: len(text) + 1] = torch.frombuffer(bytearray(text + b"\0"), dtype=torch.uint8)
 
     def answers(self) -> list[dict[str, Any]]:
-        """What every rank answered, in rank order; an empty dict where one has not."""
+        """The ranks' answers, in rank order; an empty dict for one that has not answered."""
         found = []
         for rank in range(self.ranks):
             text = bytes(self._bytes[rank * ANSWER_BYTES : (rank + 1) * ANSWER_BYTES].numpy())
@@ -78,5 +78,5 @@ class Mailbox:
         return found
 
     def clear_answers(self) -> None:
-        """Before the next question."""
+        """Clear the answers before the next question."""
         self._bytes[: self.ranks * ANSWER_BYTES : ANSWER_BYTES] = 0

@@ -14,9 +14,9 @@ from ..spec_checks import check_dtype, check_extra, require_model
 
 SAMPLING_BACKEND = "lightrft"
 WEIGHT_LOADER = "lightrft.engines.sglang.scheduler.load"
-# SGLang keeps some positions of a context to itself; how long a text may get is ours to say.
+# SGLang reserves some positions of a context; we limit the length of a text ourselves.
 _RESERVED = 16
-# Set by the spec, or by what this engine is: a second way to say them would be a way to break it.
+# Set by the spec or by this engine: setting them elsewhere would break it.
 _OURS = (
     "base_gpu_id",
     "context_length",
@@ -33,25 +33,25 @@ _OURS = (
     "tp_size",
     "trust_remote_code",
 )
-# Of a launcher: they would tell SGLang's processes that they are ranks of the trainer.
+# A launcher's: with them SGLang's processes would believe to be ranks of the trainer.
 _LAUNCHERS = ("GROUP_", "LOCAL_", "MASTER_", "RANK", "ROLE_", "TORCHELASTIC_", "WORLD_SIZE")
 
 
 def check_spec(spec: EngineSpec, own: Mapping[str, str]) -> None:
     """:param own: the environment of this process.
 
-    :raises NotBuiltError: SGLang cannot compute so. :raises ValueError: no model, or an option that is not open.
+    :raises NotBuiltError: SGLang does not support it. :raises ValueError: no model, or an option that may not be set.
     """
     require_model("sglang", spec)
     if spec.pretrain is None and takes_images(spec.model_config):
         raise NotBuiltError(
             'engine "sglang" reads the processor of a vision-language model from its folder, and was given a '
-            "configuration alone: set --pretrain, or take --engine_type hf or vllm"
+            "configuration alone: set --pretrain, or use --engine_type hf or vllm"
         )
     ranks_here = int(own.get("LOCAL_WORLD_SIZE", spec.tensor_parallel_size))
     if ranks_here % spec.tensor_parallel_size:
         raise NotBuiltError(
-            f'engine "sglang" keeps all parts of an engine on one node, which has {ranks_here} ranks: --engine_tp_size '
+            f'engine "sglang" runs all parts of an engine on one node, which has {ranks_here} ranks: --engine_tp_size '
             f"{spec.tensor_parallel_size} must divide them"
         )
     check_dtype("sglang", spec)
@@ -59,9 +59,9 @@ def check_spec(spec: EngineSpec, own: Mapping[str, str]) -> None:
 
 
 def engine_arguments(spec: EngineSpec, folder: str, config: Any) -> dict[str, Any]:
-    """Keyword arguments of SGLang's ``ServerArgs``; unknown ones in ``spec.extra`` are refused where it is at hand.
+    """Keyword arguments of SGLang's ``ServerArgs``; unknown ones in ``spec.extra`` are refused later.
 
-    :param folder: where the configuration, and with ``spec.pretrain`` the weights, lie.
+    :param folder: folder of the configuration, and with ``spec.pretrain`` of the weights.
     :param config: the transformers configuration of the model.
     """
     context = context_length(config, spec.max_model_len)
@@ -69,7 +69,7 @@ def engine_arguments(spec: EngineSpec, folder: str, config: Any) -> dict[str, An
         "model_path": folder,
         "skip_tokenizer_init": True,
         "skip_server_warmup": True,
-        "sleep_on_idle": True,  # while the trainer computes: a scheduler that polls takes a core from it
+        "sleep_on_idle": True,  # a scheduler that polls takes a core from the trainer
         "grammar_backend": "none",
         "log_level": "error",
         "device": spec.device.type,
@@ -102,18 +102,18 @@ def engine_arguments(spec: EngineSpec, folder: str, config: Any) -> dict[str, An
 
 
 def environment(spec: EngineSpec, own: Mapping[str, str]) -> dict[str, str]:
-    """The environment of SGLang's processes: the trainer's (``own``), without what says which rank it is."""
+    """The environment of SGLang's processes: the trainer's (``own``), without the variables of its rank."""
     kept = {name: value for name, value in own.items() if not name.startswith(_LAUNCHERS)}
-    kept["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"  # for what it keeps to itself
+    kept["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"  # for the reserved positions
     if spec.device.type == "cpu":
         kept["SGLANG_USE_CPU_ENGINE"] = "1"
-        kept["SGLANG_NCCL_SO_PATH"] = os.devnull  # a build for GPUs would look for one as soon as a model is split
+        kept["SGLANG_NCCL_SO_PATH"] = os.devnull  # a build for GPUs would look for one if a model is split
         kept.setdefault("SGLANG_CPU_OMP_THREADS_BIND", cores_by_rank(spec.tensor_parallel_size, _cores()))
     return kept
 
 
 def cores_by_rank(ranks: int, cores: list[int]) -> str:
-    """This process's cores shared out, as SGLang wants to hear it: "0,1|2,3"; all ranks share too few of them."""
+    """This process's cores for each rank, in SGLang's form "0,1|2,3"; if there are too few, all ranks share them."""
     each = len(cores) // ranks
     parts = [cores[i * each : (i + 1) * each] if each else cores for i in range(ranks)]
     return "|".join(",".join(map(str, part)) for part in parts)

@@ -1,4 +1,4 @@
-"""From requests to what SGLang is told, and from its answers to ours."""
+"""From requests to SGLang's inputs, and from its outputs to ours."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..model_facts import stop_tokens
 def sampling_arguments(sampling: SamplingParams, ends: tuple[int, ...], seed: int, limit: int) -> dict[str, Any]:
     """Fields of SGLang's ``SamplingParams``.
 
-    :param ends: the model's own end tokens; SGLang knows none but those that it is told here.
+    :param ends: the model's own end tokens; SGLang knows only those that are passed here.
     :param limit: most tokens of the response.
     """
     arguments: dict[str, Any] = {
@@ -25,7 +25,7 @@ def sampling_arguments(sampling: SamplingParams, ends: tuple[int, ...], seed: in
         "temperature": sampling.temperature,
         "sampling_seed": seed,
     }
-    if sampling.greedy:  # truncation has no meaning for the likeliest token
+    if sampling.greedy:  # truncation does not change the likeliest token
         return arguments
     arguments |= {"top_p": sampling.top_p, "min_p": sampling.min_p}
     if sampling.top_k > 1:
@@ -36,9 +36,9 @@ def sampling_arguments(sampling: SamplingParams, ends: tuple[int, ...], seed: in
 
 
 def image_input(inputs: Mapping[str, torch.Tensor]) -> dict[str, Any] | None:
-    """What the processor made of a prompt's images, as SGLang takes it (``processor_output``); None: there are none.
+    """The processor's output for a prompt's images, for SGLang (``processor_output``); None: no images.
 
-    :param inputs: arguments of the model's forward. They cross to another process, so arrays stand for tensors.
+    :param inputs: arguments of the model's forward. They are sent to another process, so tensors become arrays.
     """
     arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
     return {"format": "processor_output", **arrays} if arrays else None

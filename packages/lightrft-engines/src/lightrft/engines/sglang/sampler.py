@@ -1,7 +1,7 @@
-"""SGLang's sampler with this package's draws: a seed a sample, and the logprob of what was really drawn from.
+"""A sampler for SGLang with this package's draws: a seed per sample, and logprobs of the distribution sampled from.
 
-SGLang's own honours seeds in its deterministic mode alone, and gives logprobs as they were before top-k, top-p and
-min-p. A registered sampling backend (``register_sampler_backend``) takes its place.
+SGLang's own honours seeds only in its deterministic mode, and returns logprobs from before top-k, top-p and min-p. This
+one replaces it (``register_sampler_backend``).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .options import SAMPLING_BACKEND
 
 
 class SeededSampler(Sampler):
-    """Draws one token a row, as :func:`lightrft.engines.sampling.draw` does for the embedded engine."""
+    """Draws one token per row, as :func:`lightrft.engines.sampling.draw` does for the embedded engine."""
 
     def forward(
         self,
@@ -40,17 +40,17 @@ class SeededSampler(Sampler):
 
 
 def register() -> None:
-    """Make ``sampling_backend`` know it, and let every batch carry its samples' seeds."""
-    for name in (SAMPLING_BACKEND, "pytorch"):  # the second is what SGLang makes of any name on a CPU
+    """Register it as a ``sampling_backend``, and let every batch have its samples' seeds."""
+    for name in (SAMPLING_BACKEND, "pytorch"):  # SGLang replaces any name by the second on a CPU
         register_sampler_backend(name, SeededSampler)
     SamplingBatchInfo.adjusted_from_schedule_batch = _carry_seeds
     _take_least_lengths()
 
 
 def _take_least_lengths() -> None:
-    """SGLang wants a tokenizer for ``min_new_tokens``, to learn what ends a response; it is told so with each request.
+    """SGLang needs a tokenizer for ``min_new_tokens``, to know the end tokens, which each request has anyway.
 
-    :class:`_NoTokenizer` stands where it would look.
+    So :class:`_NoTokenizer` replaces it.
     """
     sampling_params.raise_if_tokenizer_required = lambda *_: None
     prepare = BatchedMinNewTokensPenalizer._prepare
@@ -64,16 +64,16 @@ def _take_least_lengths() -> None:
 
 
 class _NoTokenizer:
-    """Ends nothing."""
+    """Has no end tokens."""
 
     eos_token_id = None
     additional_stop_token_ids = None
 
 
 def _carry_seeds(info: Any, batch: Any, vocab_size: int) -> None:
-    """SGLang's field for seeds, which follows the rows wherever they go: where each sample's noise begins.
+    """The start of each sample's noise, in SGLang's field for seeds, which moves with the rows.
 
-    The sampler is told a token's position in the whole text, so the prompt's length is taken off here.
+    The sampler gets a token's position in the whole text, so the prompt's length is subtracted here.
     """
     seeds = torch.tensor([request.sampling_params.sampling_seed or 0 for request in batch.reqs])
     prompts = torch.tensor([len(request.origin_input_ids) for request in batch.reqs])
@@ -81,7 +81,7 @@ def _carry_seeds(info: Any, batch: Any, vocab_size: int) -> None:
 
 
 def _asked(info: Any) -> tuple[RowSampling, SamplingShape]:
-    """SGLang writes a greedy row as top_k 1; what else asks for top_k 1 comes as min_p 1 (:mod:`.prompts`)."""
+    """SGLang writes a greedy row as top_k 1; requests with top_k 1 are sent with min_p 1 instead (:mod:`.prompts`)."""
     greedy = info.top_ks == 1
     top_k = torch.where(greedy | (info.top_ks >= TOP_K_ALL), 0, info.top_ks).long()
     rows = RowSampling(
@@ -93,7 +93,7 @@ def _asked(info: Any) -> tuple[RowSampling, SamplingShape]:
     )
     widest = 0
     if info.need_top_k_sampling and not info.is_all_greedy:
-        # On an accelerator nobody waits for the widest row: the whole vocabulary is sorted.
+        # On an accelerator do not wait for the largest top_k: sort the whole vocabulary.
         some_take_all = top_k.device.type != "cpu" or bool(((top_k == 0) & ~greedy).any()) or bool(greedy.any())
         widest = -1 if some_take_all else int(top_k.max())
     return rows, SamplingShape(

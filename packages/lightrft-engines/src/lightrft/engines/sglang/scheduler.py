@@ -1,4 +1,4 @@
-"""What runs inside SGLang's schedulers, one a tensor-parallel rank: our sampler, and their side of a weight sync."""
+"""Our code inside SGLang's schedulers, one per tensor-parallel rank: the sampler, and their side of a weight sync."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .mailbox import ERRORS, Mailbox, aligned
 
 
 def run(*args: Any, **kwargs: Any) -> None:
-    """A scheduler's process: SGLang's own, with our sampler, and with end tokens that requests alone say."""
+    """A scheduler's process: SGLang's own, with our sampler, and with end tokens only from the requests."""
     from sglang.srt.configs.model_config import ModelConfig  # pyright: ignore[reportMissingImports]
     from sglang.srt.managers.scheduler import run_scheduler_process  # pyright: ignore[reportMissingImports]
     from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
@@ -33,9 +33,9 @@ def run(*args: Any, **kwargs: Any) -> None:
 
 
 def load(model: torch.nn.Module, named_tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
-    """SGLang's ``custom_weight_loader``: do what the message says, which stands in the place of a tensor's name.
+    """SGLang's ``custom_weight_loader``: do what the message says, which is passed as a tensor's name.
 
-    Errors become answers: one that was raised here would end the scheduler.
+    Errors become answers, since raising them would end the scheduler.
     """
     message = json.loads(named_tensors[0][0])
     worker = _worker(model, message)
@@ -58,7 +58,7 @@ def _worker(model: torch.nn.Module, message: Mapping[str, Any]) -> _Worker:
 
 
 class _Worker:
-    """One rank's weights, and the mailbox that they are read from and shown in."""
+    """One rank's weights, and the mailbox through which they are written and read back."""
 
     rank: int
     mailbox: Mailbox
@@ -70,18 +70,18 @@ class _Worker:
         self._path = ""
 
     def map(self, path: str, nbytes: int, ranks: int) -> None:
-        """Look into this region from now on; where it is the last one, keep it, for it may have no name any more."""
+        """Use this region from now on; keep the last one mapped, since its file may be unlinked."""
         if path != self._path:
             self.mailbox, self._path = Mailbox(path, nbytes, ranks), path
 
     @property
     def weights(self) -> WeightMap:
         if self._weights is None:
-            raise WeightSyncError('engine "sglang": the places of its weights are not known yet')
+            raise WeightSyncError('engine "sglang": the locations of its weights are not known yet')
         return self._weights
 
     def learn(self, folder: str, dtype: str, trust_remote_code: bool, split: bool, answer: int) -> None:
-        """Find out where each weight lies. :param answer: from there on, how many elements of each lie here (int64)."""
+        """Find where each weight is. :param answer: from there on, how many elements of each are here (int64)."""
         config, _ = read_configs(folder, trust_remote_code=trust_remote_code)
         self._weights = WeightMap("sglang", self._model, config, getattr(torch, dtype), split=split)
         held = torch.tensor(list(self._weights.counts().values()))
@@ -89,7 +89,7 @@ class _Worker:
         gc.freeze()  # on a CPU SGLang collects garbage whenever it empties its cache: 0.6 s over all that it imported
 
     def begin(self) -> None:
-        """A new update: what the old weights made of images is forgotten too, which SGLang's own flush leaves."""
+        """Start an update; also clear cached image features, which SGLang's own flush keeps."""
         from sglang.srt.managers import mm_schedule  # pyright: ignore[reportMissingImports]
 
         if mm_schedule.embedding_cache is not None:
@@ -106,9 +106,9 @@ class _Worker:
         )
 
     def read(self, tensors: Sequence[Sequence[Any]], answer: int) -> list[tuple[int, str, int]]:
-        """Show elements. :param tensors: (name, offset, count) of each tensor's positions.
+        """Read elements back. :param tensors: (name, offset, count) of each tensor's positions.
 
-        :param answer: from there on, for each tensor in order: which positions lie here, then their values.
+        :param answer: from there on, for each tensor in order: which positions are here, then their values.
         :return: for each tensor its place there, the values' dtype, and how many they are.
         """
         places = []
@@ -124,11 +124,11 @@ class _Worker:
         return places
 
     def empty(self) -> int:
-        """Free the weights' memory; returns bytes. On a CPU, where SGLang has no sleep of its own."""
+        """Free the weights' memory; returns bytes. For a CPU, where SGLang has no sleep."""
         self._storages = self._storages or Storages(parameter.data for parameter in self._model.parameters())
         return self._storages.empty()
 
     def fill(self) -> None:
-        """Take it again, with zeros."""
+        """Allocate it again, with zeros."""
         assert self._storages is not None
         self._storages.fill()

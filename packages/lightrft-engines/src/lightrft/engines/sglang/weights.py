@@ -1,4 +1,4 @@
-"""The trainer's view of SGLang's weights: written and shown through the mailbox, on every rank of the engine."""
+"""SGLang's weights, written and read back through the mailbox, on every rank of the engine."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ..recorded_weights import check_whole
 from .link import Link
 from .mailbox import ERRORS, Mailbox, aligned
 
-_POSITIONS_AT_ONCE = 2**21  # bounds the memory of a full comparison
+_POSITIONS_AT_ONCE = 2**21  # limits the memory of a full comparison
 
 
 class RemoteWeights:
     """The weights of SGLang's model by hub name.
 
-    :param ranks: over how many SGLang splits the model. :param dtype: in which weights come.
+    :param ranks: over which SGLang splits the model. :param dtype: in which weights are sent.
     """
 
     def __init__(self, link: Link, manifest: Manifest, ranks: int, dtype: torch.dtype) -> None:
@@ -30,7 +30,7 @@ class RemoteWeights:
         self._mailbox: Mailbox | None = None
 
     def ask(self, act: str, room: int = 0, **arguments: Any) -> list[Any]:
-        """Let every scheduler do something; what each answered. :raises LightRFTError: what went wrong there."""
+        """Let every scheduler do something; returns the answers. :raises LightRFTError: a scheduler's error."""
         mailbox = self._room(room)
         return self._send(mailbox, act, arguments)
 
@@ -66,9 +66,9 @@ class RemoteWeights:
         return self._mailbox
 
     def learn(self, folder: str, trust_remote_code: bool) -> None:
-        """Let every scheduler find out where its weights lie.
+        """Let every scheduler find where its weights are.
 
-        :raises NotBuiltError: they cannot be streamed into, or some elements lie on no rank.
+        :raises NotBuiltError: they cannot be streamed into, or some elements are on no rank.
         """
         count = len(self.manifest.shapes)
         one_answer = aligned(8 * count)
@@ -96,11 +96,11 @@ class RemoteWeights:
 
     # ---- reading ----------------------------------------------------------------------------------------------------
     def local(self, positions: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-        """All of them: the engine's owner speaks for its ranks."""
+        """All of them: the engine's owner answers for its ranks."""
         return positions
 
     def sample(self, positions: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Elements at flat positions, on the CPU. :raises WeightSyncError: unknown, or held by no rank."""
+        """Elements at flat positions, on the CPU. :raises WeightSyncError: unknown, or on no rank."""
         self.manifest.check_known(list(positions))
         found: dict[str, list[torch.Tensor]] = {name: [] for name in positions}
         batch: list[tuple[str, torch.Tensor]] = []
@@ -137,5 +137,5 @@ class RemoteWeights:
                 values[here] = part
                 seen |= here
             if values is None or not bool(seen.all()):
-                raise WeightSyncError(f"{name}: {int((~seen).sum())} of the elements asked for lie on no rank")
+                raise WeightSyncError(f"{name}: {int((~seen).sum())} of the requested elements are on no rank")
             found[name].append(values)

@@ -1,4 +1,4 @@
-"""All that touches vLLM itself: start, its groups, its caches, its end. Imported only once an engine starts."""
+"""All calls into vLLM: start, groups, caches, end. Imported only when an engine starts."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from .options import CLASSIFIER, classifier_arguments, engine_arguments, field_n
 
 
 class _World:
-    """vLLM's groups, of which a process has one set for all of its engines.
+    """vLLM's groups, one set for all engines of a process.
 
-    :cvar engines: how many are alive. :cvar ours: the process group under them is vLLM's, made because there was none.
+    :cvar engines: how many are alive. :cvar ours: vLLM made the process group itself, because there was none.
     """
 
     engines = 0
@@ -53,7 +53,7 @@ def start(spec: EngineSpec, folder: str) -> tuple[Any, Any, Any]:
 def start_classifier(spec: EngineSpec, *, cuda_graphs: bool) -> tuple[Any, Any]:
     """A running ``LLMEngine`` that scores sequences, and the model's transformers configuration.
 
-    :raises NotBuiltError: the model is no sequence classifier with one output, or vLLM has no class for it.
+    :raises NotBuiltError: the model is not a sequence classifier with one output, or vLLM has no class for it.
     """
     folder = str(spec.pretrain)
     config, _ = read_configs(folder, trust_remote_code=spec.trust_remote_code)
@@ -66,7 +66,7 @@ def start_classifier(spec: EngineSpec, *, cuda_graphs: bool) -> tuple[Any, Any]:
 
 
 def _in_a_launch() -> bool:
-    """Do the ranks of a launcher run this engine? Else vLLM makes a process group of one, and ends it."""
+    """Whether a launcher's ranks run this engine. Otherwise vLLM makes, and ends, a process group of one."""
     if _World.engines == 0:
         _World.ours = not dist.is_initialized()
     return not _World.ours
@@ -81,8 +81,8 @@ def launch(spec: EngineSpec, arguments: dict[str, Any]) -> Any:
     except BaseException:
         _leave_world()
         raise
-    # A process that ends with its engine gives everything back as it is: vLLM's teardown would ask for a driver that a
-    # CPU has not, once its replacements are out of place, and destroy the trainer's process group.
+    # No teardown at the end of the process: vLLM's would look for a GPU driver, which a CPU does not have, and destroy
+    # the trainer's process group.
     llm.engine_core._finalizer.atexit = False
     return llm
 
@@ -110,12 +110,12 @@ def _own_shared_memory(device: torch.device) -> Iterator[None]:
 
 
 def _know_in_this_process(names: list[str]) -> None:
-    """Look at the model's class here. vLLM would do it in a new process, half a minute for each rank."""
+    """Inspect the model's class here. vLLM would do it in a new process, which takes half a minute per rank."""
     supported = ModelRegistry.get_supported_archs()
     known = [name for name in names if name in supported]
     if names and not known:
         raise NotBuiltError(
-            f'engine "vllm" has no model class for {", ".join(names)}; take --engine_type hf, which serves any causal '
+            f'engine "vllm" has no model class for {", ".join(names)}; use --engine_type hf, which serves any causal '
             "language model of transformers"
         )
     for name in known:
@@ -164,7 +164,7 @@ def classify(llm: Any, sequences: Sequence[Sequence[int]]) -> list[float]:
 
 
 def check_groups(group: Any, size: int) -> None:
-    """:raises NotBuiltError: vLLM splits the model over other ranks than the strategy sends prompts to."""
+    """:raises NotBuiltError: vLLM splits the model over other ranks than those to which the strategy sends prompts."""
     theirs = list(parallel_state.get_tp_group().ranks)
     if group is not None:
         ours = dist.get_process_group_ranks(group)
@@ -175,14 +175,14 @@ def check_groups(group: Any, size: int) -> None:
 
 
 def check_whole(weights: WeightMap) -> None:
-    """:raises NotBuiltError: some elements of a tensor lie on no rank of the tensor-parallel group."""
+    """:raises NotBuiltError: some elements of a tensor are on no rank of the tensor-parallel group."""
     held = torch.tensor(list(weights.counts().values()))
     dist.all_reduce(held, group=parallel_state.get_tp_group().cpu_group)
     recorded_weights.check_whole("vllm", weights.manifest.shapes, held.tolist())
 
 
 def any_rank(answer: bool) -> bool:
-    """True where one rank of the tensor-parallel group says so. A collective of that group, on the CPU."""
+    """True if ``answer`` is on any rank of the tensor-parallel group. A collective of that group, on the CPU."""
     flag = torch.tensor([int(answer)])
     dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=parallel_state.get_tp_group().cpu_group)
     return bool(flag.item())
@@ -198,14 +198,14 @@ def _tensors(cache: Any) -> Iterable[torch.Tensor]:
 
 
 def memory(llm: Any, device: torch.device) -> memories.EngineMemory:
-    """What can be given back, on this device."""
+    """The memory that can be freed, on this device."""
     if device.type == "cpu":
         return memories.CPUMemory(model(llm), caches(llm))
     return memories.DeviceMemory(worker(llm), device)
 
 
 def reset_caches(llm: Any, *, zero: bool) -> None:
-    """Forget all results of the old weights. :param zero: the KV cache's memory is there and must be cleared too."""
+    """Clear all results of the old weights. :param zero: the KV cache's memory is there and must be cleared too."""
     llm.reset_prefix_cache()
     llm.reset_mm_cache()
     llm.reset_encoder_cache()
@@ -230,7 +230,7 @@ def end(llm: Any) -> None:
 
 
 def _leave_world() -> None:
-    """The last engine takes vLLM's groups with it, and the process group where that is vLLM's too."""
+    """The last engine ends vLLM's groups, and the process group if vLLM made it."""
     _World.engines -= 1
     if _World.engines:
         return

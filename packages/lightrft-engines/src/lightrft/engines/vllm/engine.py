@@ -34,15 +34,15 @@ from .process_guard import ProcessGuard
 
 logger = logging.getLogger(__name__)
 
-# Ranks of one engine step together, so they must give up together: so often they ask each other whether it is time.
+# Steps between agreements on the deadline: ranks of one engine step together, so they must stop together.
 _STEPS_BETWEEN_CLOCKS = 16
 
 
 class VLLMEngine(BatchEngine):
-    """Writes rollouts with vLLM, in the training process.
+    """Generates rollouts with vLLM, in the training process.
 
-    Under a launcher every rank of a tensor-parallel group runs it (vLLM's ``external_launcher``), over groups that
-    equal the strategy's own. Options of ``EngineSpec.extra`` are those of vLLM's ``EngineArgs``.
+    Under a launcher every rank of a tensor-parallel group runs it (vLLM's ``external_launcher``), over the same groups
+    as the strategy's. Options of ``EngineSpec.extra`` are those of vLLM's ``EngineArgs``.
     """
 
     name: ClassVar[str] = "vllm"
@@ -117,7 +117,7 @@ class VLLMEngine(BatchEngine):
 
     @contextlib.contextmanager
     def _inside(self) -> Iterator[None]:
-        """vLLM's process inside, the trainer's outside."""
+        """Within it the process is as vLLM needs it, outside as the trainer does."""
         assert self._guard is not None
         with self._guard:
             yield
@@ -154,7 +154,7 @@ class VLLMEngine(BatchEngine):
                         finished[output.request_id] = output
                 step += 1
         except BaseException:
-            with contextlib.suppress(RuntimeError):  # what went wrong first is what is told
+            with contextlib.suppress(RuntimeError):  # the first error is the one to report
                 self._llm.abort_request([name for name in requests if name not in finished])
             raise
         if lost := [name for name in requests if name not in finished]:
@@ -162,7 +162,8 @@ class VLLMEngine(BatchEngine):
         return finished
 
     def _late(self, deadline: float | None, step: int) -> bool:
-        """Has the deadline passed? Ranks of one engine answer alike: one that stops alone would leave the others."""
+        """Whether the deadline has passed, the same on all ranks of an engine: the others would wait for one that
+        stops."""
         if deadline is None:
             return False
         late = time.monotonic() > deadline
@@ -190,7 +191,7 @@ class VLLMEngine(BatchEngine):
 
     @contextlib.contextmanager
     def _failing(self, what: str) -> Iterator[None]:
-        """An engine that breaks is a named error, and is not asked again."""
+        """An engine that fails raises a RolloutError, and is not used again."""
         try:
             yield
         except (ValueError, TimeoutError, LightRFTError):
@@ -228,7 +229,7 @@ class VLLMEngine(BatchEngine):
         with self._inside():
             if what == "weights":
                 return self._memory.release_weights(keep)
-            backend.reset_caches(self._llm, zero=False)  # what pointed into the cache must not outlive it
+            backend.reset_caches(self._llm, zero=False)  # references into the cache must not outlive it
             return self._memory.release_cache()
 
     def _restore(self, what: Resource, values: bool) -> None:

@@ -1,4 +1,4 @@
-"""How vLLM keeps weights once they are loaded."""
+"""The form in which vLLM stores loaded weights."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 
 @contextlib.contextmanager
 def plain_layers_on_cpu() -> Iterator[None]:
-    """Within it vLLM's CPU layers keep their weights as they were loaded.
+    """Within it vLLM's CPU layers keep their weights as loaded.
 
-    Otherwise it repacks them for oneDNN and throws the originals away, so that nothing could be updated in place or
-    read back. torch's own linear calls oneDNN too.
+    Otherwise it repacks them for oneDNN and drops the originals, so that they could be neither updated in place nor
+    read back. torch's own linear uses oneDNN too.
     """
     from vllm.model_executor.layers import utils  # pyright: ignore[reportMissingImports]
 

@@ -1,4 +1,4 @@
-"""The memory of weights and KV cache: on a GPU by vLLM's own sleep mode, on a CPU by emptying the storages."""
+"""The memory of weights and KV cache: on a GPU by vLLM's sleep mode, on a CPU by freeing the storages."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from ..storages import Storages
 
 
 class EngineMemory(Protocol):
-    """What can be given back and taken again."""
+    """Memory that can be freed and allocated again."""
 
     def release_cache(self) -> int:
         """Free the KV cache; returns bytes."""
         ...
 
     def restore_cache(self) -> None:
-        """Take it again, empty."""
+        """Allocate it again, empty."""
         ...
 
     def release_weights(self, keep: bool) -> int:
@@ -26,12 +26,12 @@ class EngineMemory(Protocol):
         ...
 
     def restore_weights(self) -> None:
-        """Take it again, with the values that were kept."""
+        """Allocate it again, with the values that were kept."""
         ...
 
 
 class CPUMemory:
-    """vLLM has no sleep mode on a CPU: the storages behind its tensors are emptied, and filled again in place."""
+    """vLLM has no sleep mode on a CPU: the storages of its tensors are freed, and allocated again in place."""
 
     def __init__(self, model: torch.nn.Module, caches: Iterable[torch.Tensor]) -> None:
         self._caches = Storages(caches)
@@ -44,14 +44,14 @@ class CPUMemory:
         self._caches.fill()
 
     def release_weights(self, keep: bool) -> int:
-        return 0 if keep else self._weights.empty()  # kept on the host is where they are
+        return 0 if keep else self._weights.empty()  # they are on the host already
 
     def restore_weights(self) -> None:
         self._weights.fill()
 
 
 class DeviceMemory:
-    """vLLM's sleep mode: a pool for each of weights and KV cache, whose addresses stay."""
+    """vLLM's sleep mode: one pool for weights and one for the KV cache, with constant addresses."""
 
     def __init__(self, worker: Any, device: torch.device) -> None:
         self._worker, self._device = worker, device
@@ -77,6 +77,6 @@ class DeviceMemory:
 
 
 def zero_caches(caches: Iterable[torch.Tensor]) -> None:
-    """A NaN that old weights wrote would outlive them: a slot's stale content is masked by a product with 0."""
+    """Zero the cache: a NaN of the old weights would stay, since stale slots are masked by a product with 0."""
     for cache in caches:
         cache.zero_()

@@ -13,10 +13,10 @@ from lightrft.strategy.errors import NotBuiltError
 from ..model_facts import SEQUENCES_ON_CPU, cache_bytes_on_cpu, context_length, takes_images
 from ..spec_checks import check_extra
 
-# How transformers' sequence classifiers are named.
+# Suffix of the names of transformers' sequence classifiers.
 CLASSIFIER = "ForSequenceClassification"
 TOKENS_A_STEP_ON_CPU = 8192
-# Set by the spec, or by what this engine is: a second way to say them would be a way to break it.
+# Set by the spec or by this engine: setting them elsewhere would break it.
 _OURS = (
     "disable_log_stats",
     "distributed_executor_backend",
@@ -41,11 +41,11 @@ def engine_arguments(
 ) -> dict[str, Any]:
     """Keyword arguments of vLLM's ``EngineArgs``.
 
-    :param folder: where the configuration, and with ``spec.pretrain`` the weights, lie.
+    :param folder: folder of the configuration, and with ``spec.pretrain`` of the weights.
     :param config: the transformers configuration of the model.
     :param known: the fields that ``EngineArgs`` has, to check ``spec.extra``.
-    :param distributed: the ranks of a launcher run this, not one process alone.
-    :raises ValueError: ``spec.extra`` names what vLLM does not have, or what the spec itself says.
+    :param distributed: a launcher's ranks run it, not a single process.
+    :raises ValueError: ``spec.extra`` has options that vLLM does not have, or that the spec sets.
     """
     if unknown := sorted(set(spec.extra) - set(known)):
         raise ValueError(f'engine "vllm" has no option {", ".join(unknown)}; it has those of vLLM\'s EngineArgs')
@@ -77,7 +77,7 @@ def engine_arguments(
         arguments["limit_mm_per_prompt"] = {"image": 999 if spec.max_images is None else spec.max_images, "video": 0}
         arguments["skip_mm_profiling"] = on_cpu
     if on_cpu:
-        # A prompt that is read in parts rewinds its sample's generator, which a CPU's cannot: read whole ones.
+        # A prompt that is prefilled in parts rewinds its sample's generator, which a CPU's cannot do.
         arguments["enable_chunked_prefill"] = False
         arguments["max_num_batched_tokens"] = max(TOKENS_A_STEP_ON_CPU, context or 0)
         arguments["kv_cache_memory_bytes"] = cache_bytes_on_cpu(spec, config, context, sequences or SEQUENCES_ON_CPU)
@@ -93,16 +93,16 @@ def engine_arguments(
 def classifier_arguments(
     spec: EngineSpec, folder: str, config: Any, known: Mapping[str, Any], *, distributed: bool, cuda_graphs: bool
 ) -> dict[str, Any]:
-    """Those of an engine that scores sequences.
+    """Keyword arguments for an engine that scores sequences.
 
-    :raises NotBuiltError: the model is no sequence classifier with one output.
+    :raises NotBuiltError: the model is not a sequence classifier with one output.
     """
     architectures = list(getattr(config, "architectures", None) or [])
     if not architectures or any(CLASSIFIER not in name for name in architectures) or config.num_labels != 1:
         raise NotBuiltError(
             f'--rm_use_engine: engine "vllm" serves sequence classifiers with one output; {folder} is '
             f"{', '.join(architectures) or config.model_type} with {config.num_labels} outputs: name another "
-            "--reward_pretrain, or leave --rm_use_engine away"
+            "--reward_pretrain, or drop --rm_use_engine"
         )
     arguments = engine_arguments(spec, folder, config, known, distributed=distributed)
     arguments.pop("logprobs_mode", None)

@@ -1,7 +1,7 @@
-"""The trainer's process as it was before vLLM came, between any two calls into vLLM.
+"""Restores the trainer's process after each call into vLLM.
 
-vLLM expects a process of its own: it overwrites environment variables, replaces functions of torch on a CPU, draws from
-the global random state, freezes the garbage collector. What of that it needs is in place while it runs, and only then.
+vLLM expects to own its process: it sets environment variables, replaces functions of torch on a CPU, draws from the
+global random state and freezes the garbage collector. What it needs of these is in place only during a call.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import torch
 
 from lightrft.strategy.rng import preserved_rng
 
-# What it must find when it is imported and started. A user's own setting wins, but for the first, which is our design.
+# Environment in which it is imported and started. A user's setting takes precedence, except for the first.
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
 }
-# Functions that are others inside: those that vLLM's CPU worker replaces with ones that do nothing, and one that does
-# nothing from the beginning, for what vLLM froze would stay for good, after its end too.
+# Functions that are replaced during a call: those that vLLM's CPU worker replaces by no-ops, and gc.freeze, since what
+# vLLM freezes would stay after its end.
 _REPLACED: tuple[tuple[Any, str], ...] = (
     (gc, "freeze"),
     (torch, "set_num_threads"),
@@ -33,7 +33,7 @@ _REPLACED: tuple[tuple[Any, str], ...] = (
 
 
 class ProcessGuard:
-    """``with guard:`` around every call into vLLM: its environment goes in, the trainer's comes back."""
+    """``with guard:`` around every call into vLLM: sets its environment, then restores the trainer's."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -50,7 +50,7 @@ class ProcessGuard:
         self._stack.enter_context(preserved_rng(self._device))
         self._stack.enter_context(self._swapped())
         if self._device.type == "cpu":
-            # What vLLM compiles on a CPU is two lines of its sampler: not worth a C++ compiler and half a minute.
+            # On a CPU vLLM compiles only two lines of its sampler: not worth a C++ compiler and half a minute.
             self._stack.enter_context(torch.compiler.set_stance("force_eager"))
         return self
 
@@ -85,7 +85,7 @@ def _affinity() -> set[int]:
 
 
 def _difference(before: dict[str, str], after: dict[str, str]) -> dict[str, str | None]:
-    """What turns one environment into the other; None: the name goes."""
+    """Changes that turn one environment into the other; None: remove the name."""
     gone: dict[str, str | None] = {name: None for name in before if name not in after}
     return gone | {name: value for name, value in after.items() if before.get(name) != value}
 

@@ -15,9 +15,9 @@ from ..processed_prompts import check_images, check_length, check_placeholders
 class PromptReader:
     """Turns a request into token ids, with one placeholder for each image.
 
-    The tokenizer is loaded when the first text asks for it: token ids alone need none.
+    The tokenizer is loaded when a text first needs it; token ids do not.
 
-    :param placeholder: the id that stands for an image; None where the model takes none.
+    :param placeholder: the id that stands for an image; None if the model does not support images.
     :param context: most tokens of prompt and response.
     """
 
@@ -40,7 +40,7 @@ class PromptReader:
     def read(self, request: GenerationRequest) -> dict[str, Any]:
         """vLLM's prompt.
 
-        :raises ValueError: it leaves no room for a response, or brings images that do not fit the model or the text.
+        :raises ValueError: it leaves no room for a response, or has images that do not match the model or the text.
         """
         if request.prompt_token_ids is not None:
             ids = list(request.prompt_token_ids)
@@ -60,7 +60,7 @@ class PromptReader:
 def sampling_arguments(sampling: SamplingParams, ends: tuple[int, ...], seed: int) -> dict[str, Any]:
     """Keyword arguments of vLLM's ``SamplingParams``.
 
-    :param ends: the model's own end tokens. vLLM is told to ignore the one that it knows: every engine must agree.
+    :param ends: the model's own end tokens. vLLM must ignore the one that it knows itself, so that all engines agree.
     """
     return {
         "n": 1,
@@ -79,7 +79,7 @@ def sampling_arguments(sampling: SamplingParams, ends: tuple[int, ...], seed: in
 
 
 def chosen_logprobs(tokens: list[int], rows: list[Mapping[int, Any]]) -> list[float]:
-    """The logprob of each token, of vLLM's one row a token."""
+    """The logprob of each token, from vLLM's rows."""
     return [float(row[token].logprob) for token, row in zip(tokens, rows, strict=True)]
 
 

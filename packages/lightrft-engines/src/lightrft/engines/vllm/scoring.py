@@ -1,4 +1,4 @@
-"""Reward models served by vLLM."""
+"""Reward models in vLLM."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from .process_guard import ProcessGuard
 
 
 class VLLMScoringEngine(ScoringEngine):
-    """Scores sequences with vLLM, in the training process, beside a rollout engine or without one.
+    """Scores sequences with vLLM, in the training process, with or without a rollout engine.
 
-    The model is a sequence classifier with one output, whose language model vLLM serves.
+    The model is a sequence classifier with one output, whose language model vLLM supports.
     """
 
     name: ClassVar[str] = "vllm"
@@ -56,7 +56,7 @@ class VLLMScoringEngine(ScoringEngine):
         for number, tokens in enumerate(sequences):
             if not 0 < len(tokens) <= (self._context or len(tokens)):
                 raise ValueError(
-                    f"reward model: sample {number} has {len(tokens)} tokens, the engine takes 1 to {self._context}: "
+                    f"reward model: sample {number} has {len(tokens)} tokens, the engine accepts 1 to {self._context}: "
                     "shorten it, or raise --max_model_len"
                 )
         try:

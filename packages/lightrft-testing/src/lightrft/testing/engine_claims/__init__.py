@@ -1,1 +1,1 @@
-"""The claims of the engine suites, one subject a file."""
+"""The claims of the engine suites, one file per subject."""

@@ -1,4 +1,4 @@
-"""Engines for tests: the fixtures of every claim, and moves that several make."""
+"""Engines for tests: the fixtures of every claim, and common steps."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ MakeEngine = Callable[[EngineSpec], RolloutEngine]
 
 
 class SharedEngines:
-    """Engines that tests share: each test finds its own as it was loaded.
+    """Engines that tests share: each test gets one that is as it was loaded.
 
-    :param slow: to start: a used one gets its first weights again instead of being started anew.
+    :param slow: they start slowly: a used one gets its first weights again instead of being restarted.
     """
 
     def __init__(self, slow: bool) -> None:
@@ -66,7 +66,7 @@ _FOLDERS = pytest.StashKey[dict[str, str]]()
 
 
 class EngineClaims:
-    """Fixtures, and what an engine's test class may say of it. Override the fixture ``make_engine``."""
+    """Fixtures, and what an engine's test class may set. Override the fixture ``make_engine``."""
 
     spec_options: ClassVar[Mapping[str, Any]] = {}
     starts_slowly: ClassVar[bool] = False
@@ -78,7 +78,7 @@ class EngineClaims:
 
     @pytest.fixture
     def folders(self, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
-        """Folder of a tiny model by kind, written once a session."""
+        """Folder of a tiny model by kind, written once per session."""
         made = request.session.stash.setdefault(_FOLDERS, {})
 
         def folder(kind: str) -> str:
@@ -126,7 +126,7 @@ class EngineClaims:
 
 
 def put_to_sleep(engine: RolloutEngine, *, keep: bool) -> int:
-    """Release cache and weights; returns the bytes freed. ``keep``: the weights move to the host."""
+    """Release cache and weights; returns the bytes freed. ``keep``: the weights are moved to the host."""
     return engine.release("kv_cache") + engine.release("weights", keep=keep)
 
 

@@ -1,4 +1,4 @@
-"""Claims about requests and what comes of them."""
+"""Claims about requests and their outputs."""
 
 from __future__ import annotations
 

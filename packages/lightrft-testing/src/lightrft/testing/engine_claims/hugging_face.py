@@ -1,4 +1,4 @@
-"""What claims of equality with Hugging Face share."""
+"""The common part of claims of equality with Hugging Face."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .parts import GREEDY, PROMPTS, greedy_reference, hub_state, processed_logpr
 
 
 class HuggingFaceClaims(EngineClaims):
-    """Which tiny models an engine serves, and checks against them in fp32."""
+    """The tiny models that an engine supports, and comparisons with them in fp32."""
 
     text_kinds: ClassVar[Sequence[str]] = TEXT_KINDS
     vision_kinds: ClassVar[Sequence[str]] = VISION_KINDS
@@ -34,7 +34,7 @@ class HuggingFaceClaims(EngineClaims):
             metafunc.parametrize("kind", self.text_kinds, scope="class")
 
     def _check_weights(self, engine: RolloutEngine, model: Any) -> None:
-        """Every element that this rank's part of the engine holds."""
+        """Every element of this rank's part of the engine."""
         if not engine.capabilities.readback:
             return
         state = hub_state(model)

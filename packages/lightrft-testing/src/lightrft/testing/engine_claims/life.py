@@ -1,4 +1,4 @@
-"""Claims about an engine's beginning and end."""
+"""Claims about an engine's start and end."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class LifeClaims(EngineClaims):
     def test_shutdown_leaves_no_process_thread_or_shared_memory(
         self, make_engine: MakeEngine, model_folder: str
     ) -> None:
-        warm = make_engine(self.spec(model_folder))  # what a library starts once for good is not a leak
+        warm = make_engine(self.spec(model_folder))  # what a library starts once and keeps is not a leak
         warm.generate(requests_for(PROMPTS[:1], GREEDY))
         warm.shutdown()
         before, processes = _remains(), _descendants()
@@ -85,7 +85,7 @@ def _shared_memory() -> set[str]:
 
 
 def _leaked(names: set[str], seconds: float = 5.0) -> set[str]:
-    """Shared memory that stays and is nobody else's: others make and drop theirs while this test looks."""
+    """Shared memory that remains and belongs to no other process: others make and remove theirs meanwhile."""
     late = time.monotonic() + seconds
     while (left := names & _shared_memory() - _held_by_others()) and time.monotonic() < late:
         time.sleep(0.05)
@@ -93,9 +93,9 @@ def _leaked(names: set[str], seconds: float = 5.0) -> set[str]:
 
 
 def _held_by_others() -> set[str]:
-    """Shared memory that processes have mapped which this test did not start: tests beside it, programs of anybody.
+    """Shared memory that is mapped by processes which this test did not start.
 
-    It goes by the files' numbers: a semaphore's maker has mapped it under a name that it had before its own.
+    Files are compared by number: a semaphore is mapped under the temporary name that it had first.
     """
     ours, held = f"PYTEST_CURRENT_TEST={os.environ['PYTEST_CURRENT_TEST']}", set[int]()
     for process in Path("/proc").glob("[0-9]*"):
@@ -112,7 +112,7 @@ def _descendants() -> set[psutil.Process]:
 
 
 def _survivors(processes: Iterable[psutil.Process], seconds: float = 5.0) -> set[str]:
-    """Those that still run after so long: a killed one takes a moment, and one that lost its parent has new ones."""
+    """Those that still run after some time: a killed process takes a moment, and an orphan gets new parents."""
     late = time.monotonic() + seconds
     while (alive := [process for process in processes if _runs(process)]) and time.monotonic() < late:
         time.sleep(0.05)

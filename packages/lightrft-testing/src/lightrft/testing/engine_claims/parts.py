@@ -1,4 +1,4 @@
-"""What an engine's tests are made of: prompts, models, a weight sync, and what Hugging Face says to them."""
+"""Parts of an engine's tests: prompts, models, a weight sync, and the answers of Hugging Face."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightrft.strategy.weights import SyncReceipt, TensorSpec, WeightBucket, pla
 from ..tiny_models import tiny_model
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
-# Another length for each, one alone, and two prompts that are the same.
+# Different lengths, one of a single token, and two equal prompts.
 PROMPTS = (
     (17, 301, 42, 7),
     (9,),
@@ -35,7 +35,7 @@ def hub_state(model: Any) -> dict[str, torch.Tensor]:
 
 
 def specs_of(model: Any) -> list[TensorSpec]:
-    """What a trainer that holds ``model`` would announce."""
+    """What a trainer with ``model`` would announce."""
     return HubLayout(model).specs
 
 
@@ -48,10 +48,10 @@ def push_weights(
     order: Callable[[list[WeightBucket]], Sequence[WeightBucket]] = list,
     stop_after: int | None = None,
 ) -> SyncReceipt | None:
-    """Stream a model's weights into an engine, as a strategy would; every bucket's memory is spoiled once it was taken.
+    """Stream a model's weights into an engine, as a strategy would; every bucket's memory is overwritten once loaded.
 
     :param bucket_bytes: 1 sends each atom (each of the engine's fused groups) alone.
-    :param order: in which order buckets leave. :param stop_after: give up after this many, without an abort.
+    :param order: in which order buckets are sent. :param stop_after: stop after this many, without an abort.
     """
     state = hub_state(model)
     plan = engine.begin_update(version, specs_of(model), bucket_bytes=bucket_bytes)
@@ -72,7 +72,7 @@ def push_weights(
 def requests_for(
     prompts: Sequence[Sequence[int]], sampling: SamplingParams, seeds: Sequence[int] | None = None
 ) -> list[GenerationRequest]:
-    """One request a prompt, each with its own seed."""
+    """One request per prompt, each with its own seed."""
     seeds = range(len(prompts)) if seeds is None else seeds
     return [
         GenerationRequest(prompt_token_ids=tuple(prompt), sampling=replace(sampling, seed=seed))
@@ -81,7 +81,7 @@ def requests_for(
 
 
 def tokens_of(outputs: Sequence[GenerationOutput]) -> list[list[int]]:
-    """The output tokens alone."""
+    """Only the output tokens."""
     return [output.output_token_ids for output in outputs]
 
 
@@ -104,9 +104,9 @@ def greedy_reference(model: Any, prompt: Sequence[int], count: int) -> list[int]
 def processed_logprobs(
     model: Any, output: GenerationOutput, sampling: SamplingParams, *, barred: Sequence[int] = ()
 ) -> list[torch.Tensor]:
-    """For each output token the log distribution that it had to be drawn from, by one teacher-forced forward.
+    """For each output token the log distribution that it must be drawn from, by one teacher-forced forward pass.
 
-    Written plainly, token by token, so that it shares nothing with an engine's own code.
+    A plain implementation, token by token, that shares no code with an engine.
     """
     start = len(output.prompt_token_ids)
     ids = torch.tensor([[*output.prompt_token_ids, *output.output_token_ids]])
@@ -130,5 +130,5 @@ def processed_logprobs(
 
 @functools.cache
 def shared_model(kind: str, seed: int = 0) -> Any:
-    """A tiny model that several tests look at and none changes."""
+    """A tiny model that several tests share and none changes."""
     return tiny_model(kind, seed=seed)

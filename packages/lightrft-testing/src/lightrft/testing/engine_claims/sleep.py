@@ -1,4 +1,4 @@
-"""Claims about an engine's memory: released, restored, and what may happen in between."""
+"""Claims about an engine's memory: released, restored, and what is allowed in between."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .parts import GREEDY, PROMPTS, push_weights, requests_for, specs_of, tokens
 
 
 class SleepClaims(EngineClaims):
-    """Sleep gives memory back, wake the same output."""
+    """Sleep frees memory; after waking the output is the same."""
 
     def test_sleep_and_wake_give_the_same_output(self, engine: RolloutEngine) -> None:
         before = tokens_of(engine.generate(requests_for(PROMPTS, GREEDY)))
@@ -29,7 +29,7 @@ class SleepClaims(EngineClaims):
         assert tokens_of(engine.generate(requests_for(PROMPTS, GREEDY))) == before
 
     def test_sleep_may_come_right_after_an_answer(self, engine: RolloutEngine) -> None:
-        for _ in range(20):  # the engine may not yet have put away what it answered
+        for _ in range(20):  # the engine may not have removed its last batch yet
             engine.generate(requests_for(PROMPTS[:1], SamplingParams(max_tokens=1)))
             put_to_sleep(engine, keep=True)
             wake(engine)

@@ -1,4 +1,4 @@
-"""Claims about an engine after a weight sync: it is the new model, however the weights came."""
+"""Claims about an engine after a weight sync: it is the new model, however the weights were sent."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .parts import GREEDY, PROMPTS, push_weights, requests_for, shared_model
 
 
 class SyncClaims(HuggingFaceClaims):
-    """Cut anyhow, repeated, asleep, after a broken one, after NaN."""
+    """In any buckets, repeated, asleep, after a failed one, after NaN."""
 
     starts_from_config: ClassVar[bool] = True
 
@@ -33,7 +33,7 @@ class SyncClaims(HuggingFaceClaims):
         def shuffled(buckets: list[WeightBucket]) -> list[WeightBucket]:
             return [buckets[i] for i in torch.randperm(len(buckets), generator=generator).tolist()]
 
-        engine.generate(requests_for(PROMPTS, GREEDY))  # so that there are caches to forget
+        engine.generate(requests_for(PROMPTS, GREEDY))  # so that there are caches to clear
         receipt = push_weights(
             engine, new, version=1, bucket_bytes=sizes[cut], order=shuffled if cut == "shuffled" else list
         )
@@ -53,7 +53,7 @@ class SyncClaims(HuggingFaceClaims):
     def test_a_sync_into_a_sleeping_engine_brings_the_new_model(
         self, engine: RolloutEngine, other_model: Any, level: int
     ) -> None:
-        """As a strategy does it: the weights' memory first, the KV cache last."""
+        """As a strategy does it: wake the weights first, the KV cache last."""
         if level not in engine.capabilities.sleep_levels:
             pytest.skip(f"engine {engine.name} says that it has no sleep level {level} (capabilities.sleep_levels)")
         engine.generate(requests_for(PROMPTS, GREEDY))

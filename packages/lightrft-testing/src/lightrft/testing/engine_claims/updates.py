@@ -1,4 +1,4 @@
-"""Claims about weight updates: what is counted, what is refused, what is named."""
+"""Claims about weight updates: counts, refusals and their messages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .parts import GREEDY, PROMPTS, hub_state, push_weights, requests_for, specs
 
 
 class UpdateClaims(EngineClaims):
-    """A whole update or an error that says what is missing."""
+    """A complete update, or an error that says what is missing."""
 
     def test_outputs_carry_the_version_of_their_weights(self, engine: RolloutEngine, other_model: Any) -> None:
         assert engine.generate(requests_for(PROMPTS[:1], GREEDY))[0].weight_version == 0
@@ -58,7 +58,7 @@ class UpdateClaims(EngineClaims):
         named = {"unknown": "stranger", "doubled": "twice"}.get(wrong, victim.name.replace(".", r"\."))
         with pytest.raises(WeightSyncError, match=named):
             engine.begin_update(1, altered)
-        if wrong == "doubled":  # the list alone shows it: the engine was not asked, and holds what it held
+        if wrong == "doubled":  # the list alone shows it: the engine was not asked, and is unchanged
             engine.generate(requests_for(PROMPTS[:1], GREEDY))
         else:
             self._refuses_until_whole(engine, other_model)

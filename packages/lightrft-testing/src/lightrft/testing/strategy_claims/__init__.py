@@ -1,1 +1,1 @@
-"""What a training backend must keep, one file a subject; :class:`lightrft.testing.StrategySuite` is all of it."""
+"""Claims about training backends, one file per subject; :class:`lightrft.testing.StrategySuite` has all of them."""

@@ -1,4 +1,4 @@
-"""Checkpoints: a run goes on from one as if it had not stopped; what is broken is named and passed over."""
+"""Checkpoints: a run continues from one as if it had not stopped; a damaged one is named and skipped."""
 
 from __future__ import annotations
 
@@ -242,7 +242,7 @@ class CheckpointClaims(StrategyClaims):
 
     @on_ranks
     def test_what_was_saved_must_have_somewhere_to_go(self) -> None:
-        """A run whose optimizer or schedule silently starts anew is no resumed run."""
+        """A run whose optimizer or schedule silently starts anew is not resumed."""
         strategy, model, optimizer, scheduler = self.fresh()
         self.train(strategy, model, optimizer, scheduler=scheduler)
         strategy.save_ckpt(model, self.folder)

@@ -1,4 +1,4 @@
-"""How a claim about a strategy runs: written as a test, executed on every rank of a pool."""
+"""Claims about a strategy: written as tests, executed on every rank of a pool."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ SETTINGS: Mapping[str, Any] = {
     "engine_type": "fake",
     "actor_learning_rate": 1e-2,
     "critic_learning_rate": 1e-2,
-    # Adam divides by a root: a larger epsilon keeps rounding of tiny gradients from looking like an error.
+    # A larger epsilon keeps Adam from amplifying the rounding of tiny gradients.
     "adam_eps": 1e-4,
     "plot_every": -1,
 }
 
 
 class StrategyClaims:
-    """The ground that the claims stand on. A subclass says which strategy, and on how many ranks."""
+    """The base of all claims. A subclass sets the strategy and the number of ranks."""
 
     world_size: ClassVar[int] = 1
     timeout: ClassVar[float] = 180.0
-    # Relative error of a gradient, and absolute error of a weight after a few steps, that rounding may explain.
+    # Relative error of a gradient, and absolute error of a weight after a few steps, that may be rounding.
     gradient_tolerance: ClassVar[float] = 1e-5
     weight_tolerance: ClassVar[float] = 2e-5
 
@@ -64,7 +64,7 @@ class StrategyClaims:
         return merged
 
     def reference(self, **settings: Any) -> FakeStrategy:
-        """The reference: one process that takes the whole batch at once. Works on every rank, without the others."""
+        """The reference: one process with the whole batch at once. Works on every rank, without the others."""
         merged = self.settings(**settings)
         merged["micro_train_batch_size"] = merged["train_batch_size"]
         return FakeStrategy(**merged)
@@ -77,7 +77,7 @@ class StrategyClaims:
         return torch.randint(7, VOCABULARY, (count, length), generator=torch.Generator().manual_seed(1000 + seed))
 
     def share(self, strategy: StrategyBase, rows: torch.Tensor, micro: int, index: int) -> torch.Tensor:
-        """This rank's ``index``-th micro-batch of ``micro`` rows: the ranks' together make a slice of ``rows``."""
+        """This rank's ``index``-th micro-batch of ``micro`` rows; those of all ranks are a slice of ``rows``."""
         start = (index * strategy.data_parallel_size + strategy.data_parallel_rank) * micro
         return rows[start : start + micro].to(strategy.device)
 
@@ -92,7 +92,7 @@ class StrategyClaims:
         scheduler: Any = None,
         accumulation: int = 1,
     ) -> list[StepResult]:
-        """Some steps on batches that every strategy shares out in the same way; returns the boundary results."""
+        """Some steps on batches that every strategy splits in the same way; returns the results at boundaries."""
         results = []
         micro = strategy.config.micro_train_batch_size
         for step in range(first, first + steps):
@@ -129,7 +129,7 @@ def on_ranks(claim: Callable[..., str | None]) -> Callable[..., None]:
     """Turn a method that is written for a rank into a test: pytest calls it once, and it runs on every rank.
 
     Within the claim ``self`` is a fresh instance, ``self.folder`` a folder that the ranks share; parameters beyond
-    ``self`` come from ``pytest.mark.parametrize``. What rank 0 returns is printed.
+    ``self`` come from ``pytest.mark.parametrize``. The result of rank 0 is printed.
     """
     parameters = list(inspect.signature(claim).parameters.values())[1:]
 
@@ -151,7 +151,7 @@ def on_ranks(claim: Callable[..., str | None]) -> Callable[..., None]:
 
 
 def run_claim(suite: FunctionReference, name: str, folder: Path, params: Mapping[str, Any]) -> Any:
-    """On a rank: a claim of a suite, or one of its own methods."""
+    """On a rank: run a claim of a suite, or one of its methods."""
     instance = suite.resolve()()
     instance.folder = folder
     method = getattr(type(instance), name)
@@ -190,7 +190,7 @@ def gradients_of(strategy: StrategyBase, model: nn.Module, optimizer: Any) -> di
 
 @contextmanager
 def refused(*kinds: type[BaseException], saying: Sequence[str] = ()) -> Iterator[None]:
-    """Within it an error of these kinds must be raised, whose message holds every one of these words."""
+    """Within it an error of these kinds must be raised, with all of these words in its message."""
     try:
         yield
     except kinds as error:

@@ -1,4 +1,4 @@
-"""Reducing and gathering: dtypes, shapes and structures survive, arguments are left alone."""
+"""Reducing and gathering: dtypes, shapes and structures are kept, arguments are not changed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Nobody waits for ever: when a rank dies, raises or stalls, the others leave in time, and their error names it."""
+"""No rank waits forever: if one dies, raises or stalls, the others end in time with an error that names it."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ PLACES = ("before", "inside")
 
 
 class OwnError(Exception):
-    """What the rank at fault raises."""
+    """The error of the rank at fault."""
 
 
 class DeadlineClaims(StrategyClaims):
-    """Needs a world of at least two ranks; in a world of one nobody can be late.
+    """Needs at least two ranks.
 
-    The last rank has a fault before or inside one operation. Which of the 30 combinations run by default is chosen so
-    that three suites whose ``deadline_turn`` is 0, 1 and 2 try each fault in each operation; the others are ``full``.
+    The last rank has a fault before or inside one operation. Of these 30 combinations each suite runs some by default,
+    the others are ``full``: suites with a ``deadline_turn`` of 0, 1 and 2 together try each fault in each operation.
     """
 
     deadline_turn: ClassVar[int] = 0
@@ -48,7 +48,7 @@ class DeadlineClaims(StrategyClaims):
         cls.test_a_rank_with_a_fault_is_named_by_the_others = cases
 
     def _disturbed_work(self, fault: str, work: str, place: str) -> str:
-        """What the error of a rank that waits says; the last rank has a fault."""
+        """The error of a waiting rank; the last rank has a fault."""
         strategy = self.strategy(dist_timeout=DEADLINE)
         model = strategy.prepare(self.model())
         optimizer = strategy.create_optimizer(model)
@@ -64,10 +64,10 @@ class DeadlineClaims(StrategyClaims):
                 act()
             else:
                 self._work(strategy, model, optimizer, work, act)
-            strategy.barrier()  # where the others had no need of the last rank until now
+            strategy.barrier()  # if the others did not need the last rank until now
         except RankTimeoutError as error:
             return str(error).split("Cause: ")[1]
-        except CheckpointError as error:  # the backend's own exchange can tell
+        except CheckpointError as error:  # the backend's own communication can report it
             assert (fault, work, place) == ("raises", "save", "inside")
             return re.sub(r"^.*(rank \d+: .*on purpose)", r"\1", str(error))
         raise AssertionError("the others went on without the last rank")

@@ -1,4 +1,4 @@
-"""Saves and loads that fail: every rank hears of it, the earlier checkpoint stays good, nothing half is left."""
+"""Saves and loads that fail: every rank raises, the earlier checkpoint stays intact, nothing incomplete is left."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FIRST, LAST, EVERY = "the first rank", "the last rank", "every rank"
 
 
 class FailingSaveClaims(StrategyClaims):
-    """save_ckpt, load_ckpt and save_model where a disk does not do what it should."""
+    """save_ckpt, load_ckpt and save_model with a failing disk."""
 
     def trained(self, steps: int = 1, **settings: Any) -> tuple[StrategyBase, Any, Any]:
         strategy = self.strategy(**settings)
@@ -38,7 +38,7 @@ class FailingSaveClaims(StrategyClaims):
     @on_ranks
     def test_a_rank_that_cannot_write_fails_the_save_of_all(self, whom: str) -> None:
         strategy, model, optimizer = self.trained()
-        saying = ["could not be written", "ulimit -f", "untouched"]
+        saying = ["could not be written", "ulimit -f", "unchanged"]
         for asynchronous in (False, True):
             folder = self.folder / f"asynchronous_{asynchronous}"
             strategy.save_ckpt(model, folder, client_state={"step": 1})
@@ -46,7 +46,7 @@ class FailingSaveClaims(StrategyClaims):
             with refused(CheckpointError, saying=saying), limit:
                 strategy.save_ckpt(model, folder, client_state={"step": 2}, asynchronous=asynchronous)
                 strategy.finish_checkpoint()
-            # Step 1 loads, nothing half lies about, and the next save succeeds.
+            # Step 1 loads, nothing incomplete is left, and the next save succeeds.
             strategy.barrier()
             assert sorted(path.name for path in folder.iterdir()) == ["latest", "step_1"]
             strategy.barrier()

@@ -1,4 +1,4 @@
-"""Names, arguments and defaults: a script written for one backend calls every other one alike."""
+"""Names, arguments and defaults: a script for one backend works with every other one."""
 
 from __future__ import annotations
 

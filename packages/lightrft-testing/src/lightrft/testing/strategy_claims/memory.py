@@ -1,4 +1,4 @@
-"""Moving models and optimizer states away and back: repeated moves do nothing, training goes on unchanged."""
+"""Moving models and optimizer states to the host and back: repeated moves do nothing, training is unchanged."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class MemoryClaims(StrategyClaims):
         reports = [strategy.maybe_offload_optimizer(optimizer), strategy.offload_model(model)]
         for report in reports:
             assert report.seconds >= 0
-            # Where the trainer computes on the host there is nowhere to move to.
+            # If the trainer computes on the host there is nowhere to move to.
             assert (report.nbytes > 0) == (strategy.device.type != "cpu")
         state = next(iter(strategy.iter_state(model, optimizer)))
         assert state.weight.device == torch.device("cpu")

@@ -1,4 +1,4 @@
-"""Models built without memory: filled from files, by initialisation, or not at all, and then they say so."""
+"""Models built on the meta device: filled from files, by initialisation, or not at all, which is an error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Preparing models: in either order, in the order given, over fewer ranks than wished."""
+"""Preparing models: before or after their optimizer, several at once, over fewer ranks than requested."""
 
 from __future__ import annotations
 

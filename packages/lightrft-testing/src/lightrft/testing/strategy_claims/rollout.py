@@ -80,7 +80,7 @@ class RolloutClaims(StrategyClaims):
     @pytest.mark.parametrize("engine", ["fake", "split", "led"])
     @on_ranks
     def test_each_rank_gets_its_own_outputs_in_its_own_order(self, engine: str, counts: str) -> None:
-        """As one process would have drawn them: a sample does not depend on who drew it."""
+        """As one process would have drawn them: a sample does not depend on its rank."""
         tp = 1 if engine == "fake" else self.world_size
         strategy, _, _ = self.rollout(engine=engine, engine_tp_size=tp)
         share = {
@@ -287,7 +287,7 @@ class RolloutClaims(StrategyClaims):
     @on_ranks
     def test_several_engines_sleep_and_wake_together(self) -> None:
         strategy, _, engine = self.rollout()
-        strategy.engines_sleep([engine, None])  # what a rank gets whose engine another one owns
+        strategy.engines_sleep([engine, None])  # on a rank whose engine another one has
         assert engine.status().status is EngineStatus.SLEEPED
         strategy.engines_wake_up([engine, None])
         assert engine.status().status is EngineStatus.WAKEUP

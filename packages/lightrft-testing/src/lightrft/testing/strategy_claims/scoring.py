@@ -1,4 +1,4 @@
-"""Reward models that an engine serves."""
+"""Reward models in an engine."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class ScoringClaims(StrategyClaims):
     @pytest.mark.parametrize("shared", [False, True])
     @on_ranks
     def test_each_rank_gets_the_scores_of_its_own_sequences(self, shared: bool) -> None:
-        """From an engine of its own, or from one of all ranks; ranks may bring different numbers, or none."""
+        """With an engine per rank, or one of all ranks; ranks may have different numbers of sequences, or none."""
         strategy = self.strategy(engine_tp_size=self.world_size if shared else 1)
         register_scoring_engine("weighing", WeighingEngine)
         engine = strategy.setup_reward_engine("rm", "weighing")
@@ -69,7 +69,7 @@ class ScoringClaims(StrategyClaims):
     @on_ranks
     def test_what_cannot_serve_a_reward_model_is_refused(self) -> None:
         strategy = self.strategy()
-        with refused(PluginError, saying=["--rm_use_engine", "leave --rm_use_engine away"]):
+        with refused(PluginError, saying=["--rm_use_engine", "drop --rm_use_engine"]):
             strategy.setup_reward_engine("rm", "hf")
         if strategy.device.type == "cpu":
             with refused(ConfigError, saying=["--rm_engine_cudagraph", "no CUDA graphs on cpu"]):

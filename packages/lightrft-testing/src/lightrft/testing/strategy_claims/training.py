@@ -1,4 +1,4 @@
-"""One meaning of a step: what backward adds, when the optimizer acts, what the norm is of, what skips a step."""
+"""The meaning of a step: what backward adds, when the optimizer steps, the norm, skipped steps."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ class TrainingClaims(StrategyClaims):
             actor = strategy.prepare(self.model())
             critic = strategy.prepare(self.model(seed=1))
             actor_optim = strategy.create_optimizer(actor)
-            critic_optim = strategy.create_optimizer(critic)  # the later one must not take the actor's place
+            critic_optim = strategy.create_optimizer(critic)  # the later one must not replace the actor
             rows = self.rows(strategy.config.train_batch_size)
             micro = strategy.config.micro_train_batch_size
             for factor, model, optimizer in ((1.0, actor, actor_optim), (50.0, critic, critic_optim)):
@@ -293,7 +293,7 @@ class TrainingClaims(StrategyClaims):
 
 
 def _split(kind: str, total: int, rank: int, world_size: int) -> list[list[int]]:
-    """Row numbers of each of this rank's micro-batches; the ranks' together are all rows."""
+    """Row numbers of each of this rank's micro-batches; those of all ranks are all rows."""
     mine = list(range(rank * total // world_size, (rank + 1) * total // world_size))
     if kind == "one":
         return [mine]
@@ -313,7 +313,8 @@ def _token_mean_step(
     micro_batches: list[list[int]],
     total: int,
 ) -> StepResult:
-    """One step on the mean over all tokens of all ranks; every rank runs as many micro-batches as the busiest."""
+    """One step on the mean over all tokens of all ranks; every rank runs as many micro-batches as the one with the
+    most."""
     tokens = sum(length - 1 for length in lengths)
     most = strategy.all_reduce(len(micro_batches), "max") if strategy.distributed else len(micro_batches)
     for index in range(most):

@@ -22,7 +22,7 @@ KINDS = ["qwen2", "qwen2_tied", "qwen3_moe", "qwen2_vl"]
 
 
 class Actor(nn.Module):
-    """A wrapper as trainers have one: the model is a child."""
+    """A wrapper like a trainer's: the model is a child."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""``lightrft doctor``: is this machine, with this backend and engine, fit to train? Asked before a run is started."""
+"""``lightrft doctor``: is this machine, with this backend and engine, fit to train?"""
 
 from __future__ import annotations
 

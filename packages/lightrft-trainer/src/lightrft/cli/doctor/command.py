@@ -1,4 +1,4 @@
-"""The command itself: examine what can be without ranks, start them for the rest, say the verdict."""
+"""The command: make the checks that need no ranks, start ranks for the others, print the verdict."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from .findings import BEFORE_RANKS, ON_RANKS, Finding, Report, gather
 EXIT_UNFIT = 1
 EXIT_WRONG_USE = 2
 DESCRIPTION = """\
-Examine, in about a minute, whether a run with these flags can work on this machine, before it is started: what is
-installed, devices, ranks, a training step, a weight sync and its check, generation, engine and trainer logprobs side
-by side, also after a step at learning rate 0, sleep and wake with the memory that comes back.
+Check, in about a minute, whether a run with these flags can work on this machine: installed packages, devices, ranks,
+a training step, a verified weight sync, generation, the difference between engine and trainer logprobs (also after a
+step with learning rate 0), and the memory that sleep frees and wake takes.
 """
 EPILOG = """\
-Takes the flags of `lightrft train`. Without --pretrain a tiny model is made; with it, yours is loaded. Exit code: 0 fit
-(also with warnings), 1 unfit, 2 wrong use.
+Takes the flags of `lightrft train`. Without --pretrain a tiny model is made and used. Exit code: 0 fit (perhaps with
+warnings), 1 unfit, 2 wrong use.
 
   lightrft doctor --fsdp --engine_type vllm
   lightrft doctor --zero_stage 3 --engine_type vllm --engine_tp_size 2 --nproc_per_node 4 --json
-  torchrun --nproc-per-node 8 -m lightrft.cli.main doctor --config run.yaml      under a launcher of your own
+  torchrun --nproc-per-node 8 -m lightrft.cli.main doctor --config run.yaml      under your own launcher
 """
-# Nobody waits ten minutes for an examination; who names a deadline gets it. SGLang alone counts its start among its
-# calls, and starts processes that import everything anew; ranks that share an engine wait for it.
+# In place of the defaults, which are long for an examination. SGLang's start counts as one of its calls and imports
+# everything anew in other processes; ranks that share an engine wait for it.
 DEADLINES = {"dist_timeout": 120.0, "engine_timeout": 60.0}
 SLOW_STARTS = {"sglang": {"dist_timeout": 360.0, "engine_timeout": 300.0}}
 
@@ -43,7 +43,7 @@ def add_doctor_arguments(parser: argparse.ArgumentParser, add_launch: Callable[[
     """The flags of ``train``, and ``--json``. :param add_launch: adds those that say which ranks to start."""
     parser.description, parser.epilog = DESCRIPTION, EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--json", action="store_true", help="Write the findings as one JSON object.")
+    parser.add_argument("--json", action="store_true", help="Print the findings as one JSON object.")
     add_launch(parser)
     return add_arguments(parser, suppress_defaults=True)
 
@@ -80,13 +80,13 @@ def run_doctor(namespace: argparse.Namespace) -> int:
 
 
 def _deadlines(config: StrategyConfig) -> dict[str, float]:
-    """In place of those that a run has by default."""
+    """Deadlines of an examination, for those settings that have their defaults."""
     ours = SLOW_STARTS.get(config.engine_type, DEADLINES)
     return {name: value for name, value in ours.items() if getattr(config, name) == FIELDS[name].default}
 
 
 def _ranks(namespace: argparse.Namespace) -> tuple[int, int]:
-    """How many on this node, and in all. Under a launcher of the user's own it says so."""
+    """Ranks on this node and in all; under the user's own launcher, as the environment says."""
     from ..launch import ranks_on_this_node
 
     if "RANK" in os.environ:
@@ -96,7 +96,7 @@ def _ranks(namespace: argparse.Namespace) -> tuple[int, int]:
 
 
 def _before_ranks(config: StrategyConfig, ranks: int, world: int) -> list[Finding]:
-    """Stops at what makes the next one impossible."""
+    """Findings without ranks; stops where a failure makes the next check impossible."""
     from . import surroundings
 
     findings = [surroundings.packages(config), surroundings.namespace()]
@@ -114,6 +114,6 @@ def _on_ranks(config: StrategyConfig, namespace: argparse.Namespace) -> list[Fin
 
     with tempfile.TemporaryDirectory(prefix="lightrft-doctor-") as name:
         command = ("lightrft.cli.doctor.rank",)
-        failures = run_ranks(config, namespace, Path(name), command, stopping="the examination is given up")
+        failures = run_ranks(config, namespace, Path(name), command, stopping="the examination ends")
         end = None if failures is None else describe_failures(failures)
         return gather(read_notes(Path(name)), end)

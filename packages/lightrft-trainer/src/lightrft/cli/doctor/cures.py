@@ -1,4 +1,4 @@
-"""From an error in a check to the layer at fault and what to do. Pure but for the errors' own types."""
+"""From an error in a check to the layer at fault and a cure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightrft.strategy.errors import (
     WeightSyncError,
 )
 
-NETWORK = "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the network interface that joins the nodes"
+NETWORK = "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME select the network interface between the nodes"
 
 
 def layer_of(check: str, config: StrategyConfig) -> str:
@@ -37,30 +37,30 @@ def diagnose(error: BaseException, check: str, config: StrategyConfig) -> tuple[
     layer, engine = layer_of(check, config), config.engine_type
     names = " ".join(kind.__name__ for kind in type(error).__mro__)
     if isinstance(error, ConfigError):
-        return "the settings", "change the flags that are named"
+        return "the settings", "change the flags that the message names"
     if isinstance(error, PluginError):
         return "the installation", "install or remove what the message names"
     if "OutOfMemory" in names or isinstance(error, MemoryError):
-        return "this machine's memory", f"flags that lower it: {LESS_MEMORY}; or a smaller model"
+        return "this machine's memory", f"use a smaller model, or flags that need less memory: {LESS_MEMORY}"
     if isinstance(error, RankTimeoutError):
         slow = f"if it was only slow, raise --dist_timeout (now {config.dist_timeout:g} s)"
-        return "the rank that the message names", f"look for its last words above; {slow}; between nodes, {NETWORK}"
+        return "the rank that the message names", f"look for its last output above; {slow}; between nodes, {NETWORK}"
     if isinstance(error, TimeoutError):
         return layer, f"if the machine is only slow, raise --engine_timeout (now {config.engine_timeout:g} s)"
     if isinstance(error, (NotBuiltError, HubLayoutError)):
-        return layer, f"choose what the message offers, another --engine_type than {engine}, or another backend"
+        return layer, f"choose what the message suggests, an --engine_type other than {engine}, or another backend"
     if isinstance(error, WeightSyncError):
         return (
             layer,
-            "do not train like this; try --engine_type hf, and report what `lightrft doctor --json` says",
+            "do not train with this engine; try --engine_type hf, and report the output of `lightrft doctor --json`",
         )
     if isinstance(error, (RolloutError, EngineStateError, CheckpointError)):
-        return layer, "read the message; if it is no wish of yours, report what `lightrft doctor --json` says"
+        return layer, "see the message; if it looks like a bug, report the output of `lightrft doctor --json`"
     if isinstance(error, ImportError):
         return "the installation", f"reinstall what cannot be imported ({error.name or 'see the traceback'})"
     if check == "model":
         return (
             layer,
-            "--pretrain takes a folder with config.json, weights and tokenizer that transformers reads, or a hub name",
+            "--pretrain must be a hub name or a folder with config.json, weights and tokenizer for transformers",
         )
-    return layer, "the traceback names the place; try another --engine_type, or --fsdp in place of --zero_stage"
+    return layer, "see the traceback; try another --engine_type, or --fsdp instead of --zero_stage"

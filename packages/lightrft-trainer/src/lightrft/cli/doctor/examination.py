@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 PROMPTS = 8
 RESPONSE = 32
-# Moves every weight, so that a sync which does nothing is found out.
+# Changes every weight, so that a sync that does nothing is noticed.
 LEARNING_RATE = 1e-4
 TEXTS = (
     "The capital of France is",
@@ -47,7 +47,7 @@ TEXTS = (
 
 
 def examine(config: StrategyConfig, notebook: Notebook) -> None:
-    """Every check in turn; every rank calls. Raises what ended it, which the notebook has then."""
+    """Make every check in turn. Collective. An error that ends a check is noted, then raised."""
     with tempfile.TemporaryDirectory(prefix="lightrft-doctor-model-") as scratch:
         with notebook.check("ranks") as entry:
             quiet_libraries()
@@ -70,7 +70,8 @@ def _join(strategy: StrategyBase, entry: Entry) -> None:
     total = strategy.all_reduce(strategy.rank + 1, "sum")
     if total != ranks * (ranks + 1) // 2:
         entry.problem(
-            f"the ranks' sum is {total}, expected {ranks * (ranks + 1) // 2}", "look at the network and its library"
+            f"the ranks' sum is {total}, expected {ranks * (ranks + 1) // 2}",
+            "check the network between the ranks, and gloo or NCCL",
         )
         return
     seconds = time.time() - psutil.Process().create_time()
@@ -83,7 +84,7 @@ class Patient:
     """A model, its optimizer and its engine. Each method is a check, a collective."""
 
     def __init__(self, strategy: StrategyBase, built_in: str) -> None:
-        """:param built_in: the folder of the model that was made for want of --pretrain."""
+        """:param built_in: the folder of the model that was made because there is no --pretrain."""
         self.strategy = strategy
         config = strategy.config
         # Only the actor is examined; every element of a sync is compared.
@@ -143,12 +144,12 @@ class Patient:
         entry.figures |= {"mib": grown.total / MIB, "mib_in_processes_of_its_own": grown.children / MIB}
 
     def weight_sync(self, entry: Entry) -> None:
-        """Bring the moved weights over and compare every element."""
+        """Send the trained weights to the engine and compare every element."""
         receipt = self.strategy.update_engine_weights(self.actor)
         how = {
             "full": "every element compared",
-            "sampled": "some elements of each compared",
-            "manifest": "names and shapes compared: this engine cannot show its weights",
+            "sampled": "some elements of each tensor compared",
+            "manifest": "names and shapes compared (this engine cannot read its weights back)",
         }[receipt.verified]
         mib, rate = receipt.nbytes / MIB, receipt.nbytes / max(receipt.seconds, 1e-9) / 1e9
         entry.text = (
@@ -165,19 +166,19 @@ class Patient:
         seconds = time.monotonic() - begun
         tokens = self.strategy.all_reduce(sum(len(output.output_token_ids) for output in self.sampled), "sum")
         entry.text = (
-            f"{2 * PROMPTS} samples a rank, {tokens} tokens in all in {seconds:.2f} s: {tokens / seconds:.0f} tokens/s"
+            f"{2 * PROMPTS} samples per rank, {tokens} tokens in {seconds:.2f} s: {tokens / seconds:.0f} tokens/s"
         )
         entry.figures |= {"tokens": tokens, "tokens_per_second": tokens / seconds}
         stale = {output.weight_version for output in self.sampled} - {self.strategy.engine_host.weight_version}
         if stale:
             entry.problem(
-                f"samples say that weights of version {sorted(stale)} wrote them, the last sync was "
+                f"samples come from weights of version {sorted(stale)}, but the last sync was "
                 f"{self.strategy.engine_host.weight_version}",
                 "report it with `lightrft doctor --json`",
             )
 
     def drift(self, entry: Entry) -> None:
-        """The engine's logprobs beside the trainer's, and again after a step at learning rate 0."""
+        """Compare the engine's logprobs with the trainer's, and again after a step with learning rate 0."""
         if any(output.logprobs is None for output in self.sampled):
             entry.status, entry.text = "skipped", f"{self.config.engine_type} returns no logprobs to compare"
             return
@@ -185,8 +186,8 @@ class Patient:
         entry.text = f"engine and trainer logprobs differ by {mean:.1e} on average, by {largest:.1e} at most"
         entry.figures |= {"mean": mean, "max": largest}
         cure = (
-            "engine and trainer must compute in one dtype (--bf16 for both); a quantised or patched model differs by "
-            "itself; --importance_sampling_cap 2 corrects what cannot be helped"
+            "engine and trainer must compute in the same dtype (--bf16 for both); a quantized or patched model always "
+            "differs; --importance_sampling_cap 2 corrects a difference that remains"
         )
         for group in self.optimizer.param_groups:
             group["lr"] = 0.0
@@ -194,19 +195,19 @@ class Patient:
         receipt = self.strategy.update_engine_weights(self.actor)
         after, largest_after = self._drift(self._generate(temperature=self.config.temperature, n=2))
         entry.figures |= {"mean_after": after, "max_after": largest_after, "changed": receipt.tensors_changed}
-        entry.text += f"; after a step at learning rate 0 and a sync by {after:.1e}"
+        entry.text += f"; after a step with learning rate 0 and a sync by {after:.1e}"
         if problem := drift_problem(mean, largest, dtype):
             entry.problem(problem, cure)
         if receipt.tensors_changed:
             entry.problem(
-                f"{receipt.tensors_changed} tensors changed in a step at learning rate 0",
-                f"the training backend {self.config.backend!r} moves weights by itself: check --l2 and its version",
+                f"{receipt.tensors_changed} tensors changed in a step with learning rate 0",
+                f"the training backend {self.config.backend!r} changes weights by itself: check --l2 and its version",
             )
         if problem := growth_problem(mean, after, dtype):
             entry.problem(problem, cure)
 
     def sleep(self, entry: Entry) -> None:
-        """Let the engine sleep, see what memory comes back, and whether it wakes as it was."""
+        """Let the engine sleep; measure the memory that this frees, and whether its answers stay the same."""
         level, host, engine = self.config.engine_sleep_level, self.strategy.engine_host, self.strategy.inference_engine
         name, device = self.config.engine_type, self.strategy.device
         capabilities = host.engine_class(name).capabilities
@@ -226,21 +227,21 @@ class Patient:
             [output.output_token_ids for output in again],
             self.config.dtype_name,
         )
-        given = f"level {level} gave {freed / MIB:.1f} MiB a rank back (measured: {back.total / MIB:.1f})"
+        given = f"level {level} freed {freed / MIB:.1f} MiB per rank (measured: {back.total / MIB:.1f})"
         said = sleep_words(given, name, capabilities, level, device.type)
-        entry.text = f"{said}; awake again, {equal} of {len(again)} greedy answers are what they were"
+        entry.text = f"{said}; after waking, {equal} of {len(again)} greedy answers are the same"
         entry.figures |= {"level": level, "freed_mib": freed / MIB, "free_gain_mib": back.total / MIB, "equal": equal}
         if status != "ok":
             entry.problem(
-                "the engine does not wake as it fell asleep",
-                "pass --disable_engine_sleep, or another --engine_sleep_level; an engine outside its tested version "
-                "range is the likeliest cause",
+                "the engine answers differently after waking",
+                "pass --disable_engine_sleep, or another --engine_sleep_level; most likely the engine is not "
+                "of a tested version",
                 status,
             )
 
     # ---- parts -------------------------------------------------------------------------------------------------------
     def _mean(self, memory: Memory) -> Memory:
-        """Over the ranks: where some share an engine, one of them alone may hold it."""
+        """The mean over ranks: of ranks that share an engine, one may hold all of it."""
         return Memory(**self.strategy.all_reduce(dataclasses.asdict(memory)))
 
     def _generate(self, *, temperature: float, n: int = 1) -> list[GenerationOutput]:
@@ -259,7 +260,7 @@ class Patient:
         return make_batch(samples, self.tokenizer.pad_token_id or 0, self.strategy.device, ())
 
     def _step(self, samples: Sequence[Experience]) -> tuple[float, float]:
-        """Loss (mean over ranks) and gradient norm of one optimizer step toward likelier responses."""
+        """Loss (mean over ranks) and gradient norm of one optimizer step that makes the responses likelier."""
         batch = self._batch(samples)
         logprobs = token_statistics(self.actor, batch, self.config.temperature).logprobs
         loss = -(logprobs * batch.mask).sum() / batch.mask.sum().clamp(min=1)
@@ -270,7 +271,7 @@ class Patient:
 
     @torch.no_grad()
     def _drift(self, outputs: Sequence[GenerationOutput]) -> tuple[float, float]:
-        """Mean and largest distance of logprobs over the tokens of all ranks."""
+        """Mean and largest difference of logprobs over the tokens of all ranks."""
         samples = [_experience(i, output) for i, output in enumerate(outputs)]
         batch = self._batch(samples)
         mine = token_statistics(self.actor, batch, self.config.temperature).logprobs

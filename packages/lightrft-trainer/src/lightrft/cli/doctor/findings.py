@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 Status = Literal["ok", "warning", "failed", "skipped"]
 
-# In the order in which they are made: a failure leaves out what comes after it, for want of something to examine.
+# In the order in which they are made; a failure ends the examination.
 BEFORE_RANKS = ("packages", "namespace", "machine", "settings")
 ON_RANKS = ("ranks", "model", "training", "engine", "weight sync", "generation", "drift", "sleep")
 CHECKS = (*BEFORE_RANKS, *ON_RANKS)
@@ -23,10 +23,10 @@ MARKS: Mapping[Status, str] = {"ok": "ok", "warning": "WARN", "failed": "FAIL", 
 class Finding:
     """What one check found.
 
-    :param text: the finding in words. :param layer: who is at fault, for a warning or a failure.
-    :param cure: what to do about it. :param figures: the same in numbers, by name with their unit.
-    :param trace: a traceback, where an error was not foreseen.
-    :param secondary: this rank did its part and only heard of the failure, or waited for it.
+    :param text: the finding in words. :param layer: the part at fault, for a warning or a failure.
+    :param cure: what to do about it. :param figures: its numbers, by name and unit.
+    :param trace: the traceback of an unexpected error.
+    :param secondary: the failure is another rank's, of which this one heard or for which it waited.
     """
 
     check: str
@@ -70,7 +70,7 @@ class Report:
         return json.dumps({"verdict": self.verdict, **self.subject, "seconds": self.seconds, "checks": found}, indent=1)
 
     def to_text(self) -> str:
-        """A line a check, then the verdict with, for each failure and warning, the layer at fault and what to do."""
+        """A line per check, then what is at fault and what to do for each failure and warning, then the verdict."""
         width = max(len(check) for check in CHECKS)
         lines = []
         for finding in self.findings:
@@ -80,7 +80,7 @@ class Report:
             lines += [" " * (width + 10) + line for line in more]
         lines.append("")
         for finding in (*self.failed, *self.warnings):
-            lines += [f"{finding.check}: at fault is {finding.layer}.", f"  What to do: {finding.cure}"]
+            lines += [f"{finding.check}: the fault is in {finding.layer}.", f"  What to do: {finding.cure}"]
             if finding.trace:
                 lines += ["  " + line for line in finding.trace.rstrip().splitlines()]
         lines.append(f"Verdict: {self.verdict}. {self._meaning} ({self.seconds:.0f} s)")
@@ -90,14 +90,14 @@ class Report:
     def _meaning(self) -> str:
         if self.failed:
             return "A run with these flags would fail."
-        return "A run with these flags can start: put `train` in the place of `doctor`."
+        return "A run with these flags can start: replace `doctor` by `train`."
 
 
 def gather(notes: Mapping[int, Sequence[Mapping[str, Any]]], end: str | None) -> list[Finding]:
     """One finding for each check made on ranks, from what every rank noted.
 
     :param notes: by rank, in order: ``{"begun": check}`` as a check begins and a finding's fields as it ends.
-    :param end: how the ranks ended where they failed, in a sentence that names the rank.
+    :param end: if the ranks failed, how they ended, in a sentence that names the rank.
     """
     findings = [_gather_one(check, notes, end) for check in ON_RANKS]
     if end is None or any(finding.status == "failed" for finding in findings):
@@ -124,7 +124,7 @@ def _gather_one(check: str, notes: Mapping[int, Sequence[Mapping[str, Any]]], en
 
 
 def _wrapped(line: str) -> list[str]:
-    """Cut between words only: what is to be typed stays whole."""
+    """Broken between words only, so that commands can be copied."""
     return textwrap.wrap(line, TEXT_WIDTH, break_on_hyphens=False, break_long_words=False) or [""]
 
 
@@ -133,7 +133,7 @@ def _ended(check: str, end: str) -> Finding:
         check=check,
         status="failed",
         text=end,
-        layer=f"a rank that ended in the check {check!r}",
-        cure="look above for its last words; a rank that is killed has mostly run out of memory: choose a smaller "
-        "model, fewer ranks (--nproc_per_node), or a lower --engine_mem_util",
+        layer=f"a rank that ended during the check {check!r}",
+        cure="look for its last output above; a killed rank has usually run out of memory: use a smaller "
+        "model, fewer ranks (--nproc_per_node) or a lower --engine_mem_util",
     )

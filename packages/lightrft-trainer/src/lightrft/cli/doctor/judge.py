@@ -1,4 +1,4 @@
-"""When a measurement is good enough: the limits of the examination. Pure."""
+"""The limits that measurements are judged by. Pure."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ DRIFT_LIMITS = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.05}
 
 
 def drift_problem(mean: float, largest: float, dtype: str) -> str | None:
-    """What is wrong with a drift, in words; None where nothing is."""
+    """What is wrong with a drift, or None."""
     if mean != mean or largest != largest:
-        return "a logprob is not a number"
+        return "a logprob is NaN"
     limit = DRIFT_LIMITS[dtype]
     return None if mean <= limit else f"a mean of {mean:.2g} is above {limit:g}, the limit in {dtype}"
 
 
 def growth_problem(before: float, after: float, dtype: str) -> str | None:
-    """A drift that grows though the learning rate is 0: the engine and the trainer move apart by themselves."""
+    """What is wrong if the drift grows although the learning rate is 0, or None."""
     floor = DRIFT_LIMITS[dtype] / 10
     if after <= max(2 * before, floor):
         return None
-    return f"the mean drift grew from {before:.2g} to {after:.2g} over a step at learning rate 0"
+    return f"the mean drift grew from {before:.2g} to {after:.2g} over a step with learning rate 0"
 
 
 def repeated(before: Sequence[Sequence[int]], after: Sequence[Sequence[int]], dtype: str) -> tuple[Status, int]:
-    """Are greedy answers what they were? In 16 bit a few may flip at a tie; in fp32 none may.
+    """Whether greedy answers are the same. In 16 bits a few may flip at ties; in fp32 none may.
 
     :return: status, and how many are equal.
     """

@@ -1,4 +1,4 @@
-"""What the engine of a rank holds: on a device, or on a CPU in this process and in those that it started."""
+"""Memory in use: on the rank's device, or on a CPU by this process and those that it started."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ class Memory:
         )
 
     def __str__(self) -> str:
-        # A few MiB are the helpers that Python starts for any library.
+        # Any library may start a helper process of a few MiB.
         worth_saying = self.children > self.total / 10
-        # The rank's own may have fallen meanwhile: a part is never more than the whole.
+        # The rank's own memory may have shrunk meanwhile, which makes the children's part larger than the total.
         part = "all" if self.children >= self.total else f"{self.children / MIB:.0f}"
-        apart = f", {part} of them in processes of its own" if worth_saying else ""
-        return f"{self.total / MIB:.0f} MiB a rank{apart}"
+        apart = f", {part} of it in processes that it started" if worth_saying else ""
+        return f"{self.total / MIB:.0f} MiB per rank{apart}"
 
 
 def memory_in_use(device: torch.device) -> Memory:
@@ -53,7 +53,7 @@ def memory_in_use(device: torch.device) -> Memory:
 
 
 def _share(process: psutil.Process) -> int:
-    """Bytes of a process. Forked ones share pages, of which each gets its part where the system counts them (Linux)."""
+    """Bytes of a process. On Linux, pages that forked processes share are divided among them."""
     with contextlib.suppress(psutil.Error):  # it has just ended, or is not ours to look into
         counted = process.memory_full_info()
         return getattr(counted, "pss", 0) or counted.rss
@@ -61,9 +61,11 @@ def _share(process: psutil.Process) -> int:
 
 
 def sleep_words(given: str, engine: str, capabilities: EngineCapabilities, level: int, device_type: str) -> str:
-    """What a sleep gave back, and what it could not. Pure. :param given: the first, in words."""
+    """What a sleep freed, and what it could not. Pure. :param given: the former, in words."""
     if device_type not in capabilities.keeps_kv_cache_on:
         return given
     if level == 1 and device_type == "cpu":
-        return f"level 1 has nothing to give back: on a CPU {engine} keeps its KV cache, and weights are on the host"
+        return (
+            f"level 1 frees nothing: on a CPU {engine} keeps its KV cache, and its weights are in host memory already"
+        )
     return f"{given}, without the KV cache, which {engine} keeps on {device_type}"

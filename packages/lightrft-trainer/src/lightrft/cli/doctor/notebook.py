@@ -1,4 +1,4 @@
-"""What a rank notes while it is examined: a line as a check begins, one as it ends. A killed rank leaves them."""
+"""A rank's notes: a line when a check begins and one when it ends, so that a killed rank leaves them too."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .findings import Finding, Status
 
 @dataclass
 class Entry:
-    """What a check finds out as it goes; ``problem`` calls it failed, or with ``status`` only a warning."""
+    """What a check has found so far; ``problem`` makes it a failure, or with ``status`` a warning."""
 
     status: Status = "ok"
     text: str = ""
@@ -29,7 +29,7 @@ class Entry:
     figures: dict[str, Any] = field(default_factory=dict)
 
     def problem(self, text: str, cure: str, status: Status = "failed") -> None:
-        """Note that something is wrong; the examination goes on."""
+        """Note that something is wrong. The check continues."""
         self.status, self.cure = status, cure
         self.text = f"{self.text}\n{text}" if self.text else text
 
@@ -43,7 +43,7 @@ class Notebook:
 
     @contextlib.contextmanager
     def check(self, name: str) -> Iterator[Entry]:
-        """Note a check; an error in it is a finding, and is raised again: what follows would stand on it."""
+        """Note a check. An error in it becomes a finding and is raised again, since later checks need this one."""
         self._write({"begun": name})
         entry, begun = Entry(), time.monotonic()
         try:
@@ -83,7 +83,7 @@ def notes_file(folder: Path, rank: int) -> Path:
 
 
 def read_notes(folder: Path) -> dict[int, list[Mapping[str, Any]]]:
-    """Every rank's notes; a line that its rank did not live to finish is left out."""
+    """Every rank's notes, without a last line that a killed rank left unfinished."""
     found = {}
     for path in folder.glob("notes.*.jsonl"):
         lines = path.read_text(encoding="utf-8").split("\n")[:-1]

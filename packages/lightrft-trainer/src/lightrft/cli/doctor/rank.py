@@ -22,7 +22,7 @@ def main() -> int:
     parser.add_argument("config")
     options = parser.parse_args()
     join_launcher()
-    # Standard output is the report's alone: what libraries print goes beside it.
+    # Standard output is for the report; what libraries print goes to standard error.
     os.dup2(2, 1)
     config = StrategyConfig.from_yaml(options.config)
     path = notes_file(Path(os.environ[LAUNCH_DIR]), int(os.environ["RANK"]))
@@ -30,14 +30,14 @@ def main() -> int:
 
 
 def examine_as_rank(config: StrategyConfig) -> list[Finding]:
-    """Under a launcher of the user's own: this process is the rank, and what it noted is all that it knows."""
+    """Under the user's own launcher this process is the rank, and its notes are all it knows."""
     notebook = Notebook(config)
     _examined(config, notebook)
     return gather({int(os.environ["RANK"]): notebook.notes}, None)
 
 
 def _examined(config: StrategyConfig, notebook: Notebook) -> bool:
-    """Whether every check could be made; what went wrong is in the notebook."""
+    """Whether every check could be made; the notebook has what went wrong."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from .examination import examine

@@ -37,7 +37,7 @@ GIB = 2**30
 
 # ---- packages --------------------------------------------------------------------------------------------------------
 def packages(config: StrategyConfig) -> Finding:
-    """Which versions are there, and whether the chosen backend and engine are, in versions that fit."""
+    """Which versions are installed, and whether the chosen backend and engine are, in tested versions."""
     from lightrft.strategy.engine_checks import untested_version
 
     found = installed_versions()
@@ -54,7 +54,9 @@ def packages(config: StrategyConfig) -> Finding:
     told: dict[str, Any] = {"check": "packages", "figures": found}
     if problems:
         text = "\n".join([*problems, f"installed: {text}"])
-        return Finding(**told, status="failed", text=text, layer="the installation", cure="install what is named")
+        return Finding(
+            **told, status="failed", text=text, layer="the installation", cure="install what the message names"
+        )
     if warnings:
         cure = "if a later check fails, install a version within the tested range first"
         return Finding(**told, status="warning", text="\n".join([text, *warnings]), layer="the installation", cure=cure)
@@ -74,7 +76,7 @@ def installed_versions() -> dict[str, str]:
 
 # ---- the namespace ---------------------------------------------------------------------------------------------------
 def namespace() -> Finding:
-    """Does another distribution, or a stray file, own ``lightrft/__init__.py``? It hides packages of ours."""
+    """Is there a ``lightrft/__init__.py``, of another distribution or a stray one? It hides our packages."""
     spec = importlib.util.find_spec("lightrft")
     file = None if spec is None or spec.origin is None else spec.origin
     return judge_namespace(owners_of(NAMESPACE_FILE, distributions()), file)
@@ -94,7 +96,7 @@ def owners_of(path: str, found: Iterable[Distribution]) -> list[str]:
 def judge_namespace(owners: list[str], file: str | None) -> Finding:
     """:param file: where ``import lightrft`` finds a regular package, if it does."""
     if not owners and file is None:
-        return Finding(check="namespace", text=f"nobody owns {NAMESPACE_FILE}: all packages are seen")
+        return Finding(check="namespace", text=f"no {NAMESPACE_FILE}: all packages can be imported")
     names = " ".join(owner.split()[0] for owner in owners)
     brought = f"{', '.join(owners)} brought {NAMESPACE_FILE}" if owners else f"there is a file {file}"
     again = "pip install --force-reinstall --no-deps, of each lightrft-* package"
@@ -102,7 +104,7 @@ def judge_namespace(owners: list[str], file: str | None) -> Finding:
     return Finding(
         check="namespace",
         status="failed",
-        text=f"{brought}: it hides packages of LightRFT, whose `lightrft` is a namespace without such a file",
+        text=f"{brought}: it hides LightRFT's packages, which share the namespace `lightrft` without that file",
         layer="the installation",
         cure=cure,
     )
@@ -110,7 +112,7 @@ def judge_namespace(owners: list[str], file: str | None) -> Finding:
 
 # ---- the machine -----------------------------------------------------------------------------------------------------
 def machine(config: StrategyConfig, ranks: int) -> Finding:
-    """Devices and memory, held against the ranks and the engine that were asked for."""
+    """Devices and memory, compared with the ranks that were asked for."""
     import psutil
     import torch
 
@@ -138,7 +140,7 @@ def _name_lookup() -> float:
 def judge_machine(figures: Mapping[str, Any], config: StrategyConfig, ranks: int) -> Finding:
     """A finding on what :func:`machine` read."""
     names = figures["accelerators"]
-    devices = f"{len(names)} × {names[0]}" if names else "no accelerator, so ranks compute on the CPU"
+    devices = f"{len(names)} × {names[0]}" if names else "no accelerator (ranks compute on the CPU)"
     memory = f"{figures['memory_free_gib']} of {figures['memory_gib']} GiB memory free"
     text = f"{devices}; {figures['cpus']} CPU cores, {memory}"
     told: dict[str, Any] = {"check": "machine", "figures": dict(figures)}
@@ -146,17 +148,19 @@ def judge_machine(figures: Mapping[str, Any], config: StrategyConfig, ranks: int
         return Finding(
             **told,
             status="failed",
-            text=f"{text}\n{ranks} ranks for {len(names)} accelerators: two would share one",
+            text=f"{text}\n{ranks} ranks for {len(names)} accelerators: ranks would share them",
             layer="the launch",
             cure=f"--nproc_per_node {len(names)}",
         )
     warnings, cures = [], []
     shared, lookup = figures["shared_memory_free_gib"], figures["name_lookup_seconds"]
     if ranks > 1 and shared is not None and shared * GIB < SMALL_SHARED_MEMORY:
-        warnings.append(f"/dev/shm has {shared} GiB free, through which ranks pass tensors")
-        cures.append("give a container more of it: docker run --shm-size 8g")
+        warnings.append(f"/dev/shm, through which ranks pass tensors, has only {shared} GiB free")
+        cures.append("in a container: docker run --shm-size 8g")
     if ranks > 1 and lookup > SLOW_NAME_LOOKUP:
-        warnings.append(f"a name server took {lookup:.1f} s to name ::ffff:127.0.0.1; torch asks as each rank connects")
+        warnings.append(
+            f"looking up the name of ::ffff:127.0.0.1 took {lookup:.1f} s; torch does it as each rank connects"
+        )
         cures.append("add a line to /etc/hosts: ::ffff:127.0.0.1 localhost")
     if warnings:
         return Finding(
@@ -171,7 +175,7 @@ def judge_machine(figures: Mapping[str, Any], config: StrategyConfig, ranks: int
 
 # ---- the settings ----------------------------------------------------------------------------------------------------
 def settings(config: StrategyConfig, ranks: int, device_type: str) -> Finding:
-    """What `lightrft train` would refuse before it starts. A model without data counts as one of the built-in task."""
+    """What `lightrft train` would refuse before it starts. Without --prompt_data it assumes the built-in task's."""
     from lightrft.strategy.engine_checks import engine_faults
 
     problems: list[str] = []
@@ -187,10 +191,14 @@ def settings(config: StrategyConfig, ranks: int, device_type: str) -> Finding:
     if problems:
         text = "\n".join(dict.fromkeys(problems))
         return Finding(
-            check="settings", status="failed", text=text, layer="the settings", cure="change the flags that are named"
+            check="settings",
+            status="failed",
+            text=text,
+            layer="the settings",
+            cure="change the flags that the message names",
         )
-    split = f", the engine's model split over {config.engine_tp_size}" if config.engine_tp_size > 1 else ""
+    split = f", the engine's model split over {config.engine_tp_size} ranks" if config.engine_tp_size > 1 else ""
     stage = f" stage {config.zero_stage}" if config.backend == "deepspeed" else ""
-    model = config.pretrain or "a tiny model made on the spot (--pretrain DIR examines yours)"
+    model = config.pretrain or "a tiny one made for this check (--pretrain DIR checks yours)"
     text = f"{config.backend}{stage} × {config.engine_type} in {config.dtype_name} on {ranks} ranks{split}"
     return Finding(check="settings", text=f"{text}\nmodel: {model}")
