@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightrft.trainer.kl import approximate_kl
+from lightrft.strategy.config import StrategyConfig
+from lightrft.trainer.kl import KLEstimator, approximate_kl
 from lightrft.trainer.kl_controller import AdaptiveKLController, FixedKLController, make_kl_controller
 
 
@@ -48,6 +49,29 @@ def test_gradients_in_a_loss_are_what_the_docstring_says() -> None:
     reverse = p.clone().requires_grad_()
     (q.exp() * (q - reverse.log_softmax(0))).sum().backward()
     assert torch.allclose(expected_gradient("k3"), reverse.grad)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "low", "high"), [("k1", 1 - 1e-9, 1 + 1e-9), ("k2", -0.2, 0.2), ("k3", -0.2, 0.2)]
+)
+def test_in_a_reward_k1_alone_pulls_toward_the_reference(estimator: KLEstimator, low: float, high: float) -> None:
+    """How much of the KL's own gradient a policy gradient has whose penalty is the estimate."""
+    p, q = distributions()
+    gradients = []
+    for penalty in (approximate_kl(p, q, estimator), None):
+        logits = p.clone().requires_grad_()
+        logp = logits.log_softmax(0)
+        (logp.exp() * (logp - q) if penalty is None else p.exp() * logp * penalty).sum().backward()
+        assert logits.grad is not None
+        gradients.append(logits.grad)
+    followed, exact = gradients
+    assert low < followed @ exact / (exact @ exact) < high
+
+
+def test_by_default_the_estimator_is_the_one_for_where_the_kl_is_added() -> None:
+    assert StrategyConfig().kl_estimator_name == "k1"
+    assert StrategyConfig(use_kl_loss=True).kl_estimator_name == "k3"
+    assert StrategyConfig(kl_estimator="k2").kl_estimator_name == "k2"
 
 
 def test_k3_stays_finite_for_an_impossible_token() -> None:

@@ -306,7 +306,12 @@ class StrategyConfig:
     init_kl_coef: float = option(
         0.01, "Weight of the KL to the reference model; 0 loads no reference model.", group=ALGORITHM, rule=at_least_0
     )
-    kl_estimator: Literal["k1", "k2", "k3"] = option("k3", "Estimator of the KL.", group=ALGORITHM)
+    kl_estimator: Literal["k1", "k2", "k3"] | None = option(
+        None,
+        "Estimator of the KL; default: k1 in the reward, k3 in the loss. k2 and k3 in the reward, and k1 in the loss, "
+        "hardly pull toward the reference.",
+        group=ALGORITHM,
+    )
     use_kl_loss: bool = option(False, "Add the KL to the loss instead of the reward.", group=ALGORITHM)
     kl_target: float | None = option(None, "Adapt the KL's weight toward this KL.", group=ALGORITHM, rule=positive)
     kl_horizon: int = option(
@@ -446,6 +451,11 @@ class StrategyConfig:
         if self.fp16:
             return "float16"
         return "bfloat16" if self.bf16 or self.use_mp_opt else "float32"
+
+    @property
+    def kl_estimator_name(self) -> Literal["k1", "k2", "k3"]:
+        """The KL's estimator: ``--kl_estimator``, else the one whose gradient is right where the KL is added."""
+        return self.kl_estimator or ("k3" if self.use_kl_loss else "k1")
 
     @property
     def reward_names(self) -> list[str]:

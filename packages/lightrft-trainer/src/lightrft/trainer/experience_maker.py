@@ -339,7 +339,7 @@ class ExperienceMaker:
             scores = torch.zeros(1)
         kl = None
         if self.initial_model is not None and not config.use_kl_loss:
-            kl = approximate_kl(batch.old_logprobs, batch.reference_logprobs, config.kl_estimator)
+            kl = approximate_kl(batch.old_logprobs, batch.reference_logprobs, config.kl_estimator_name)
         spread = token_rewards(scores, mask, kl, self.kl_controller.value)
         if config.advantage_estimator == "gae":
             advantages, returns = gae(spread, batch.values, mask, config.gamma, config.lambd)

@@ -110,7 +110,7 @@ class PolicyUpdater:
         token_losses = policy.token_losses
         sums.add("policy_kl", approximate_kl(old, logprobs.detach(), "k3"), mask)
         if "reference_logprobs" in fields:
-            kl = approximate_kl(logprobs, fields["reference_logprobs"], config.kl_estimator)
+            kl = approximate_kl(logprobs, fields["reference_logprobs"], config.kl_estimator_name)
             sums.add("kl", kl, mask)
             if config.use_kl_loss:
                 token_losses = token_losses + self.kl_controller.value * kl
