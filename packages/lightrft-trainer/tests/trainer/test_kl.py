@@ -87,12 +87,18 @@ def test_unknown_estimator_names_the_known_ones() -> None:
 def test_adaptive_weight_rises_above_the_target_and_falls_below() -> None:
     controller = AdaptiveKLController(0.1, target=0.05, horizon=100)
     controller.update(0.5, 10)
-    assert controller.value == pytest.approx(0.1 * (1 + 0.2 * 0.1))
+    assert controller.value == pytest.approx(0.1 * (1 + 0.2 * 0.1), rel=1e-3)
     controller.update(0.0, 10)
-    assert controller.value == pytest.approx(0.1 * 1.02 * 0.98)
+    assert controller.value == pytest.approx(0.1)
     before = controller.value
     controller.update(float("nan"), 10)
     assert controller.value == before
+
+
+def test_a_step_of_more_samples_than_the_horizon_never_turns_the_penalty_into_a_reward() -> None:
+    controller = AdaptiveKLController(0.1, target=0.05, horizon=100)
+    controller.update(0.0, 1000)
+    assert 0 < controller.value < 0.1
 
 
 def test_controllers_come_back_from_json() -> None:
@@ -103,4 +109,7 @@ def test_controllers_come_back_from_json() -> None:
     other = make_kl_controller(0.9, 0.05, 100)
     other.load_state_dict(json.loads(json.dumps(controller.state_dict())))
     assert other.value == controller.value
-    assert type(make_kl_controller(0.1, None, 100)) is FixedKLController
+    fixed = make_kl_controller(0.9, None, 100)
+    assert type(fixed) is FixedKLController
+    fixed.load_state_dict(controller.state_dict())
+    assert fixed.value == 0.9
