@@ -38,7 +38,7 @@ from .policy_update import PolicyUpdater
 from .progress import Progress, make_progress
 from .prompt_stream import PromptStream
 from .replay_buffer import OptimizerBatch, ReplayBuffer
-from .run_state import RunState
+from .run_state import RunState, keeping_settings
 
 if TYPE_CHECKING:
     from lightrft.strategy import StrategyBase
@@ -644,7 +644,9 @@ class SPMDPPOTrainer:
         if not self.strategy.all_gather_object(whole_checkpoints(folder))[0]:
             self.strategy.print(f"{folder}: no checkpoint yet; starting from the beginning")
             return False
-        loaded = self.strategy.load_ckpt(self._models(), folder)
+        actor = keeping_settings(self.actor_optim, self.actor_scheduler)
+        with actor, keeping_settings(self.critic_optim, self.critic_scheduler):
+            loaded = self.strategy.load_ckpt(self._models(), folder)
         saved = loaded.client_state
         self.state = RunState.from_json(saved["run"])
         self.kl_ctl.load_state_dict(saved["kl"])
