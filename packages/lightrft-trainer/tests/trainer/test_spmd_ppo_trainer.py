@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 from unittest import mock
@@ -247,6 +249,29 @@ def test_dynamic_sampling_keeps_drawing_until_the_batch_is_full(make: Make) -> N
     assert seen == [16, 16]
     (line,) = lines(setup)
     assert (line["groups_dropped"], line["reward_mean"]) == (4, 0.5)
+
+
+def test_a_prompt_that_comes_again_in_a_step_is_answered_anew(make: Make) -> None:
+    """Where an episode ends in the middle of the draws, the next one may bring prompts that were turned away before."""
+    answers: dict[str, list[list[str]]] = {}
+
+    def watching(prompts: list[str], responses: list[str], labels: list[Any]) -> list[float]:
+        for i in range(0, len(prompts), 4):
+            answers.setdefault(prompts[i], []).append(responses[i : i + 4])
+        return [0.0] * len(responses)
+
+    setup = make(dynamic_sampling=True, max_steps=1, rollout_batch_size=24, train_batch_size=96, reward_fn=watching)
+    setup.fit()
+    assert all(len(drawn) == 4 for drawn in answers.values())
+    assert all(first != second for drawn in answers.values() for first, second in pairwise(drawn))
+
+
+def test_a_loader_that_gives_more_than_a_rollout_is_refused(make: Make) -> None:
+    """Old logprobs would be missing for the second optimizer step, and a resumed run would lose its place."""
+    setup = make(train_batch_size=16)
+    setup.loader = setup.strategy.setup_dataloader(setup.prompts, 8, collate_fn=setup.prompts.collate_fn)
+    with pytest.raises(ValueError, match=r"gave 8 prompts for a step, over all ranks; --rollout_batch_size is 4"):
+        setup.fit()
 
 
 def test_a_reward_s_parts_are_means_over_all_that_was_graded(make: Make) -> None:

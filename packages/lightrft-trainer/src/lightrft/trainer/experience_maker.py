@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lightrft.strategy.hub_layout import unwrap
-from lightrft.strategy.sampling import SamplingParams
+from lightrft.strategy.sampling import SamplingParams, sample_seed
 
 from .advantages import discounted_returns, gae, group_scores, token_rewards, whiten
 from .experience import Experience, ExperienceBatch, make_batch, split_rows
@@ -203,8 +203,11 @@ class ExperienceMaker:
         return [group for group in kept if group.place in chosen]
 
     def _draw_groups(self, prompts: Sequence[Any], step: int, round_: int, rollout: Rollout) -> list[_Group]:
-        begun = time.monotonic()
-        outputs = self.generate(prompts, self.sampling, step)
+        begun, sampling = time.monotonic(), self.sampling
+        if round_:  # a prompt may come again in the same step, where an episode ends; the same samples may not
+            seed = self.config.seed if sampling.seed is None else sampling.seed
+            sampling = replace(sampling, seed=sample_seed(seed, step, round_, 0))
+        outputs = self.generate(prompts, sampling, step)
         generated = time.monotonic()
         n = self.sampling.n
         rollout.generated_tokens += sum(len(output.output_token_ids) for output in outputs)

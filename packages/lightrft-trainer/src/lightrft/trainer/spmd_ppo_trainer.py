@@ -386,6 +386,13 @@ class SPMDPPOTrainer:
         rollout = self.experience_maker.make_experience_list(stream, self.state.step)
         if rollout is None:
             return False
+        expected = self.config.rollout_batch_size * self.sampling.n
+        if len(rollout.records) > expected:
+            raise ValueError(
+                f"fit: prompts_dataloader gave {len(rollout.records) // self.sampling.n} prompts for a step, over all "
+                f"ranks; --rollout_batch_size is {self.config.rollout_batch_size}, which decides where a resumed run "
+                "goes on and whether old logprobs are needed: set it to what the loader gives"
+            )
         self.replay_buffer.fill(rollout.samples, rollout.records)
         self.state.training, self.state.epoch, self.state.batch = True, 0, 0
         self.state.sums = {}
