@@ -107,6 +107,30 @@ def test_drift_is_not_measured_between_different_distributions(make: Make) -> No
     assert all(line["logprob_drift"] is None for line in lines(setup))
 
 
+def test_logprobs_are_those_at_the_temperature_that_the_trainer_was_given(make: Make) -> None:
+    """Given to the constructor, it wins over the configuration's: in the sampling, and in what is trained."""
+    setup = make(partial(SPMDPPOTrainer, temperature=0.5), max_steps=1, actor_learning_rate=0.0, max_epochs=2)
+    setup.fit()
+    (line,) = lines(setup)
+    assert line["logprob_drift_max"] < 1e-5
+    assert abs(line["policy_kl"]) < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("options", "settings", "said"),
+    [
+        ({"temperature": 0.0}, {}, "choose one above 0"),
+        ({"top_p": 0.9}, {"importance_sampling_cap": 2.0}, "--importance_sampling_cap: compares full distributions"),
+        ({"top_k": 9}, {"max_logprob_drift": 1.0}, "--max_logprob_drift: compares full distributions"),
+    ],
+)
+def test_sampling_that_nothing_can_be_learned_or_compared_from_is_refused(
+    make: Make, options: dict[str, float], settings: dict[str, float], said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        make(partial(SPMDPPOTrainer, **options), **settings)
+
+
 def test_too_much_drift_stops_the_run(make: Make) -> None:
     setup = make(max_logprob_drift=1e-12)
     with pytest.raises(DriftError, match="step 1: engine and trainer logprobs differ"):
@@ -174,6 +198,15 @@ def test_every_algorithm_trains(make: Make, name: str) -> None:
     for line in lines(setup):
         assert line["loss"] is not None
         assert line["skipped"] == 0
+
+
+def test_tokens_of_low_entropy_count_in_the_mean(make: Make) -> None:
+    setup = make(high_entropy_token_ratio=0.3, max_steps=1, train_batch_size=16)
+    backward, scales = setup.strategy.backward, []
+    setup.strategy.backward = lambda *args, **options: (scales.append(options["scale"]), backward(*args, **options))
+    setup.fit()
+    (line,) = lines(setup)
+    assert set(scales) == {1 / round(16 * line["response_length_mean"])}
 
 
 # Each flag with a value far from its default, and what it works with.

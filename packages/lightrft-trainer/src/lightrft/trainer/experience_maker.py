@@ -294,19 +294,19 @@ class ExperienceMaker:
     @torch.no_grad()
     def _look(self, rollout: Rollout, batches: Sequence[list[Experience]]) -> None:
         """Fill in what the actor, the reference and the critic say of the samples, where the algorithm needs it."""
-        config, policy = self.config, self._needs_policy
-        entropies = config.high_entropy_token_ratio > 0
+        policy, temperature = self._needs_policy, self.sampling.temperature
+        entropies = self.config.high_entropy_token_ratio > 0
         if not (policy or self.initial_model is not None or self.critic is not None):
             return
         for samples in batches:
             batch = make_batch(samples, self.tokenizer.pad_token_id or 0, self.strategy.device)
             if policy:
-                statistics = token_statistics(self.actor, batch, config.temperature, entropy=entropies)
+                statistics = token_statistics(self.actor, batch, temperature, entropy=entropies)
                 self._store(samples, batch, "old_logprobs", statistics.logprobs)
                 if statistics.entropies is not None:
                     self._store(samples, batch, "entropies", statistics.entropies)
             if self.initial_model is not None:
-                statistics = token_statistics(self.initial_model, batch, config.temperature)
+                statistics = token_statistics(self.initial_model, batch, temperature)
                 self._store(samples, batch, "reference_logprobs", statistics.logprobs)
             if self.critic is not None:
                 self._store(samples, batch, "values", token_values(self.critic, batch))

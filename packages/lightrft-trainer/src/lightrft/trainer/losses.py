@@ -137,7 +137,9 @@ def truncated_importance_weights(trainer_logprobs: Tensor, engine_logprobs: Tens
 
 
 def entropy_threshold(entropies: Tensor, share: float) -> float:
-    """The entropy that the ``share`` of tokens with the highest entropy reach (arXiv:2506.01939, section 4).
+    """The entropy that the ``share`` of tokens with the highest entropy reach (arXiv:2506.01939).
+
+    In the paper's objective the others are left out of the sum, while its divisor counts all tokens.
 
     :param entropies: ``[N]`` of all tokens of the batch, over all ranks.
     """

@@ -157,7 +157,7 @@ class SPMDPPOTrainer:
             eps_clip=self.eps_clip,
             value_clip=self.value_clip,
             kl_controller=self.kl_ctl,
-            comparable=self.sampling.full_support,
+            sampling=self.sampling,
         )
         self._stopping = False
         self._save_wanted: Callable[[], bool] = lambda: False
@@ -225,6 +225,13 @@ class SPMDPPOTrainer:
                 f"--overlong_buffer_len {config.overlong_buffer_len}: must be at most the {self.sampling.max_tokens} "
                 "tokens of a response; lower it, or raise --generate_max_len"
             )
+        if self.sampling.greedy:
+            problems.append("temperature 0: greedy samples have no distribution to train on; choose one above 0")
+        for flag in ("importance_sampling_cap", "max_logprob_drift"):
+            if getattr(config, flag) and not self.sampling.full_support:
+                problems.append(
+                    f"--{flag}: compares full distributions; leave top_p, top_k and min_p at their defaults"
+                )
         policy, reference = "Actor(...)", "Actor(...) of initial_model"
         for name, model in ((policy, self.actor), ("Critic(...)", self.critic), (reference, self.initial_model)):
             module = None if model is None else unwrap(model)
