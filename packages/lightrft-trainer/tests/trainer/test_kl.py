@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -74,9 +76,13 @@ def test_by_default_the_estimator_is_the_one_for_where_the_kl_is_added() -> None
     assert StrategyConfig(kl_estimator="k2").kl_estimator_name == "k2"
 
 
-def test_k3_stays_finite_for_an_impossible_token() -> None:
-    value = approximate_kl(torch.tensor([-300.0]), torch.tensor([0.0]), "k3")
+def test_k3_stays_finite_for_an_impossible_token_and_never_leads_away_from_the_reference() -> None:
+    logprobs = torch.tensor([-300.0, -22.0, -3.0, -0.0], requires_grad=True)
+    value = approximate_kl(logprobs, torch.tensor([0.0, -1.0, -1.0, -40.0]), "k3")
     assert torch.isfinite(value).all()
+    (gradient,) = torch.autograd.grad(value.sum(), logprobs)
+    assert (gradient[:2] <= 0).all()
+    assert gradient[2:].tolist() == pytest.approx([1 - math.exp(2), 1.0])
 
 
 def test_unknown_estimator_names_the_known_ones() -> None:

@@ -289,7 +289,11 @@ class StrategyConfig:
     loss_agg_mode: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"] = option(
         "token-mean", "How token losses are averaged.", group=ALGORITHM
     )
-    use_gspo: bool = option(False, "Sequence-level ratio (GSPO, arXiv:2507.18071).", group=ALGORITHM)
+    use_gspo: bool = option(
+        False,
+        "Sequence-level ratio (GSPO, arXiv:2507.18071, which clips at --eps_clip 3e-4 --eps_clip_high 4e-4).",
+        group=ALGORITHM,
+    )
     use_cpg_loss: bool = option(False, "Clipped policy gradient with drift (CPGD, arXiv:2505.12504).", group=ALGORITHM)
     policy_drift_coef: float = option(
         0.0,
@@ -313,7 +317,9 @@ class StrategyConfig:
         group=ALGORITHM,
     )
     use_kl_loss: bool = option(False, "Add the KL to the loss instead of the reward.", group=ALGORITHM)
-    kl_target: float | None = option(None, "Adapt the KL's weight toward this KL.", group=ALGORITHM, rule=positive)
+    kl_target: float | None = option(
+        None, "Adapt the KL's weight toward this KL, in nats a token.", group=ALGORITHM, rule=positive
+    )
     kl_horizon: int = option(
         10000, "With --kl_target: samples over which the KL's weight adapts.", group=ALGORITHM, rule=at_least_1
     )

@@ -36,6 +36,8 @@ def approximate_kl(logprobs: Tensor, reference_logprobs: Tensor, estimator: KLEs
     if estimator == "k2":
         return log_ratio.square() / 2
     if estimator == "k3":
-        # expm1 keeps the difference where the policies nearly agree; the clamp keeps one odd token from becoming inf.
-        return log_ratio.clamp(-20.0, 20.0).expm1() - log_ratio
+        # expm1 keeps the difference where the policies nearly agree; the clamp keeps one odd token from becoming inf,
+        # in both terms, or such a token's gradient would lead away from the reference.
+        log_ratio = log_ratio.clamp(max=20.0)
+        return log_ratio.expm1() - log_ratio
     raise ValueError(f"unknown kl_estimator {estimator!r}; known are k1, k2, k3")

@@ -25,8 +25,8 @@ def aggregate(token_losses: Tensor, mask: Tensor, mode: AggregationMode) -> Tens
 
     - ``token-mean``: every token of the batch weighs the same (DAPO, arXiv:2503.14476, equation 12).
     - ``seq-mean-token-mean``: every sequence weighs the same (GRPO, arXiv:2402.03300, equation 3).
-    - ``seq-mean-token-sum``: a sequence weighs its length; a constant length normalizer is left to the learning rate
-      (Dr. GRPO, arXiv:2503.20783).
+    - ``seq-mean-token-sum``: a sequence weighs its length (Dr. GRPO, arXiv:2503.20783, whose code divides by a
+      constant length besides: without that ``--max_norm`` sees gradients so many times as large).
 
     :return: a 0-d tensor; 0 with a graph where the mask is empty, so that every rank can call backward.
     """
