@@ -17,6 +17,7 @@ from lightrft.strategy.hub_layout import unwrap
 from lightrft.strategy.lifecycle import EngineStatus
 from lightrft.trainer import DriftError, SPMDPPOTrainer
 from lightrft.trainer import policy_update as update_module
+from lightrft.trainer.experience_maker import sums_and_counts
 from lightrft.trainer.losses import PolicyLoss
 from lightrft.trainer.metrics import STEP_KEYS, read_metrics
 
@@ -313,12 +314,18 @@ def test_a_reward_s_parts_are_means_over_all_that_was_graded(make: Make) -> None
     def parts(prompts: list[str], responses: list[str], labels: list[Any]) -> RewardOutput:
         draws.append(len(responses))
         rewards = [float(i % 2 and len(draws) > 1) for i in range(len(responses))]
-        return RewardOutput(rewards, {"length": [3.0] * len(responses)})
+        return RewardOutput(rewards, {"length": [3.0] * len(responses), f"draw_{len(draws)}": [5.0] * len(responses)})
 
     setup = make(dynamic_sampling=True, max_steps=1, reward_fn=parts)
     setup.fit()
     (line,) = lines(setup)
     assert (line["groups_dropped"], line["reward/length"]) == (4, 3.0)
+    assert (line["reward/draw_1"], line["reward/draw_2"]) == (5.0, 5.0)  # over those that have it
+
+
+def test_parts_of_rewards_are_added_up_by_name_where_ranks_have_others() -> None:
+    ranks = [{"right": (3.0, 4), "math": (4.0, 4)}, {"code": (2.0, 4), "right": (1.0, 4)}, {}]
+    assert sums_and_counts(ranks) == {"right": (4.0, 8), "math": (4.0, 4), "code": (2.0, 4)}
 
 
 def test_a_reward_that_raises_ends_the_run_and_names_the_sample(make: Make) -> None:

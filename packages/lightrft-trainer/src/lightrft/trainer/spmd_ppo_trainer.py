@@ -26,7 +26,7 @@ from lightrft.strategy.hub_layout import unwrap
 from lightrft.strategy.sampling import SamplingParams
 
 from .evaluation import EvaluationResult, evaluate
-from .experience_maker import ExperienceMaker, Rollout
+from .experience_maker import ExperienceMaker, Rollout, sums_and_counts
 from .grading import Grader
 from .interruption import Interruption
 from .kl_controller import make_kl_controller
@@ -414,16 +414,11 @@ class SPMDPPOTrainer:
         lengths = torch.tensor([float(record.response_length) for record in records], dtype=torch.float64)
         samples = rollout.samples
         summed = self.strategy.reduce_over_data(
-            {
-                "tokens": rollout.generated_tokens,
-                "finished": sum(sample.finished for sample in samples),
-                "graded": rollout.graded,
-                **{f"reward/{name}": float(value) for name, value in rollout.metrics.items()},
-            },
-            "sum",
+            {"tokens": rollout.generated_tokens, "finished": sum(sample.finished for sample in samples)}, "sum"
         )
         seconds = self.strategy.all_reduce(rollout.seconds, "max")
-        count, graded = max(1, len(records)), max(1, summed["graded"])
+        parts = sums_and_counts([part for (part,) in self.strategy.gather_over_data([rollout.metrics])])
+        count = max(1, len(records))
         return {
             "reward_mean": float(rewards.mean()) if records else None,
             "reward_std": float(rewards.std(unbiased=False)) if records else None,
@@ -436,7 +431,7 @@ class SPMDPPOTrainer:
             "seconds_experience": seconds["experience"],
             "groups_dropped": rollout.groups_dropped,
             "sample_versions": dict(sorted(Counter(str(record.weight_version) for record in records).items())),
-            **{name: value / graded for name, value in summed.items() if name.startswith("reward/")},
+            **{f"reward/{name}": value / graded for name, (value, graded) in parts.items() if graded},
         }
 
     def ppo_train(self, global_steps: int = 0) -> dict[str, float]:
