@@ -20,6 +20,13 @@ def test_every_sample_is_trained_on_once_an_epoch(prompts: int, n: int, batch: i
     assert len(steps) == -(-prompts * n // min(batch, prompts * n))
 
 
+def test_no_optimizer_step_stands_on_the_few_samples_that_are_left() -> None:
+    """With --dynamic_sampling a step may have any number of prompts."""
+    assert [len(step) for step in plan(33, 4, 128)] == [66, 66]
+    assert [len(step) for step in plan(20, 8, 128)] == [80, 80]
+    assert [len(step) for step in plan(32, 8, 128)] == [128, 128]
+
+
 def test_epochs_and_steps_are_shuffled_differently_and_repeatably() -> None:
     assert plan(8, 4, 8) == plan(8, 4, 8)
     assert plan(8, 4, 8) != plan(8, 4, 8, epoch=1)

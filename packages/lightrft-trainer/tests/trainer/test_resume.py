@@ -10,6 +10,7 @@ import torch
 
 from lightrft.strategy import CheckpointError
 from lightrft.trainer.metrics import read_metrics
+from lightrft.trainer.prompt_stream import PromptStream
 
 Make = Callable[..., Any]
 
@@ -161,3 +162,16 @@ def test_a_finished_run_resumes_to_nothing_and_to_more_steps(make: Make, tmp_pat
     again = make(max_steps=2)
     assert again.fit(resume=True).step == 2
     assert make(max_steps=3).fit(resume=True).step == 3
+
+
+def test_a_resumed_run_takes_the_settings_that_it_is_given(make: Make) -> None:
+    make(init_kl_coef=0.1, max_steps=1, lr_scheduler="linear").fit()
+    given = {"actor_learning_rate": 1e-3, "adam_betas": (0.8, 0.9), "l2": 0.1, "init_kl_coef": 0.5}
+    trainer = make(**given, lr_scheduler="linear").trainer
+    assert trainer.load_state(PromptStream([], episodes=1, batch_size=4))
+    group = trainer.actor_optim.param_groups[0]
+    assert (group["betas"], group["weight_decay"], trainer.kl_ctl.value) == ((0.8, 0.9), 0.1, 0.5)
+    # The schedule goes on where it was: two of the three steps that warm up are done.
+    assert group["lr"] == trainer.actor_scheduler.get_last_lr()[0] == pytest.approx(1e-3 * 3 / 4)
+    trainer.actor_scheduler.step()
+    assert group["lr"] == pytest.approx(1e-3)

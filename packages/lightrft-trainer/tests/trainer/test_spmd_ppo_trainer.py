@@ -4,6 +4,8 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 from unittest import mock
@@ -17,6 +19,7 @@ from lightrft.strategy.hub_layout import unwrap
 from lightrft.strategy.lifecycle import EngineStatus
 from lightrft.trainer import DriftError, SPMDPPOTrainer, experience_maker, minibatches, replay_buffer
 from lightrft.trainer import policy_update as update_module
+from lightrft.trainer.experience_maker import sums_and_counts
 from lightrft.trainer.losses import PolicyLoss
 from lightrft.trainer.metrics import STEP_KEYS, read_metrics
 from lightrft.trainer.prompt_stream import PromptStream
@@ -112,6 +115,30 @@ def test_drift_is_not_measured_between_different_distributions(make: Make, trunc
     assert all(line["logprob_drift"] is None for line in lines(setup))
 
 
+def test_logprobs_are_those_at_the_temperature_that_the_trainer_was_given(make: Make) -> None:
+    """Given to the constructor, it wins over the configuration's: in the sampling, and in what is trained."""
+    setup = make(partial(SPMDPPOTrainer, temperature=0.5), max_steps=1, actor_learning_rate=0.0, max_epochs=2)
+    setup.fit()
+    (line,) = lines(setup)
+    assert line["logprob_drift_max"] < 1e-5
+    assert abs(line["policy_kl"]) < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("options", "settings", "said"),
+    [
+        ({"temperature": 0.0}, {}, "choose one above 0"),
+        ({"top_p": 0.9}, {"importance_sampling_cap": 2.0}, "--importance_sampling_cap: compares full distributions"),
+        ({"top_k": 9}, {"max_logprob_drift": 1.0}, "--max_logprob_drift: compares full distributions"),
+    ],
+)
+def test_sampling_that_nothing_can_be_learned_or_compared_from_is_refused(
+    make: Make, options: dict[str, float], settings: dict[str, float], said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        make(partial(SPMDPPOTrainer, **options), **settings)
+
+
 def test_too_much_drift_stops_the_run(make: Make) -> None:
     setup = make(max_logprob_drift=1e-12)
     with pytest.raises(DriftError, match="step 1: engine and trainer logprobs differ"):
@@ -179,6 +206,15 @@ def test_every_algorithm_trains(make: Make, name: str) -> None:
     for line in lines(setup):
         assert line["loss"] is not None
         assert line["skipped"] == 0
+
+
+def test_tokens_of_low_entropy_count_in_the_mean(make: Make) -> None:
+    setup = make(high_entropy_token_ratio=0.3, max_steps=1, train_batch_size=16)
+    backward, scales = setup.strategy.backward, []
+    setup.strategy.backward = lambda *args, **options: (scales.append(options["scale"]), backward(*args, **options))
+    setup.fit()
+    (line,) = lines(setup)
+    assert set(scales) == {1 / round(16 * line["response_length_mean"])}
 
 
 # Each flag with a value far from its default, and what it works with.
@@ -282,18 +318,47 @@ def test_dynamic_sampling_trains_on_the_first_prompts_that_it_can_use(make: Make
     assert held[::4] == [*draws[0][:2], *draws[1][:2]] and len(held) == 16
 
 
+def test_a_prompt_that_comes_again_in_a_step_is_answered_anew(make: Make) -> None:
+    """Where an episode ends in the middle of the draws, the next one may bring prompts that were turned away before."""
+    answers: dict[str, list[list[str]]] = {}
+
+    def watching(prompts: list[str], responses: list[str], labels: list[Any]) -> list[float]:
+        for i in range(0, len(prompts), 4):
+            answers.setdefault(prompts[i], []).append(responses[i : i + 4])
+        return [0.0] * len(responses)
+
+    setup = make(dynamic_sampling=True, max_steps=1, rollout_batch_size=24, train_batch_size=96, reward_fn=watching)
+    setup.fit()
+    assert all(len(drawn) == 4 for drawn in answers.values())
+    assert all(first != second for drawn in answers.values() for first, second in pairwise(drawn))
+
+
+def test_a_loader_that_gives_more_than_a_rollout_is_refused(make: Make) -> None:
+    """Old logprobs would be missing for the second optimizer step, and a resumed run would lose its place."""
+    setup = make(train_batch_size=16)
+    setup.loader = setup.strategy.setup_dataloader(setup.prompts, 8, collate_fn=setup.prompts.collate_fn)
+    with pytest.raises(ValueError, match=r"gave 8 prompts for a step, over all ranks; --rollout_batch_size is 4"):
+        setup.fit()
+
+
 def test_a_reward_s_parts_are_means_over_all_that_was_graded(make: Make) -> None:
     draws: list[int] = []
 
     def parts(prompts: list[str], responses: list[str], labels: list[Any]) -> RewardOutput:
         draws.append(len(responses))
         rewards = [float(i % 2 and len(draws) > 1) for i in range(len(responses))]
-        return RewardOutput(rewards, {"length": [3.0] * len(responses)})
+        return RewardOutput(rewards, {"length": [3.0] * len(responses), f"draw_{len(draws)}": [5.0] * len(responses)})
 
     setup = make(dynamic_sampling=True, max_steps=1, reward_fn=parts)
     setup.fit()
     (line,) = lines(setup)
     assert (line["groups_dropped"], line["reward/length"]) == (4, 3.0)
+    assert (line["reward/draw_1"], line["reward/draw_2"]) == (5.0, 5.0)  # over those that have it
+
+
+def test_parts_of_rewards_are_added_up_by_name_where_ranks_have_others() -> None:
+    ranks = [{"right": (3.0, 4), "math": (4.0, 4)}, {"code": (2.0, 4), "right": (1.0, 4)}, {}]
+    assert sums_and_counts(ranks) == {"right": (4.0, 8), "math": (4.0, 4), "code": (2.0, 4)}
 
 
 def test_rewards_are_those_that_the_settings_name(make: Make) -> None:

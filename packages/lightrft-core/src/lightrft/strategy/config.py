@@ -323,7 +323,11 @@ class StrategyConfig:
     loss_agg_mode: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"] = option(
         "token-mean", "How the losses of tokens are averaged.", group=ALGORITHM
     )
-    use_gspo: bool = option(False, "Use one policy ratio per sequence (GSPO, arXiv:2507.18071).", group=ALGORITHM)
+    use_gspo: bool = option(
+        False,
+        "Use one policy ratio per sequence (GSPO, arXiv:2507.18071, with --eps_clip 3e-4 --eps_clip_high 4e-4).",
+        group=ALGORITHM,
+    )
     use_cpg_loss: bool = option(
         False, "Use the clipped policy gradient with policy drift (CPGD, arXiv:2505.12504).", group=ALGORITHM
     )
@@ -345,10 +349,18 @@ class StrategyConfig:
         group=ALGORITHM,
         rule=at_least_0,
     )
-    kl_estimator: Literal["k1", "k2", "k3"] = option("k3", "Estimator of the KL divergence.", group=ALGORITHM)
+    kl_estimator: Literal["k1", "k2", "k3"] | None = option(
+        None,
+        "Estimator of the KL divergence; default: k1 in the reward, k3 in the loss. k2 and k3 in the reward, and k1 in "
+        "the loss, hardly pull toward the reference.",
+        group=ALGORITHM,
+    )
     use_kl_loss: bool = option(False, "Add the KL to the loss instead of the reward.", group=ALGORITHM)
     kl_target: float | None = option(
-        None, "Adapt the KL's weight so that the KL approaches this value.", group=ALGORITHM, rule=positive
+        None,
+        "Adapt the KL's weight so that the KL approaches this value, in nats per token.",
+        group=ALGORITHM,
+        rule=positive,
     )
     kl_horizon: int = option(
         10000, "With --kl_target: samples over which the KL's weight adapts.", group=ALGORITHM, rule=at_least_1
@@ -494,6 +506,11 @@ class StrategyConfig:
         if self.fp16:
             return "float16"
         return "bfloat16" if self.bf16 or self.use_mp_opt else "float32"
+
+    @property
+    def kl_estimator_name(self) -> Literal["k1", "k2", "k3"]:
+        """The KL's estimator: ``--kl_estimator``, else the one whose gradient is right where the KL is added."""
+        return self.kl_estimator or ("k3" if self.use_kl_loss else "k1")
 
     @property
     def reward_names(self) -> list[str]:

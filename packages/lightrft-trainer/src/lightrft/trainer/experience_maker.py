@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lightrft.strategy.hub_layout import unwrap
-from lightrft.strategy.sampling import SamplingParams
+from lightrft.strategy.sampling import SamplingParams, sample_seed
 
 from .advantages import discounted_returns, gae, group_scores, token_rewards, whiten
 from .experience import Experience, ExperienceBatch, make_batch, split_rows
@@ -42,7 +42,8 @@ class Rollout:
         included.
     :param groups_dropped: groups over all ranks that dynamic sampling dropped.
     :param trajectories: texts of some of this rank's samples, for the log.
-    :param metrics: sums of the rewards' parts over the ``graded`` samples of this rank, dropped ones included.
+    :param metrics: of each part of the rewards the sum and the number of this rank's samples that have it, dropped ones
+        included.
     """
 
     samples: list[Experience]
@@ -51,8 +52,14 @@ class Rollout:
     generated_tokens: int = 0
     groups_dropped: int = 0
     trajectories: list[dict[str, Any]] = field(default_factory=list)
-    metrics: dict[str, float] = field(default_factory=dict)
-    graded: int = 0
+    metrics: dict[str, tuple[float, int]] = field(default_factory=dict)
+
+
+def sums_and_counts(parts: Sequence[Mapping[str, tuple[float, int]]]) -> dict[str, tuple[float, int]]:
+    """Added up by name; a reward may name other parts from call to call, and from rank to rank."""
+    names = sorted({name for part in parts for name in part})
+    found = {name: [part[name] for part in parts if name in part] for name in names}
+    return {name: (sum(value for value, _ in held), sum(count for _, count in held)) for name, held in found.items()}
 
 
 @dataclass
@@ -202,8 +209,11 @@ class ExperienceMaker:
         return [group for group in kept if group.place in chosen]
 
     def _draw_groups(self, prompts: Sequence[Any], step: int, round_: int, rollout: Rollout) -> list[_Group]:
-        begun = time.monotonic()
-        outputs = self.generate(prompts, self.sampling, step)
+        begun, sampling = time.monotonic(), self.sampling
+        if round_:  # a prompt may come again in the same step, where an episode ends; the same samples may not
+            seed = self.config.seed if sampling.seed is None else sampling.seed
+            sampling = replace(sampling, seed=sample_seed(seed, step, round_, 0))
+        outputs = self.generate(prompts, sampling, step)
         generated = time.monotonic()
         n = self.sampling.n
         rollout.generated_tokens += sum(len(output.output_token_ids) for output in outputs)
@@ -213,9 +223,8 @@ class ExperienceMaker:
             sample.reward = reward
         rollout.seconds["generate"] += generated - begun
         rollout.seconds["reward"] += time.monotonic() - generated
-        rollout.graded += len(samples)
-        for name, value in graded.metrics.items():
-            rollout.metrics[name] = rollout.metrics.get(name, 0.0) + value
+        measured = {name: (value, len(samples)) for name, value in graded.metrics.items()}
+        rollout.metrics = sums_and_counts([rollout.metrics, measured])
         rollout.trajectories += graded.trajectories
         ranks, rank = self.strategy.data_parallel_size, self.strategy.data_parallel_rank
         return [_Group((round_, i * ranks + rank), samples[i * n : (i + 1) * n]) for i in range(len(prompts))]
@@ -338,7 +347,7 @@ class ExperienceMaker:
             scores = torch.zeros(1)
         kl = None
         if self.initial_model is not None and not config.use_kl_loss:
-            kl = approximate_kl(batch.old_logprobs, batch.reference_logprobs, config.kl_estimator)
+            kl = approximate_kl(batch.old_logprobs, batch.reference_logprobs, config.kl_estimator_name)
         spread = token_rewards(scores, mask, kl, self.kl_controller.value)
         if config.advantage_estimator == "gae":
             advantages, returns = gae(spread, batch.values, mask, config.gamma, config.lambd)

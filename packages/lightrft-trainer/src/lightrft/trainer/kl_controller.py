@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 
@@ -19,15 +20,16 @@ class FixedKLController:
         return {"value": self.value}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a saved state."""
-        self.value = float(state["value"])
+        """Go on from a saved state: of a fixed weight, what this run was given."""
 
 
 class AdaptiveKLController(FixedKLController):
     """Raises the weight while the KL is above its target and lowers it below (arXiv:1909.08593, section 2.2).
 
-    :param init_kl_coef: the initial weight.
-    :param target: the KL to approach, in nats per token.
+    The paper multiplies by 1 + x; here it is exp(x), which is above 0 also where a step has many samples.
+
+    :param init_kl_coef: the weight to begin with.
+    :param target: the KL to hold, in nats a token.
     :param horizon: samples over which the weight may change by a factor of about 1.2.
     """
 
@@ -38,10 +40,14 @@ class AdaptiveKLController(FixedKLController):
 
     def update(self, current: float, n_steps: int) -> None:
         """Adapt to the KL measured over ``n_steps`` samples. A KL that is not finite changes nothing."""
-        if current != current or current in (float("inf"), float("-inf")):
+        if not math.isfinite(current):
             return
         error = min(max(current / self.target - 1.0, -0.2), 0.2)
-        self.value *= 1.0 + error * n_steps / self.horizon
+        self.value *= math.exp(error * n_steps / self.horizon)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved weight."""
+        self.value = float(state["value"])
 
 
 def make_kl_controller(init_kl_coef: float, target: float | None, horizon: int) -> FixedKLController:

@@ -23,10 +23,10 @@ PolicyObjective = Literal["ppo", "gspo", "cpgd"]
 def aggregate(token_losses: Tensor, mask: Tensor, mode: AggregationMode) -> Tensor:
     """Sum token losses so that dividing by :func:`loss_denominator` gives the mean that ``mode`` names.
 
-    - ``token-mean``: every token of the batch weighs the same (DAPO, arXiv:2503.14476, equation 12). -
-    ``seq-mean-token-mean``: every sequence weighs the same (GRPO, arXiv:2402.03300, equation 3). -
-    ``seq-mean-token-sum``: a sequence weighs its length; a constant length normalizer can be put into the learning rate
-      (Dr. GRPO, arXiv:2503.20783).
+    - ``token-mean``: every token of the batch weighs the same (DAPO, arXiv:2503.14476, equation 12).
+    - ``seq-mean-token-mean``: every sequence weighs the same (GRPO, arXiv:2402.03300, equation 3).
+    - ``seq-mean-token-sum``: a sequence weighs its length (Dr. GRPO, arXiv:2503.20783, whose code divides by a
+      constant length besides: without that ``--max_norm`` sees gradients so many times as large).
 
     :return: a 0-d tensor; for an empty mask 0 with a graph, so that every rank can call backward.
     """
@@ -137,7 +137,9 @@ def truncated_importance_weights(trainer_logprobs: Tensor, engine_logprobs: Tens
 
 
 def entropy_threshold(entropies: Tensor, share: float) -> float:
-    """The lowest entropy among the ``share`` of tokens with the highest entropy (arXiv:2506.01939, section 4).
+    """The entropy that the ``share`` of tokens with the highest entropy reach (arXiv:2506.01939).
+
+    In the paper's objective the others are left out of the sum, while its divisor counts all tokens.
 
     :param entropies: ``[N]`` of all tokens of the batch, over all ranks.
     """

@@ -9,6 +9,7 @@ Global sample indices count within a rollout step: prompt at position p, sample 
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,21 +18,24 @@ from dataclasses import dataclass
 def plan_minibatches(
     *, prompts: int, n_samples: int, batch_size: int, seed: int, step: int, epoch: int
 ) -> list[list[int]]:
-    """Split a step's samples into optimizer steps of ``batch_size``, shuffled.
+    """Cut a step's samples into optimizer steps of ``batch_size``, shuffled. Where that does not divide them, all steps
+    are a little smaller, so that none stands on a few samples.
 
     Ranks own prompts in turn (position p belongs to rank p mod world size). A free shuffle would give one rank many
-    samples of an optimizer step and another few. So the samples are laid out with ``batch_size`` columns and shuffled
-    within each column: every optimizer step takes one sample per column, and the ranks' shares are equal if the world
-    size divides ``prompts`` and ``batch_size``.
+    samples of an optimizer step and another few. So the samples are laid out with a step's size as columns and shuffled
+    within each column: every optimizer step takes one sample a column, and the ranks' shares are equal wherever the
+    world size divides ``prompts`` and ``batch_size``.
 
     :return: global sample indices for each optimizer step, each list sorted. Together they have every index once.
     """
     total = prompts * n_samples
-    columns = min(batch_size, total)
-    if columns == 0:
+    if not total:
         return []
+    whole = math.gcd(prompts, batch_size)  # a size that all ranks can share out equally
+    count = -(-total // batch_size)
+    columns = -(-total // (count * whole)) * whole
     generator = random.Random(_seed("minibatches", seed, step, epoch))
-    steps: list[list[int]] = [[] for _ in range(-(-total // columns))]
+    steps: list[list[int]] = [[] for _ in range(count)]
     for column in range(columns):
         # Cells are numbered sample-major, so that a column's residue is its prompt's, and so its owner's.
         cells = list(range(column, total, columns))

@@ -28,14 +28,14 @@ from .replay_buffer import OptimizerBatch, ReplayBuffer
 
 if TYPE_CHECKING:
     from lightrft.strategy import StrategyBase
+    from lightrft.strategy.sampling import SamplingParams
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class PolicyUpdater:
     """Takes optimizer steps on batches of a replay buffer.
 
-    :param temperature: the samples' sampling temperature.
-    :param comparable: engine and trainer logprobs are of the same distribution, so that their difference is drift.
+    :param sampling: how the samples were drawn.
     """
 
     strategy: StrategyBase
@@ -53,8 +53,7 @@ class PolicyUpdater:
     eps_clip: float
     value_clip: float
     kl_controller: FixedKLController
-    temperature: float
-    comparable: bool
+    sampling: SamplingParams
 
     def __post_init__(self) -> None:
         self.config = self.strategy.config
@@ -67,8 +66,8 @@ class PolicyUpdater:
         :param token_fields: per-token values that every sample has, on every rank.
         :return: loss and means over all tokens of all ranks, gradient norms, and whether the step was skipped.
         """
-        threshold, kept_tokens = self._high_entropy(batch, buffer)
-        denominator = loss_denominator(self.loss_agg_mode, kept_tokens, batch.sequences)
+        threshold = self._entropy_threshold(batch, buffer)
+        denominator = loss_denominator(self.loss_agg_mode, batch.tokens, batch.sequences)
         sums = DeviceSums()
         last = len(batch.microbatches) - 1
         for i, micro in enumerate(batch.microbatches):
@@ -91,16 +90,15 @@ class PolicyUpdater:
     def _actor_loss(self, rows: ExperienceBatch, threshold: float | None, sums: DeviceSums) -> Tensor:
         """Sum over the micro-batch; divided by the global count later."""
         config, fields, mask = self.config, rows.per_token, rows.mask
-        statistics = token_statistics(self.actor, rows, self.temperature, entropy=config.entropy_coef > 0)
+        statistics = token_statistics(self.actor, rows, self.sampling.temperature, entropy=config.entropy_coef > 0)
         logprobs = statistics.logprobs
         # With a single optimizer step per rollout the weights are still those that generated it: the ratio is 1.
         old = fields.get("old_logprobs", logprobs.detach())
-        train_mask = mask if threshold is None else mask & (fields["entropies"] >= threshold)
         policy = policy_loss(
             logprobs,
             old,
             fields["advantages"],
-            train_mask,
+            mask,
             objective=self.objective,
             eps_low=self.eps_clip,
             eps_high=self.eps_clip if config.eps_clip_high is None else config.eps_clip_high,
@@ -108,25 +106,28 @@ class PolicyUpdater:
             drift_coef=config.policy_drift_coef,
             drift_clip=config.policy_drift_clip_eps,
         )
-        token_losses = policy.token_losses
-        sums.add("policy_kl", approximate_kl(old, logprobs.detach(), "k3"), mask)
-        if "reference_logprobs" in fields:
-            kl = approximate_kl(logprobs, fields["reference_logprobs"], config.kl_estimator)
-            sums.add("kl", kl, mask)
-            if config.use_kl_loss:
-                token_losses = token_losses + self.kl_controller.value * kl
+        token_losses, chosen = policy.token_losses, mask
         if statistics.entropies is not None:
             sums.add("entropy", statistics.entropies, mask)
             token_losses = token_losses - config.entropy_coef * statistics.entropies
-        sums.add("clip_fraction", policy.clipped.float(), mask)
-        loss = aggregate(token_losses, train_mask, self.loss_agg_mode)
+        if threshold is not None:  # the others give no gradient but the KL's, and count in the mean all the same
+            chosen = mask & (fields["entropies"] >= threshold)
+            token_losses = token_losses.masked_fill(~chosen, 0.0)
+        sums.add("clip_fraction", policy.clipped.float(), chosen)
+        sums.add("policy_kl", approximate_kl(old, logprobs.detach(), "k3"), mask)
+        if "reference_logprobs" in fields:
+            kl = approximate_kl(logprobs, fields["reference_logprobs"], config.kl_estimator_name)
+            sums.add("kl", kl, mask)
+            if config.use_kl_loss:
+                token_losses = token_losses + self.kl_controller.value * kl
+        loss = aggregate(token_losses, mask, self.loss_agg_mode)
         sums.add("loss", loss)
         return loss
 
     def _engine_weights(self, old: Tensor, fields: dict[str, Tensor], mask: Tensor, sums: DeviceSums) -> Tensor | None:
-        """Measure the drift between engine and trainer, and correct for it if requested."""
-        if not self.comparable or "engine_logprobs" not in fields:
-            return None
+        """Measure how far the engine is from the trainer, and correct for it where asked."""
+        if not self.sampling.full_support or "engine_logprobs" not in fields:
+            return None  # logprobs of another distribution: their difference is no drift
         drift = (old.detach() - fields["engine_logprobs"]).abs().masked_fill(~mask, 0.0)
         sums.add("logprob_drift", drift, mask)
         sums.maximum("logprob_drift_max", drift.max())
@@ -159,11 +160,11 @@ class PolicyUpdater:
         return figures
 
     # ---- high-entropy tokens ----------------------------------------------------------------------------------------
-    def _high_entropy(self, batch: OptimizerBatch, buffer: ReplayBuffer) -> tuple[float | None, int]:
-        """The lowest entropy of tokens to train on, the same on all ranks, and how many tokens reach it."""
+    def _entropy_threshold(self, batch: OptimizerBatch, buffer: ReplayBuffer) -> float | None:
+        """The entropy from which tokens are trained on, one value for all ranks; None: on all."""
         share = self.config.high_entropy_token_ratio
         if share <= 0:
-            return None, batch.tokens
+            return None
         parts = [
             entropies
             for micro in batch.microbatches
@@ -171,9 +172,7 @@ class PolicyUpdater:
             if (entropies := buffer.samples[index].entropies) is not None
         ]
         mine = (torch.cat(parts) if parts else torch.zeros(0)).to(self.strategy.device)
-        everyone = self.strategy.gather_over_data(mine)
-        threshold = entropy_threshold(everyone, share)
-        return threshold, int((everyone >= threshold).sum())
+        return entropy_threshold(self.strategy.gather_over_data(mine), share)
 
 
 class DeviceSums:

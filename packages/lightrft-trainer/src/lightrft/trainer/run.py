@@ -24,6 +24,7 @@ from lightrft.strategy.errors import ConfigError
 from .interruption import Interruption
 from .spmd_ppo_trainer import SPMDPPOTrainer
 from .spmd_ppo_trainer_vl import SPMDPPOTrainerVL
+from .vocabularies import require_same_tokens
 
 if TYPE_CHECKING:
     from torch import nn
@@ -163,6 +164,9 @@ def build(
         config = built_in_task(strategy, config, output_dir)
     assert config.pretrain is not None
     tokenizer, processor = load_tokenizer(config, multimodal=multimodal)
+    graders = [("reward_pretrain", name) for name in config.reward_names]
+    critics = [("critic_pretrain", config.critic_pretrain)] if config.critic_pretrain else []
+    require_same_tokens(tokenizer, [*graders, *critics], trust_remote_code=config.trust_remote_code)
     reader, options = processor or tokenizer, data_options(config, multimodal=multimodal)
     prompts = prompt_dataset_from_config(config, reader, **options)
     held_out = prompt_dataset_from_config(config, reader, evaluation=True, **options) if config.eval_data else []

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+SETTINGS = ("lr", "initial_lr", "betas", "eps", "weight_decay")
 
 
 @dataclass
@@ -40,3 +47,22 @@ class RunState:
     def from_json(cls, values: dict[str, Any]) -> RunState:
         """The inverse of :meth:`to_json`."""
         return cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
+
+
+@contextlib.contextmanager
+def keeping_settings(optimizer: Optimizer | None, scheduler: Any) -> Iterator[None]:
+    """Load a checkpoint within: its states come back, but learning rate, betas, epsilon and decay are those that the
+    run was given now. A schedule goes on at its place; one that is no function of the step comes back as it was saved.
+    """
+    groups = optimizer.param_groups if optimizer is not None else []
+    asked = [{name: group[name] for name in SETTINGS if name in group} for group in groups]
+    yield
+    if scheduler is not None and not isinstance(scheduler, LambdaLR):
+        return
+    for group, given in zip(groups, asked, strict=True):
+        group.update(given)
+    if scheduler is not None:
+        scheduler.base_lrs = [given["initial_lr"] for given in asked]
+        for group, shape in zip(groups, scheduler.lr_lambdas, strict=True):
+            group["lr"] = group["initial_lr"] * shape(scheduler.last_epoch)
+        scheduler._last_lr = [group["lr"] for group in groups]

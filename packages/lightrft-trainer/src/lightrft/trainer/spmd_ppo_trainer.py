@@ -26,7 +26,7 @@ from lightrft.strategy.hub_layout import unwrap
 from lightrft.strategy.sampling import SamplingParams
 
 from .evaluation import EvaluationResult, evaluate
-from .experience_maker import ExperienceMaker, Rollout
+from .experience_maker import ExperienceMaker, Rollout, sums_and_counts
 from .grading import Grader
 from .interruption import Interruption
 from .kl_controller import make_kl_controller
@@ -38,7 +38,7 @@ from .policy_update import PolicyUpdater
 from .progress import Progress, make_progress
 from .prompt_stream import PromptStream
 from .replay_buffer import OptimizerBatch, ReplayBuffer
-from .run_state import RunState
+from .run_state import RunState, keeping_settings
 
 if TYPE_CHECKING:
     from lightrft.strategy import StrategyBase
@@ -166,8 +166,7 @@ class SPMDPPOTrainer:
             eps_clip=self.eps_clip,
             value_clip=self.value_clip,
             kl_controller=self.kl_ctl,
-            temperature=self.sampling.temperature,
-            comparable=self.sampling.full_support,
+            sampling=self.sampling,
         )
         self._stopping = False
         self._save_wanted: Callable[[], bool] = lambda: False
@@ -237,6 +236,13 @@ class SPMDPPOTrainer:
                 f"--overlong_buffer_len {config.overlong_buffer_len}: must be at most the {self.sampling.max_tokens} "
                 "tokens of a response; lower it, or raise --generate_max_len"
             )
+        if self.sampling.greedy:
+            problems.append("temperature 0: greedy samples have no distribution to train on; choose one above 0")
+        for flag in ("importance_sampling_cap", "max_logprob_drift"):
+            if getattr(config, flag) and not self.sampling.full_support:
+                problems.append(
+                    f"--{flag}: compares full distributions; leave top_p, top_k and min_p at their defaults"
+                )
         policy, reference = "Actor(...)", "Actor(...) of initial_model"
         for name, model in ((policy, self.actor), ("Critic(...)", self.critic), (reference, self.initial_model)):
             module = None if model is None else unwrap(model)
@@ -402,6 +408,13 @@ class SPMDPPOTrainer:
         rollout = self.experience_maker.make_experience_list(stream, self.state.step)
         if rollout is None:
             return False
+        expected = self.config.rollout_batch_size * self.sampling.n
+        if len(rollout.records) > expected:
+            raise ValueError(
+                f"fit: prompts_dataloader gave {len(rollout.records) // self.sampling.n} prompts for a step, over all "
+                f"ranks; --rollout_batch_size is {self.config.rollout_batch_size}, which decides where a resumed run "
+                "goes on and whether old logprobs are needed: set it to what the loader gives"
+            )
         self.replay_buffer.fill(rollout.samples, rollout.records)
         self.state.training, self.state.epoch, self.state.batch = True, 0, 0
         self.state.sums = {}
@@ -416,16 +429,11 @@ class SPMDPPOTrainer:
         lengths = torch.tensor([float(record.response_length) for record in records], dtype=torch.float64)
         samples = rollout.samples
         summed = self.strategy.reduce_over_data(
-            {
-                "tokens": rollout.generated_tokens,
-                "finished": sum(sample.finished for sample in samples),
-                "graded": rollout.graded,
-                **{f"reward/{name}": float(value) for name, value in rollout.metrics.items()},
-            },
-            "sum",
+            {"tokens": rollout.generated_tokens, "finished": sum(sample.finished for sample in samples)}, "sum"
         )
         seconds = self.strategy.all_reduce(rollout.seconds, "max")
-        count, graded = max(1, len(records)), max(1, summed["graded"])
+        parts = sums_and_counts([part for (part,) in self.strategy.gather_over_data([rollout.metrics])])
+        count = max(1, len(records))
         return {
             "reward_mean": float(rewards.mean()) if records else None,
             "reward_std": float(rewards.std(unbiased=False)) if records else None,
@@ -438,7 +446,7 @@ class SPMDPPOTrainer:
             "seconds_experience": seconds["experience"],
             "groups_dropped": rollout.groups_dropped,
             "sample_versions": dict(sorted(Counter(str(record.weight_version) for record in records).items())),
-            **{name: value / graded for name, value in summed.items() if name.startswith("reward/")},
+            **{f"reward/{name}": value / graded for name, (value, graded) in parts.items() if graded},
         }
 
     def ppo_train(self, global_steps: int = 0) -> dict[str, float]:
@@ -648,7 +656,9 @@ class SPMDPPOTrainer:
         if not self.strategy.all_gather_object(whole_checkpoints(folder))[0]:
             self.strategy.print(f"{folder}: no checkpoint yet; starting from the beginning")
             return False
-        loaded = self.strategy.load_ckpt(self._models(), folder)
+        actor = keeping_settings(self.actor_optim, self.actor_scheduler)
+        with actor, keeping_settings(self.critic_optim, self.critic_scheduler):
+            loaded = self.strategy.load_ckpt(self._models(), folder)
         saved = loaded.client_state
         self.state = RunState.from_json(saved["run"])
         self.kl_ctl.load_state_dict(saved["kl"])

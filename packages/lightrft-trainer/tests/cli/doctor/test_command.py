@@ -16,7 +16,6 @@ from lightrft.cli.main import main
 from lightrft.strategy.config import StrategyConfig
 from lightrft.testing import RankPool
 
-
 DOCTOR = ("doctor", "--fsdp", "--engine_type", "hf", "--json")
 
 
