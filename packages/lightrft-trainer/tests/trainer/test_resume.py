@@ -30,9 +30,6 @@ EVERYTHING = {
 }
 
 
-GAE = {"advantage_estimator": "gae"}
-
-
 class Asked:
     """An interruption that comes at the k-th moment at which the trainer looks."""
 
@@ -164,19 +161,3 @@ def test_a_finished_run_resumes_to_nothing_and_to_more_steps(make: Make, tmp_pat
     again = make(max_steps=2)
     assert again.fit(resume=True).step == 2
     assert make(max_steps=3).fit(resume=True).step == 3
-
-
-def test_a_run_that_goes_on_obeys_the_settings_given_now(make: Make) -> None:
-    first = make(**GAE, init_kl_coef=0.1, max_steps=1)
-    first.fit()
-    given = {"actor_learning_rate": 0.0, "critic_learning_rate": 3e-3, "adam_betas": (0.5, 0.6), "l2": 0.25}
-    second = make(**GAE, **given, init_kl_coef=0.7, max_steps=2, lr_scheduler="linear")
-    second.fit(resume=True)
-    trainer, groups = second.trainer, second.trainer.critic_optim.param_groups
-    line = read_metrics(trainer.output_dir / "metrics.jsonl")[-1]
-    assert (line["step"], line["lr"], line["kl_coef"]) == (2, 0.0, 0.7)
-    assert groups[0]["betas"] == (0.5, 0.6) and groups[0]["weight_decay"] == 0.25
-    # Two optimizer steps a rollout, and a schedule of 100, 3 of which warm up: the fifth comes next.
-    assert groups[0]["lr"] == pytest.approx(3e-3 * (1 - (4 - 3) / 97))
-    assert trainer.critic_scheduler.get_last_lr() == [group["lr"] for group in groups]
-    assert_same(first.weights(), second.weights())

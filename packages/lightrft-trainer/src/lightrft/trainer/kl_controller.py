@@ -19,7 +19,8 @@ class FixedKLController:
         return {"value": self.value}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state; a fixed weight is a setting, and stays."""
+        """Go on from a saved state."""
+        self.value = float(state["value"])
 
 
 class AdaptiveKLController(FixedKLController):
@@ -41,10 +42,6 @@ class AdaptiveKLController(FixedKLController):
             return
         error = min(max(current / self.target - 1.0, -0.2), 0.2)
         self.value *= 1.0 + error * n_steps / self.horizon
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state."""
-        self.value = float(state["value"])
 
 
 def make_kl_controller(init_kl_coef: float, target: float | None, horizon: int) -> FixedKLController:

@@ -6,7 +6,6 @@ weights to the engine after it, unless an override has done so.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import time
@@ -34,7 +33,6 @@ from .kl_controller import make_kl_controller
 from .losses import PolicyObjective
 from .metrics import METRICS_FILE, JsonlSink, MetricSink, make_sinks, read_metrics
 from .minibatches import balance
-from .optimizer_settings import keep_settings
 from .plots import plot_curves
 from .policy_update import PolicyUpdater
 from .progress import Progress, make_progress
@@ -640,19 +638,13 @@ class SPMDPPOTrainer:
     def load_state(self, stream: PromptStream) -> bool:
         """Go back to the last whole checkpoint; False where none was finished yet: the run starts from the beginning.
 
-        Settings stay as they are now: learning rates, betas, decay, a fixed KL weight.
-
         :raises CheckpointError: there are checkpoints, and every one is damaged or another model's.
         """
         folder = self.output_dir / CHECKPOINTS
         if not self.strategy.all_gather_object(whole_checkpoints(folder))[0]:
             self.strategy.print(f"{folder}: no checkpoint yet; starting from the beginning")
             return False
-        with contextlib.ExitStack() as settings:
-            settings.enter_context(keep_settings(self.actor_optim, self.actor_scheduler))
-            if self.critic_optim is not None:
-                settings.enter_context(keep_settings(self.critic_optim, self.critic_scheduler))
-            loaded = self.strategy.load_ckpt(self._models(), folder)
+        loaded = self.strategy.load_ckpt(self._models(), folder)
         saved = loaded.client_state
         self.state = RunState.from_json(saved["run"])
         self.kl_ctl.load_state_dict(saved["kl"])
