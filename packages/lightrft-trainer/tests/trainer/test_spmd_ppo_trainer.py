@@ -294,7 +294,7 @@ def test_an_engine_that_drops_its_weights_serves_every_draw_and_evaluation(make:
     assert all(asleep_while_training)
 
 
-def test_evaluation_is_greedy_and_comes_before_and_after(make: Make) -> None:
+def test_evaluation_is_greedy_and_comes_before_and_after(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
     setup = make(eval_steps=2, max_steps=3, plots=True)
     held_out = [setup.prompts[i] for i in range(10)]
     state = setup.fit(eval_prompts=held_out)
@@ -302,7 +302,9 @@ def test_evaluation_is_greedy_and_comes_before_and_after(make: Make) -> None:
     assert setup.trainer.evaluate(held_out).accuracy == setup.trainer.evaluate(held_out).accuracy
     saved = json.loads((setup.trainer.output_dir / "evaluation.json").read_text())
     assert saved == state.evaluation
-    assert lines(setup)[1]["eval_accuracy"] == state.evaluation["2"]
+    line = lines(setup)[1]
+    assert state.evaluation["2"] == {"accuracy": line["eval_accuracy"], "reward": line["eval_reward"]}
+    assert f"step 2/3  held out: accuracy {line['eval_accuracy']:.3f}  reward {line['eval_reward']:.3f}\n" in capsys.readouterr().out
     assert (setup.trainer.output_dir / "plots" / "accuracy.png").exists()
 
 
@@ -321,7 +323,7 @@ def test_every_evaluation_reaches_the_trackers(make: Make) -> None:
     opened = setup.trainer._open_sinks
     setup.trainer._open_sinks = lambda: [*opened(), Tracker()]
     state = setup.fit(eval_prompts=[setup.prompts[0]])
-    assert Tracker.seen == {int(step): [accuracy] for step, accuracy in state.evaluation.items()}
+    assert Tracker.seen == {int(step): [found["accuracy"]] for step, found in state.evaluation.items()}
     assert [line["step"] for line in lines(setup)] == [1, 2, 3]
 
 

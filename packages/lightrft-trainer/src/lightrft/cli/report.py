@@ -13,26 +13,32 @@ LONGEST_SHOWN = 60
 
 def show_report(
     *,
-    before: float | None,
-    after: float | None,
+    before: Mapping[str, float] | None,
+    after: Mapping[str, float] | None,
     held_out: int,
     answers: Sequence[Mapping[str, Any]],
     output_dir: Path,
     seconds: float,
     steps: int,
 ) -> None:
-    """Print the report on this process's standard output; call on rank 0 only."""
+    """Print the report on this process's standard output; call on rank 0 only.
+
+    :param before: held-out accuracy and reward at the start; None where nothing was evaluated twice. :param after: at
+        the end.
+    """
     from rich.console import Console
     from rich.table import Table
 
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 100, highlight=False)
     console.print()
     if after is not None:
-        table = Table(title=f"Held-out accuracy ({held_out} prompts, greedy)", title_justify="left")
+        table = Table(title=f"Held-out prompts ({held_out}, greedy)", title_justify="left")
+        table.add_column()
         for name in ("before RL", f"after {steps} steps", "change"):
             table.add_column(name, justify="right")
-        change = "" if before is None else f"{after - before:+.3f}"
-        table.add_row("" if before is None else f"{before:.3f}", f"{after:.3f}", change)
+        for name, value in after.items():
+            known = ("", "") if before is None else (f"{before[name]:.3f}", f"{value - before[name]:+.3f}")
+            table.add_row(name, known[0], f"{value:.3f}", known[1])
         console.print(table)
     if answers:
         table = Table(title="Some held-out answers", title_justify="left")

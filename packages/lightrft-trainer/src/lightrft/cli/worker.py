@@ -91,10 +91,10 @@ def show_result(result: RunResult) -> None:
     """The report at the end of a run."""
     from .report import show_report
 
-    accuracies = [result.evaluation[step] for step in sorted(result.evaluation, key=int)]
+    found = [result.evaluation[step] for step in sorted(result.evaluation, key=int)]
     show_report(
-        before=accuracies[0] if len(accuracies) > 1 else None,
-        after=accuracies[-1] if accuracies else None,
+        before=found[0] if len(found) > 1 else None,
+        after=found[-1] if found else None,
         held_out=result.held_out,
         answers=result.answers,
         output_dir=Path(result.output_dir),

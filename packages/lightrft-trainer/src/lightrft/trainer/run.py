@@ -41,14 +41,14 @@ TASK = "task:reverse_digits"
 class RunResult:
     """What became of a run.
 
-    :param evaluation: held-out accuracy by step. :param answers: of the last evaluation.
+    :param evaluation: held-out accuracy and mean reward by step. :param answers: of the last evaluation.
     """
 
     output_dir: str
     step: int
     interrupted: bool
     seconds: float
-    evaluation: dict[str, float] = field(default_factory=dict)
+    evaluation: dict[str, dict[str, float]] = field(default_factory=dict)
     answers: Sequence[dict[str, Any]] = ()
     held_out: int = 0
 

@@ -18,7 +18,7 @@ class RunState:
     :param optimizer_steps: of the whole run. :param skipped_steps: of them, those whose gradient was not finite.
     :param sums: what the optimizer steps of an unfinished rollout step have measured so far.
     :param figures: what its rollout measured.
-    :param evaluation: held-out accuracy by step.
+    :param evaluation: held-out accuracy and mean reward by step.
     """
 
     step: int = 0
@@ -30,7 +30,7 @@ class RunState:
     sums: dict[str, float] = field(default_factory=dict)
     figures: dict[str, Any] = field(default_factory=dict)
     stream: dict[str, int] = field(default_factory=dict)
-    evaluation: dict[str, float] = field(default_factory=dict)
+    evaluation: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The fields by name."""

@@ -35,7 +35,7 @@ from .metrics import METRICS_FILE, JsonlSink, MetricSink, make_sinks, read_metri
 from .minibatches import balance
 from .plots import plot_curves
 from .policy_update import PolicyUpdater
-from .progress import Progress, make_progress
+from .progress import HELD_OUT, Progress, describe, make_progress
 from .prompt_stream import PromptStream
 from .replay_buffer import OptimizerBatch, ReplayBuffer
 from .run_state import RunState
@@ -361,6 +361,8 @@ class SPMDPPOTrainer:
             values = self._step_values(status)
             if self._due(config.eval_steps, total):
                 values |= self._evaluate(eval_prompts)
+                if eval_prompts:
+                    progress.note(f"step {self.state.step}/{total}  held out: {describe(values, HELD_OUT)}")
             for sink in sinks:
                 sink.log(self.state.step, values)
             progress.advance(self.state.step, values)
@@ -566,7 +568,7 @@ class SPMDPPOTrainer:
             return {}
         result = self.evaluate(prompts)
         self.last_evaluation = result
-        self.state.evaluation[str(self.state.step)] = result.accuracy
+        self.state.evaluation[str(self.state.step)] = {"accuracy": result.accuracy, "reward": result.reward}
         return {"eval_accuracy": result.accuracy, "eval_reward": result.reward}
 
     def _log_evaluation(self, figures: Mapping[str, float], sinks: Sequence[MetricSink]) -> None:
@@ -591,7 +593,7 @@ class SPMDPPOTrainer:
         if not self.strategy.is_rank_0():
             return
         lines: list[dict[str, Any]] = read_metrics(self.output_dir / METRICS_FILE)
-        lines += [{"step": int(step), "eval_accuracy": value} for step, value in self.state.evaluation.items()]
+        lines += [{"step": int(step), "eval_accuracy": e["accuracy"]} for step, e in self.state.evaluation.items()]
         known = {line["step"] for line in lines if "eval_accuracy" in line and "reward_mean" in line}
         lines = [line for line in lines if "reward_mean" in line or line["step"] not in known]
         plot_curves(sorted(lines, key=lambda line: line["step"]), self.log_dir / PLOTS)
