@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,6 +20,7 @@ from lightrft.trainer.losses import PolicyLoss
 from lightrft.trainer.metrics import STEP_KEYS, read_metrics
 
 Make = Callable[..., Any]
+GUIDE = Path(__file__).parents[4] / "docs/usage.md"
 
 
 def lines(setup: Any) -> list[dict[str, Any]]:
@@ -73,6 +75,34 @@ def test_the_documents_override_of_ppo_train_works_and_syncs_once(make: Make) ->
     assert all(line["seconds_sync"] > 0 for line in lines(setup))  # though the trainer itself has not synced
     plain.fit()
     assert same(setup.weights(), plain.weights())
+
+
+def test_the_usage_guides_own_algorithm_gives_its_advantages_and_its_loss(make: Make) -> None:
+    section = GUIDE.read_text(encoding="utf-8").partition("## An algorithm of your own")[2]
+    example = re.search(r"```python\n(.*?)```", section, re.DOTALL)
+    assert example is not None
+    names: dict[str, Any] = {"__name__": "mine"}
+    exec(example[1], names)
+
+    def train(trainer_class: type[SPMDPPOTrainer]) -> tuple[list[Any], float]:
+        setup, samples = make(trainer_class, max_steps=1, train_batch_size=16), []
+        trainer = setup.trainer
+        step = trainer.training_step
+
+        def noting(*arguments: Any) -> dict[str, float]:
+            samples.extend(trainer.replay_buffer.samples.values())
+            return step(*arguments)
+
+        trainer.training_step = noting
+        setup.fit()
+        return samples, lines(setup)[0]["loss"]
+
+    plain, (mine, loss) = train(SPMDPPOTrainer)[0], train(names["MyTrainer"])
+    assert any(sample.advantages.any() for sample in mine)
+    for one, other in zip(plain, mine, strict=True):
+        assert torch.equal(other.advantages, one.advantages / one.response_length)
+    total = sum(float((sample.engine_logprobs * sample.advantages).sum()) for sample in mine)
+    assert loss == pytest.approx(-total / sum(sample.response_length for sample in mine), abs=1e-5)
 
 
 def test_names_that_the_documents_read_are_there(make: Make) -> None:
@@ -304,7 +334,8 @@ def test_evaluation_is_greedy_and_comes_before_and_after(make: Make, capsys: pyt
     assert saved == state.evaluation
     line = lines(setup)[1]
     assert state.evaluation["2"] == {"accuracy": line["eval_accuracy"], "reward": line["eval_reward"]}
-    assert f"step 2/3  held out: accuracy {line['eval_accuracy']:.3f}  reward {line['eval_reward']:.3f}\n" in capsys.readouterr().out
+    shown = f"step 2/3  held out: accuracy {line['eval_accuracy']:.3f}  reward {line['eval_reward']:.3f}\n"
+    assert shown in capsys.readouterr().out
     assert (setup.trainer.output_dir / "plots" / "accuracy.png").exists()
 
 

@@ -34,7 +34,7 @@ def show_report(
     if after is not None:
         table = Table(title=f"Held-out prompts ({held_out}, greedy)", title_justify="left")
         table.add_column()
-        for name in ("before RL", f"after {steps} steps", "change"):
+        for name in ("before RL", f"after {_steps(steps)}", "change"):
             table.add_column(name, justify="right")
         for name, value in after.items():
             known = ("", "") if before is None else (f"{before[name]:.3f}", f"{value - before[name]:+.3f}")
@@ -50,9 +50,13 @@ def show_report(
                 _short(answer["prompt"]), _short(answer["response"]), _short(str(answer.get("label", ""))), mark
             )
         console.print(table)
-    console.print(f"{steps} steps in {seconds:.0f} s. Everything is in {output_dir}:", markup=False)
+    console.print(f"{_steps(steps)} in {seconds:.0f} s. Everything is in {output_dir}:", markup=False)
     console.print("  model/         transformers loads it", markup=False)
     console.print("  metrics.jsonl  one line a step;  plots/  the curves;  checkpoints/  for --resume", markup=False)
+
+
+def _steps(count: int) -> str:
+    return "1 step" if count == 1 else f"{count} steps"
 
 
 def _short(text: str) -> str:

@@ -56,9 +56,10 @@ def run_rank(config: StrategyConfig, *, multimodal: bool) -> int:
             _leave_word({"output_dir": output_dir}, multimodal=multimodal)
 
     try:
+        from lightrft.trainer import SPMDPPOTrainer, SPMDPPOTrainerVL
         from lightrft.trainer.run import train
 
-        result = train(config, multimodal=multimodal, on_output_dir=known)
+        result = train(config, trainer_class=SPMDPPOTrainerVL if multimodal else SPMDPPOTrainer, on_output_dir=known)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except Exception as error:  # noqa: BLE001 - the last frame of a rank: whatever it is, it is reported, and the rank fails

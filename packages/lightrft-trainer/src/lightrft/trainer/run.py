@@ -23,7 +23,6 @@ from lightrft.strategy.errors import ConfigError
 
 from .interruption import Interruption
 from .spmd_ppo_trainer import SPMDPPOTrainer
-from .spmd_ppo_trainer_vl import SPMDPPOTrainerVL
 
 if TYPE_CHECKING:
     from torch import nn
@@ -54,10 +53,14 @@ class RunResult:
 
 
 def train(
-    config: StrategyConfig, *, multimodal: bool = False, on_output_dir: Callable[[str], None] = lambda _: None
+    config: StrategyConfig,
+    *,
+    trainer_class: type[SPMDPPOTrainer] = SPMDPPOTrainer,
+    on_output_dir: Callable[[str], None] = lambda _: None,
 ) -> RunResult:
     """Run the training that ``config`` describes. Every rank calls.
 
+    :param trainer_class: one of your own, say; a subclass of SPMDPPOTrainerVL for a vision-language model.
     :param on_output_dir: told the run's folder as soon as it is known.
     :raises ConfigError: the folder holds another run.
     """
@@ -71,7 +74,7 @@ def train(
         strategy.config, output_dir=str(output_dir), log_dir=strategy.config.log_dir or str(output_dir)
     )
     with Interruption() as interruption:
-        trainer, loader, held_out = build(strategy, config, output_dir, multimodal=multimodal)
+        trainer, loader, held_out = build(strategy, config, output_dir, trainer_class)
         state = trainer.fit(config, loader, eval_prompts=held_out, interruption=interruption)
     if not trainer.interrupted:
         strategy.save_model(trainer.actor, trainer.processor or trainer.tokenizer, output_dir / MODEL)
@@ -91,12 +94,11 @@ def train(
 
 
 def quiet_libraries() -> None:
-    """Keep out of the run's output: bars of each model that is read, a warning of torchdata's about itself, and torch's
-    about its own old names, which DeepSpeed and vLLM call."""
+    """Keep out of the run's output: bars of each model that is read, and torch's warnings about its own old names,
+    which vLLM calls."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", message="'set_vital' is deprecated", category=UserWarning)
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
 
 
@@ -153,12 +155,16 @@ def _point(link: Path, target: str) -> None:
 
 # ---- building -------------------------------------------------------------------------------------------------------
 def build(
-    strategy: StrategyBase, config: StrategyConfig, output_dir: Path, *, multimodal: bool
+    strategy: StrategyBase,
+    config: StrategyConfig,
+    output_dir: Path,
+    trainer_class: type[SPMDPPOTrainer] = SPMDPPOTrainer,
 ) -> tuple[SPMDPPOTrainer, Any, list[Any]]:
     """Models, data, engine and trainer of a run.
 
     :return: the trainer, the loader of prompts, the held-out prompts.
     """
+    multimodal = trainer_class.multimodal
     if config.pretrain is None:
         config = built_in_task(strategy, config, output_dir)
     assert config.pretrain is not None
@@ -179,7 +185,6 @@ def build(
     if config.rm_use_engine:  # first: it sleeps before the rollout engine takes its memory
         reward_models = [strategy.setup_reward_engine(name) for name in config.reward_names]
     strategy.setup_inference_engine(config, engine_type=config.engine_type)
-    trainer_class = SPMDPPOTrainerVL if multimodal else SPMDPPOTrainer
     trainer = trainer_class(
         strategy,
         actor,
@@ -228,7 +233,10 @@ def built_in_task(strategy: StrategyBase, config: StrategyConfig, output_dir: Pa
 
 
 def load_tokenizer(config: StrategyConfig, *, multimodal: bool) -> tuple[Any, Any]:
-    """Tokenizer and, for a vision-language model, processor. A missing padding token is replaced by the end token."""
+    """Tokenizer and, for a vision-language model, processor. A missing padding token is replaced by the end token.
+
+    :raises ConfigError: a vision-language model was asked for, and this one takes no images.
+    """
     import transformers
 
     processor = None
@@ -236,6 +244,8 @@ def load_tokenizer(config: StrategyConfig, *, multimodal: bool) -> tuple[Any, An
         processor = transformers.AutoProcessor.from_pretrained(
             config.pretrain, trust_remote_code=config.trust_remote_code
         )
+        if getattr(processor, "image_processor", None) is None:
+            raise ConfigError([f"--pretrain {config.pretrain}: takes no images; `lightrft train` trains it"])
         tokenizer = processor.tokenizer
     else:
         tokenizer = transformers.AutoTokenizer.from_pretrained(

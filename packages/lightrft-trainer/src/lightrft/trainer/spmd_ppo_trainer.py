@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -56,7 +56,8 @@ class SPMDPPOTrainer:
     """Trains an actor by reinforcement on any LightRFT strategy and engine.
 
     All that is not given here comes from ``strategy.config``. Models are prepared by the strategy beforehand, for
-    example with ``strategy.prepare_models_and_optimizers``, and an engine is set up.
+    example with ``strategy.prepare_models_and_optimizers``, and an engine is set up. An algorithm of your own is a
+    subclass with another ``experience_maker_class`` (advantages) or ``updater_class`` (losses).
 
     :param actor: the policy (:class:`lightrft.models.ActorLanguage` or anything that a strategy prepared from it).
     :param critic: needed with ``advantage_estimator="gae"``, else None.
@@ -73,6 +74,8 @@ class SPMDPPOTrainer:
     """
 
     multimodal = False
+    experience_maker_class: ClassVar[type[ExperienceMaker]] = ExperienceMaker
+    updater_class: ClassVar[type[PolicyUpdater]] = PolicyUpdater
 
     def __init__(
         self,
@@ -141,7 +144,7 @@ class SPMDPPOTrainer:
         self.replay_buffer = ReplayBuffer()
         self.state = RunState()
         self.experience_maker = self.make_experience_maker()
-        self.updater = PolicyUpdater(
+        self.updater = self.updater_class(
             strategy=strategy,
             actor=actor,
             actor_optim=actor_optim,
@@ -190,7 +193,7 @@ class SPMDPPOTrainer:
 
     def make_experience_maker(self) -> ExperienceMaker:
         """What turns prompts into experience; override to bring another."""
-        return self._experience_maker_class()(
+        return self.experience_maker_class(
             strategy=self.strategy,
             actor=self.actor,
             critic=self.critic,
@@ -205,9 +208,6 @@ class SPMDPPOTrainer:
             needs_old_logprobs=self.optimizer_steps_per_rollout > 1,
             trajectories=self.config.num_trajectories_to_save if self.config.save_trajectories else 0,
         )
-
-    def _experience_maker_class(self) -> type[ExperienceMaker]:
-        return ExperienceMaker
 
     def _problems(self) -> list[str]:
         """What is missing among the constructor's arguments."""
