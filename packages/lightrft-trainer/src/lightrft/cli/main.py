@@ -56,7 +56,8 @@ def build_parser() -> argparse.ArgumentParser:
         add_launch_arguments(command)
         add_arguments(command, suppress_defaults=True)
         _leave_values_unread(command)
-    examine = commands.add_parser("doctor", help="examine this machine, backend and engine before a run is started")
+    text = "examine this machine, backend and engine before a run is started"
+    examine = commands.add_parser("doctor", usage="lightrft doctor [--json] [--FLAG VALUE ...]", help=text)
     add_doctor_arguments(examine, add_launch_arguments)
     add_convert_arguments(commands.add_parser("convert", help="make a checkpoint or a Hugging Face folder of another"))
     return parser
