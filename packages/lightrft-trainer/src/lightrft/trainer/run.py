@@ -211,8 +211,7 @@ def build(
 def data_options(config: StrategyConfig, *, multimodal: bool) -> dict[str, Any]:
     """What a run asks of its datasets: images for models that see, labels where a rule reads them or a key is named."""
     named = config.label_key != FIELDS["label_key"].default
-    options: dict[str, Any] = {"labels_optional": not (named or needs_labels(config.reward))}
-    return options if multimodal else {**options, "images_key": None}
+    return {"labels_optional": not (named or needs_labels(config.reward)), "takes_images": multimodal}
 
 
 def built_in_task(strategy: StrategyBase, config: StrategyConfig, output_dir: Path) -> StrategyConfig:
