@@ -145,7 +145,7 @@ def sample_tokens(settings: Mapping[str, Any], folder: Path, output_dir: Path) -
         patch.setattr(SPMDPPOTrainer, "_plot", lambda self: None)  # curves take longer than a step
         rollouts = _record(patch)
         strategy = get_strategy(config)
-        trainer, loader, _ = build(strategy, config, output_dir, multimodal=False)
+        trainer, loader, _ = build(strategy, config, output_dir)
         trainer.fit(config, loader)
     return vars(joined(rollouts))
 

@@ -105,6 +105,35 @@ def test_a_disk_too_full_for_a_folder_is_explained(tmp_path: Path) -> None:
         strategy.save_ckpt(model, tmp_path / "new" / "runs")
 
 
+def test_a_disk_too_full_for_the_tokenizer_is_explained(tmp_path: Path) -> None:
+    class Tokenizer:
+        def save_pretrained(self, folder: Path) -> None:
+            raise Exception("No space left on device (os error 28)")  # just so say those that are written in Rust
+
+    with pytest.raises(CheckpointError, match="It takes about"):
+        FakeStrategy().save_model(nn.Linear(2, 2), Tokenizer(), tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_of_weights_may_be_read_by_whoever_may_read_the_others(tmp_path: Path) -> None:
+    strategy, model = saved(tmp_path / "runs")
+    strategy.save_model(model, None, tmp_path / "model")
+    (tmp_path / "plain").touch()
+    modes = {path.name: path.stat().st_mode for path in tmp_path.rglob("*") if path.is_file()}
+    assert {"model.safetensors", "0.safetensors", "state-00000-of-00001.safetensors"} <= modes.keys()
+    assert set(modes.values()) == {modes["plain"]}, modes
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.uint16, torch.float8_e8m0fnu, torch.bool])
+def test_rank_states_come_back_in_any_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
+    state = {"mine": torch.arange(6).view(2, 3).to(dtype), "number": torch.tensor(1).to(dtype)}
+    strategy, model = saved(tmp_path, rank_state=state)
+    (loaded,) = strategy.load_ckpt(model, tmp_path).rank_states
+    for name, values in state.items():
+        assert loaded[name].dtype == dtype and loaded[name].shape == values.shape
+        assert torch.equal(loaded[name].reshape(-1).view(torch.uint8), values.reshape(-1).view(torch.uint8))
+
+
 @pytest.mark.parametrize(
     ("damage", "said"), [(cut, "bytes of"), (flip_bit, "was altered"), (Path.unlink, "is missing")]
 )

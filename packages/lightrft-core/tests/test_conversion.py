@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import nn
 
 from lightrft.strategy import FakeStrategy
-from lightrft.strategy.checkpoint_folders import MANIFEST
+from lightrft.strategy.checkpoint_folders import FORMAT, MANIFEST
 from lightrft.strategy.conversion import Conversion, convert, parse_size
 from lightrft.strategy.errors import CheckpointError
 from lightrft.strategy.sealed_file import SealedFile
@@ -290,9 +290,13 @@ def test_a_hub_folder_that_lacks_a_file_or_a_tensor_is_refused(tmp_path: Path) -
 
 
 def test_what_is_no_checkpoint_is_answered_with_what_would_be(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(CheckpointError, match=r"no checkpoint.*manifest.json.*Hugging Face.*state.json.*\.metadata"):
-        convert(tmp_path / "empty", tmp_path / "out")
+    (tmp_path / "run" / "checkpoints" / "step_1").mkdir(parents=True)
+    known = "manifest.json.*Hugging Face.*state.json.*\\.metadata"
+    with pytest.raises(CheckpointError, match=rf"no checkpoint; known.*{known}"):
+        convert(tmp_path / "run", tmp_path / "out")
+    (tmp_path / "run" / "checkpoints" / "step_1" / MANIFEST).write_text(json.dumps({"format": FORMAT}))
+    with pytest.raises(CheckpointError, match=rf"no checkpoint; did you mean \S*run/checkpoints\?; known.*{known}"):
+        convert(tmp_path / "run", tmp_path / "out")
     with pytest.raises(CheckpointError, match="no such folder"):
         convert(tmp_path / "nowhere", tmp_path / "out")
     tiny_model("qwen2").save_pretrained(tmp_path / "hub")

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightrft.strategy.dataloader import ResumableSampler
+from lightrft.strategy.fake_strategy import FakeStrategy
 
 
 def sampler(count: int, rank: int, world_size: int, **options: Any) -> ResumableSampler:
@@ -88,3 +90,9 @@ def test_the_length_is_what_is_left() -> None:
 def test_fewer_samples_than_ranks_are_nothing_or_repeated() -> None:
     assert epoch(2, 4) == [[], [], [], []]
     assert all(len(part) == 1 for part in epoch(2, 4, drop_last=False))
+
+
+def test_a_loader_brings_no_warnings_of_its_library() -> None:
+    strategy = FakeStrategy()
+    with warnings.catch_warnings(action="error"):
+        assert list(strategy.setup_dataloader(range(4), 2, shuffle=False, collate_fn=list)) == [[0, 1], [2, 3]]

@@ -30,7 +30,10 @@ def test_ids_or_texts_one_of_the_two(ids: Any, texts: Any, word: str) -> None:
         make_prompts(ids, texts, None, None)
 
 
-def test_an_empty_prompt_is_named() -> None:
+def test_what_is_no_prompt_is_named() -> None:
+    one: Any = [7, 8]
+    with pytest.raises(ValueError, match="has 7 in place of a prompt; give a list of prompts"):
+        make_prompts(one, None, None, None)
     with pytest.raises(ValueError, match="prompt 1 has no tokens"):
         make_prompts([[1], []], None, None, None)
 

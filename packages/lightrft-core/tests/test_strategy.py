@@ -125,3 +125,13 @@ def test_a_moving_average_takes_whole_numbers_as_they_are() -> None:
     strategy.moving_average(model, average, beta=0.5)
     assert average.num_batches_tracked == 1
     assert torch.equal(average.running_mean, model.running_mean / 2)
+
+
+def test_arguments_in_the_wrong_order_are_no_step_that_does_nothing() -> None:
+    model = torch.nn.Linear(2, 2)
+    strategy = FakeStrategy()
+    optimizer = strategy.create_optimizer(model)
+    strategy.backward(model(torch.ones(1, 2)).sum(), model, optimizer)
+    swapped: Any = (model, optimizer)
+    with pytest.raises(TypeError, match=r"AdamW is no model; .*optimizer_step\(optimizer, model, scheduler\)"):
+        strategy.optimizer_step(*swapped)

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import contextlib
 import re
+import warnings
 
 import pytest
+import torch
 
 from lightrft.deepspeed import DeepspeedStrategy, get_ds_eval_config, get_ds_train_config
+from lightrft.deepspeed.environment import load_deepspeed
 from lightrft.strategy import ConfigError, StrategyConfig
 
 
@@ -79,3 +83,11 @@ def test_what_deepspeed_cannot_do_is_refused_at_once(settings, words):
 def test_a_secondary_shard_must_divide_the_ranks():
     with pytest.raises(ConfigError, match="--zpg 3: must divide the world size 4; possible are 1, 2, 4"):
         StrategyConfig(zero_stage=3, zpg=3, train_batch_size=4).checked(4)
+
+
+def test_deepspeed_calls_old_names_of_torch_without_a_warning_a_step():
+    with warnings.catch_warnings(record=True, action="always") as seen:
+        load_deepspeed.__wrapped__()
+        with contextlib.suppress(ValueError):  # no process group, which it says after the warning
+            torch.distributed.all_gather_into_tensor(torch.zeros(1), torch.zeros(1))
+    assert seen == []

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -70,6 +72,22 @@ def test_an_abort_is_the_cause_only_where_nothing_else_is() -> None:
 
 def test_a_rank_without_a_word_shows_its_exit_code() -> None:
     assert launch.describe_failures({3: failure(7)}) == "rank 3 ended with exit code 7"
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_failed_run_names_a_checkpoint_only_where_there_is_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], saved: bool
+) -> None:
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    if saved:
+        (run / "checkpoints" / "latest").touch()
+    (tmp_path / "outcome.json").write_text(json.dumps({"output_dir": str(run), "command": "train-vl"}))
+    assert launch._report(tmp_path, {0: failure(1, "no data")}) == 1
+    how = "Go on from the last" if saved else "There is no"
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"lightrft: rank 0: no data\n{how} checkpoint")
+    assert shown.endswith(f"\n  lightrft train-vl --resume --output_dir {run}\n")
 
 
 def test_cores_are_shared_between_ranks_unless_the_user_said_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:

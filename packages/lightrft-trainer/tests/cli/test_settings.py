@@ -380,7 +380,17 @@ def test_an_engine_for_the_reward_model_needs_a_model_and_an_engine_that_serves_
 def test_a_file_where_a_folder_is_wanted_is_refused(tmp_path: Path, flag: str) -> None:
     path = tmp_path / "file"
     path.touch()
-    assert f"{flag} {str(path)!r}: is a file; name a folder" in faults(flag, str(path))
+    for wanted in (path, path / "run"):
+        assert f"{flag} {str(path)!r}: is a file; name a folder" in faults(flag, str(wanted))
+
+
+@pytest.mark.parametrize("flag", ["--output_dir", "--log_dir"])
+def test_a_folder_that_may_not_be_written_is_refused_before_a_rank_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str
+) -> None:
+    monkeypatch.setattr(settings.os, "access", lambda path, mode: path != tmp_path)  # root may write anywhere
+    run = tmp_path / "a" / "run"
+    assert f"{flag} {str(run)!r}: nothing may be written into {tmp_path}; name another folder" in faults(flag, str(run))
 
 
 def test_the_home_folder_may_be_written_as_a_tilde_wherever_a_setting_comes_from(

@@ -43,7 +43,7 @@ def test_transformers_loads_the_model(uninterrupted: Path) -> None:
 
 def test_the_report_says_what_was_learned_and_where_it_is(uninterrupted: Path) -> None:
     shown = (uninterrupted.parent / "log.txt").read_text()
-    assert "Held-out accuracy (8 prompts, greedy)" in shown
+    assert "Held-out prompts (8, greedy)" in shown
     assert "Some held-out answers" in shown
     assert str(uninterrupted) in shown.replace("\n", "")
     assert "Traceback" not in shown
@@ -157,8 +157,8 @@ def test_the_default_run_learns_its_task(train: Tiny, tmp_path: Path) -> None:
     """The README's first command, but for its folder."""
     command = train(tmp_path, "--output_dir", str(tmp_path / "run"))
     assert command.process.wait(timeout=900) == 0, command.output()
-    accuracy = json.loads((tmp_path / "run" / "evaluation.json").read_text())
-    assert accuracy["0"] < 0.3 and accuracy["200"] > 0.8
+    found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert found["0"]["accuracy"] < 0.3 and found["200"]["accuracy"] > 0.8
 
 
 @pytest.mark.full
@@ -170,8 +170,8 @@ def test_the_default_task_is_learned_by_adapters(train: Tiny, tmp_path: Path) ->
 
     command = train(tmp_path, "--lora_rank", "8", "--output_dir", str(tmp_path / "run"))
     assert command.process.wait(timeout=900) == 0, command.output()
-    accuracy = json.loads((tmp_path / "run" / "evaluation.json").read_text())
-    assert accuracy["0"] < 0.3 and accuracy["200"] > 0.8
+    found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert found["0"]["accuracy"] < 0.3 and found["200"]["accuracy"] > 0.8
     base, merged = (AutoModelForCausalLM.from_pretrained(tmp_path / "run" / n) for n in ("initial_model", "model"))
     ids = torch.arange(3, 13).repeat(2, 1)
     with torch.no_grad():

@@ -239,6 +239,17 @@ def test_a_missing_image_is_named_when_the_dataset_is_read(tokenizer: Any, tmp_p
         build_prompt_dataset(path, tokenizer, images_key="image")
 
 
+def test_images_that_a_text_model_leaves_out_are_logged(
+    tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    lines = [{"input": "?", "label": ""}, {"input": "?", "label": "", "image": ["gone.png"]}]
+    for count in (1, 2):
+        path = write(tmp_path / f"{count}.jsonl", lines[:count])
+        prompts = list(build_prompt_dataset(path, tokenizer, images_key="image", takes_images=False))
+        assert [prompt.images for prompt in prompts] == [None] * count
+        assert ("images, under the key 'image', are left out: `lightrft train-vl`" in caplog.text) == (count == 2)
+
+
 def test_a_broken_image_is_named_when_it_is_opened(tokenizer: Any, tmp_path: Path):
     (tmp_path / "bad.png").write_text("no")
     path = write(tmp_path / "a.jsonl", [{"input": "?", "label": "", "image": "bad.png"}])

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, BertConfig
 
-from lightrft.models import RewardModel, pad_rows
-from lightrft.testing.tiny_models import tiny_config
+from lightrft.models import ActorLanguage, RewardModel, pad_rows
+from lightrft.testing.tiny_models import tiny_config, tiny_model
 
 END = 2
 ROWS = pad_rows([[5, 6, 7], [8]], [[20, 21, END], [30, END]], pad_token_id=END)
@@ -65,3 +65,13 @@ def test_an_encoder_classifier_is_refused_by_name():
     small = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=50)
     with pytest.raises(ValueError, match=r"BertForSequenceClassification has no `score` layer"):
         RewardModel(small)
+
+
+def test_weights_of_another_kind_of_model_are_refused(tmp_path: Path):
+    """A language model would score at random, a classifier write so."""
+    tiny_model("qwen2").save_pretrained(tmp_path / "generator")
+    RewardModel(tiny_config("qwen2")).model.save_pretrained(tmp_path / "classifier")
+    with pytest.raises(ValueError, match=r"generator: has no score\.weight, which Qwen2ForSequenceC"):
+        RewardModel(tmp_path / "generator")
+    with pytest.raises(ValueError, match=r"classifier: has no lm_head\.weight, which Qwen2ForCausalLM would"):
+        ActorLanguage(tmp_path / "classifier")

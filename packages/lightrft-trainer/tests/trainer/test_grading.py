@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from lightrft.data.tasks import build_tokenizer
+from lightrft.data.tasks import build_default_model, build_tokenizer
 from lightrft.models import RewardModel
 from lightrft.rewards import RewardError
 from lightrft.strategy.fake_strategy import FakeStrategy
@@ -94,8 +95,9 @@ def test_a_score_that_is_no_number_names_its_sample(folder: str) -> None:
         graded(FakeStrategy(), model)
 
 
-def test_a_reward_model_that_an_engine_serves_is_not_loaded_beside_it(folder: str) -> None:
+def test_a_reward_model_that_an_engine_serves_is_not_loaded_beside_it(folder: str, tmp_path: Path) -> None:
+    actor = str(build_default_model(tmp_path / "actor"))
     for served in (True, False):
-        strategy = FakeStrategy(pretrain=folder, reward_pretrain=folder, rm_use_engine=served, init_kl_coef=0.0)
+        strategy = FakeStrategy(pretrain=actor, reward_pretrain=folder, rm_use_engine=served, init_kl_coef=0.0)
         reward_models = build_models(strategy, strategy.config, multimodal=False)[2]
         assert (reward_models is None) is served

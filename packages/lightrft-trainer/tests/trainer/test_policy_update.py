@@ -265,7 +265,7 @@ def test_low_entropy_leaves_the_policy_loss_and_neither_the_kl_nor_a_sequence_s_
     logprobs = ((fields["old_logprobs"] + 0.6 * (figures() - 0.5)) * mask).requires_grad_()
     rows = ExperienceBatch(torch.zeros(3, 8, dtype=torch.long), mask.long(), mask, fields, {})
     settings = {"init_kl_coef": 0.1, "use_kl_loss": True, "high_entropy_token_ratio": 0.5}
-    loss = updater(lambda *_, **__: logprobs, objective, **settings)._actor_loss(rows, 0.5, DeviceSums())
+    loss = updater(lambda *_, **__: logprobs, objective, **settings).actor_loss(rows, 0.5, DeviceSums())
 
     log_ratio = logprobs - fields["old_logprobs"]
     if objective == "gspo":

@@ -14,8 +14,8 @@ from peft.tuners.lora import LoraLayer
 
 from lightrft.data import DataError, prompt_dataset_from_config
 from lightrft.data.tasks import build_model, build_tokenizer
-from lightrft.strategy import FakeStrategy, StrategyConfig
-from lightrft.trainer.run import build_models, data_options
+from lightrft.strategy import ConfigError, FakeStrategy, StrategyConfig
+from lightrft.trainer.run import build_models, data_options, load_tokenizer
 
 ALL: dict[str, Any] = {"advantage_estimator": "gae", "enable_ema": True}  # actor, critic, reference and average
 
@@ -155,3 +155,11 @@ def test_flash_attention_in_fp32_is_refused_with_the_flag_that_allows_it(
     with pytest.raises(ValueError, match=r"--flash_attn computes in bf16 or fp16, not in torch.float32; add --bf16"):
         models(folder, flash_attn=True)
     assert not asked_attention
+
+
+def test_a_text_model_is_not_trained_as_one_that_sees(tmp_path: Path) -> None:
+    build_tokenizer().save_pretrained(tmp_path)
+    build_model(layers=1, width=64).config.save_pretrained(tmp_path)
+    config = StrategyConfig(pretrain=str(tmp_path))
+    with pytest.raises(ConfigError, match=r"takes no images; `lightrft train` trains it"):
+        load_tokenizer(config, multimodal=True)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import pairwise
@@ -25,6 +26,7 @@ from lightrft.trainer.metrics import STEP_KEYS, read_metrics
 from lightrft.trainer.prompt_stream import PromptStream
 
 Make = Callable[..., Any]
+GUIDE = Path(__file__).parents[4] / "docs/usage.md"
 
 
 def lines(setup: Any) -> list[dict[str, Any]]:
@@ -81,6 +83,34 @@ def test_the_documents_override_of_ppo_train_works_and_syncs_once(make: Make) ->
     assert all(line["seconds_sync"] > 0 for line in lines(setup))  # though the trainer itself has not synced
     plain.fit()
     assert same(setup.weights(), plain.weights())
+
+
+def test_the_usage_guides_own_algorithm_gives_its_advantages_and_its_loss(make: Make) -> None:
+    section = GUIDE.read_text(encoding="utf-8").partition("## An algorithm of your own")[2]
+    example = re.search(r"```python\n(.*?)```", section, re.DOTALL)
+    assert example is not None
+    names: dict[str, Any] = {"__name__": "mine"}
+    exec(example[1], names)
+
+    def train(trainer_class: type[SPMDPPOTrainer]) -> tuple[list[Any], float]:
+        setup, samples = make(trainer_class, max_steps=1, train_batch_size=16), []
+        trainer = setup.trainer
+        step = trainer.training_step
+
+        def noting(*arguments: Any) -> dict[str, float]:
+            samples.extend(trainer.replay_buffer.samples.values())
+            return step(*arguments)
+
+        trainer.training_step = noting
+        setup.fit()
+        return samples, lines(setup)[0]["loss"]
+
+    plain, (mine, loss) = train(SPMDPPOTrainer)[0], train(names["MyTrainer"])
+    assert any(sample.advantages.any() for sample in mine)
+    for one, other in zip(plain, mine, strict=True):
+        assert torch.equal(other.advantages, one.advantages / one.response_length)
+    total = sum(float((sample.engine_logprobs * sample.advantages).sum()) for sample in mine)
+    assert loss == pytest.approx(-total / sum(sample.response_length for sample in mine), abs=1e-5)
 
 
 def test_names_that_the_documents_read_are_there(make: Make) -> None:
@@ -401,7 +431,7 @@ def test_an_engine_that_drops_its_weights_serves_every_draw_and_evaluation(make:
     assert all(asleep_while_training)
 
 
-def test_evaluation_is_greedy_and_comes_before_and_after(make: Make) -> None:
+def test_evaluation_is_greedy_and_comes_before_and_after(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
     setup = make(eval_steps=2, max_steps=3, plots=True, temperature=2.0)
     held_out = [setup.prompts[i] for i in range(10)]
     state = setup.fit(eval_prompts=held_out)
@@ -413,7 +443,10 @@ def test_evaluation_is_greedy_and_comes_before_and_after(make: Make) -> None:
         assert answer["response"] == tokenizer.decode(greedy, skip_special_tokens=True)
     saved = json.loads((setup.trainer.output_dir / "evaluation.json").read_text())
     assert saved == state.evaluation
-    assert lines(setup)[1]["eval_accuracy"] == state.evaluation["2"]
+    line = lines(setup)[1]
+    assert state.evaluation["2"] == {"accuracy": line["eval_accuracy"], "reward": line["eval_reward"]}
+    shown = f"step 2/3  held out: accuracy {line['eval_accuracy']:.3f}  reward {line['eval_reward']:.3f}\n"
+    assert shown in capsys.readouterr().out
     assert (setup.trainer.output_dir / "plots" / "accuracy.png").exists()
 
 
@@ -440,7 +473,7 @@ def test_every_evaluation_reaches_the_trackers(make: Make) -> None:
     opened = setup.trainer._open_sinks
     setup.trainer._open_sinks = lambda: [*opened(), Tracker()]
     state = setup.fit(eval_prompts=[setup.prompts[0]])
-    assert Tracker.seen == {int(step): [accuracy] for step, accuracy in state.evaluation.items()}
+    assert Tracker.seen == {int(step): [found["accuracy"]] for step, found in state.evaluation.items()}
     assert [line["step"] for line in lines(setup)] == [1, 2, 3]
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from . import checkpoint_folders as folders
@@ -38,6 +38,7 @@ from .rng import restore_rng, rng_state
 from .sealed_file import Seal, Seals
 from .state_formats import format_of, open_state
 from .state_source import match_names
+from .tensor_files import write_tensors
 from .weights import TensorSpec
 
 if TYPE_CHECKING:
@@ -441,7 +442,7 @@ def _write_rank(strategy: StrategyBase, folder: Path, rank_state: Mapping[str, t
     mine = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in rank_state.items()}
     if clash := [name for name in mine if name.startswith("rng.")]:
         raise ValueError(f"save_ckpt: names in rank_state must not start with 'rng.': {', '.join(clash)}")
-    save_file({**mine, **tensors}, folder / f"{strategy.rank}.safetensors")
+    write_tensors(folder / f"{strategy.rank}.safetensors", {**mine, **tensors})
     state = {"rng": plain, "engine": strategy.engine_host.state_dict()}
     (folder / f"{strategy.rank}.json").write_text(json.dumps(state))
 

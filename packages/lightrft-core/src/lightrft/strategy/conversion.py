@@ -224,8 +224,10 @@ def _find(source: Path, tag: str | None) -> _Input:
     if not folder.is_dir() or not (format_of(folder) or hub_files.is_hub_folder(folder)):
         titles = "; ".join(known.title for known in known_formats())
         there = f" (present: {', '.join(folders.names(source))})" if tag is not None else ""
+        below = sorted(path for path in folder.glob("*/") if folders.whole_checkpoints(path))
+        there += f"; did you mean {below[0]}?" if below else ""
         raise CheckpointError(
-            f"{folder}: no checkpoint{there}. Known: a LightRFT checkpoint ({folders.MANIFEST}); a Hugging Face "
+            f"{folder}: no checkpoint{there}; known are a LightRFT checkpoint ({folders.MANIFEST}); a Hugging Face "
             f"folder ({hub_files.CONFIG} and safetensors); {titles}"
         )
     return _Input(folder=folder, models={checkpoint.DEFAULT_NAME: folder})

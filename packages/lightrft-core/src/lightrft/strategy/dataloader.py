@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sized
 from typing import Any
 
@@ -104,6 +105,13 @@ def make_dataloader(
         raise ValueError(
             "setup_dataloader: consumed_samples works only with the strategy's own sampler; set the position of yours"
         )
-    return StatefulDataLoader(
-        data, batch_size=batch_size, sampler=sampler, drop_last=drop_last, collate_fn=collate_fn, pin_memory=pin_memory
-    )
+    with warnings.catch_warnings():  # torchdata calls an old name of torch's
+        warnings.filterwarnings("ignore", message="'set_vital' is deprecated", category=UserWarning)
+        return StatefulDataLoader(
+            data,
+            batch_size=batch_size,
+            sampler=sampler,
+            drop_last=drop_last,
+            collate_fn=collate_fn,
+            pin_memory=pin_memory,
+        )

@@ -8,8 +8,6 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from .blame import is_lost_peer
 from .errors import CheckpointError
 
@@ -28,8 +26,8 @@ def explain_write(staging: Path, target: Path, needed: int) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: torch's writer, CheckpointError too
-        if isinstance(error, RuntimeError) and (is_lost_peer(error) or not is_full(error)):
+    except Exception as error:
+        if is_lost_peer(error) or not (isinstance(error, OSError) or is_full(error)):
             raise
         shortage = f". {describe_shortage(staging, needed)}" if is_full(error) else ""
         raise CheckpointError(

@@ -23,7 +23,7 @@ from .errors import CheckpointError
 from .host_copies import HostCopies
 from .sealed_file import Seals
 from .state_source import WEIGHT, Fragment, Placed, StateFormat, StateSource, TensorEntry, read_json
-from .tensor_files import TensorFileWriter, stored_tensors
+from .tensor_files import TensorFileWriter, stored_tensors, write_tensors
 
 FORMAT = "lightrft-state-1"
 INDEX = "state.json"
@@ -45,9 +45,9 @@ def write(
             owned[f"{fragment.kind}/{fragment.name}/{start}"] = values
     path = folder / f"state-{rank:05d}-of-{ranks:05d}.safetensors"
     if copies is None:
-        return _write(path, owned)
+        return {path: write_tensors(path, owned)}
     owned = copies.take(owned)
-    return in_background(lambda: _write(path, owned))
+    return in_background(lambda: {path: write_tensors(path, owned)})
 
 
 def write_index(entries: Mapping[str, tuple[Iterable[int], int]], folder: Path, ranks: int) -> None:
@@ -124,13 +124,6 @@ def in_background(work: Callable[[], T]) -> Future[T]:
         return pool.submit(work)
     finally:
         pool.shutdown(wait=False)
-
-
-def _write(path: Path, tensors: Mapping[str, torch.Tensor]) -> Seals:
-    with TensorFileWriter(path, {key: (t.dtype, (t.numel(),)) for key, t in tensors.items()}) as writer:
-        for key in writer.order:
-            writer.write(key, tensors[key])
-    return {path: writer.seal}
 
 
 FRAGMENTS = StateFormat(

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from .disk import explain_write, replace_folder
 from .errors import CheckpointError
 from .hub_files import shard_names, write_shard_index
 from .hub_layout import hub_models, unwrap
+from .tensor_files import write_tensors
 from .weights import DEFAULT_BUCKET_BYTES, TensorSpec, UpdatePlan, WeightBucket, plan_buckets
 
 if TYPE_CHECKING:
@@ -74,8 +74,7 @@ def _make_empty(folder: Path) -> None:
 
 
 def _write_bucket(bucket: WeightBucket, path: Path) -> None:
-    tensors = {name: tensor.to("cpu").contiguous().clone() for name, tensor in bucket.tensors.items()}
-    save_file(tensors, path, metadata={"format": "pt"})
+    write_tensors(path, bucket.tensors, metadata={"format": "pt"})
 
 
 def _write_rest(

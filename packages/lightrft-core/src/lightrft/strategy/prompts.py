@@ -39,6 +39,11 @@ def make_prompts(
     if texts is not None:
         return [Prompt(prompt=text, images=pictures[i]) for i, text in enumerate(texts)]
     assert token_ids is not None
+    if flat := [ids for ids in token_ids if isinstance(ids, int)]:
+        raise ValueError(
+            f"gather_and_generate: all_prompt_token_ids has {flat[0]} in place of a prompt; give a list of prompts, "
+            "each a list of ids"
+        )
     if empty := [i for i, ids in enumerate(token_ids) if len(ids) == 0]:
         raise ValueError(f"gather_and_generate: prompt {empty[0]} has no tokens")
     return [Prompt(prompt_token_ids=tuple(int(t) for t in ids), images=pictures[i]) for i, ids in enumerate(token_ids)]

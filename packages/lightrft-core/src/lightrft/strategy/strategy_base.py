@@ -473,6 +473,11 @@ class StrategyBase(ABC):
     def record(self, model: nn.Module) -> ModelRecord:
         """The record of a model, made when it is first asked for."""
         if model not in self._records:
+            if not isinstance(model, nn.Module):
+                raise TypeError(
+                    f"{type(model).__name__} is no model; the order is backward(loss, model, optimizer) and "
+                    "optimizer_step(optimizer, model, scheduler)"
+                )
             self._records[model] = ModelRecord(
                 reference=weakref.ref(model), loss_scale=LossScale(enabled=self.config.fp16)
             )

@@ -1,8 +1,9 @@
 """Safetensors files written and read piece by piece, through plain file calls.
 
-The library's own ``save_file`` wants all tensors at once, and its reader maps whole files. Here a file is written
-tensor by tensor, and any flat range of a tensor is read into fresh memory: a conversion holds one tensor, whatever the
-size of the model. Format: https://github.com/huggingface/safetensors#format.
+The library's own ``save_file`` wants all tensors at once and makes files that nobody else may read, whatever the umask
+(https://github.com/huggingface/safetensors/issues/782), and its reader maps whole files. Here a file is written tensor
+by tensor, and any flat range of a tensor is read into fresh memory: a conversion holds one tensor, whatever the size of
+the model. Format: https://github.com/huggingface/safetensors#format.
 """
 
 from __future__ import annotations
@@ -28,11 +29,16 @@ _NAMES = {
     torch.bfloat16: "BF16",
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e8m0fnu: "F8_E8M0",
     torch.int64: "I64",
     torch.int32: "I32",
     torch.int16: "I16",
     torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
     torch.uint8: "U8",
+    torch.complex64: "C64",
     torch.bool: "BOOL",
 }
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
@@ -92,6 +98,14 @@ class TensorFileWriter:
     def seal(self) -> Seal:
         """Size and digest of what has been written."""
         return self._file.seal
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> Seal:
+    """Write one file of tensors that are all there, and flush it; returns its seal."""
+    with TensorFileWriter(path, {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}, metadata) as writer:
+        for name in writer.order:
+            writer.write(name, tensors[name])
+    return writer.seal
 
 
 @dataclass(frozen=True, kw_only=True)

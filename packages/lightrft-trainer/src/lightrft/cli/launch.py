@@ -208,6 +208,7 @@ def _report(folder: Path, failures: dict[int, Any] | None) -> int:
     outcome = json.loads(word.read_text(encoding="utf-8")) if word.exists() else {}
     output_dir = outcome.get("output_dir")
     resume = f"lightrft {outcome.get('command', 'train')} --resume --output_dir {output_dir}" if output_dir else None
+    saved = output_dir is not None and (Path(output_dir) / "checkpoints" / "latest").exists()
     if failures is None and not outcome.get("interrupted"):
         return 0
     if outcome.get("interrupted"):
@@ -216,7 +217,6 @@ def _report(folder: Path, failures: dict[int, Any] | None) -> int:
         )
         return EXIT_INTERRUPTED
     if (folder / ASKED_FILE).exists():
-        saved = output_dir is not None and (Path(output_dir) / "checkpoints" / "latest").exists()
         sys.stderr.write(
             "lightrft: stopped before there was anything to save\n"
             if not saved
@@ -227,7 +227,8 @@ def _report(folder: Path, failures: dict[int, Any] | None) -> int:
     if outcome.get("wrong_use"):
         return 2
     if resume is not None:
-        sys.stderr.write(f"Continue from the last checkpoint with:\n  {resume}\n")
+        anew = "There is no checkpoint yet. Start again, with other settings if you pass some:"
+        sys.stderr.write(f"{'Continue from the last checkpoint with:' if saved else anew}\n  {resume}\n")
     return EXIT_FAILED
 
 

@@ -56,7 +56,8 @@ def build_parser() -> argparse.ArgumentParser:
         add_launch_arguments(command)
         add_arguments(command, suppress_defaults=True)
         _leave_values_unread(command)
-    examine = commands.add_parser("doctor", help="check machine, backend and engine before a run")
+    text = "check machine, backend and engine before a run"
+    examine = commands.add_parser("doctor", usage="lightrft doctor [--json] [--FLAG VALUE ...]", help=text)
     add_doctor_arguments(examine, add_launch_arguments)
     add_convert_arguments(
         commands.add_parser("convert", help="convert checkpoints and Hugging Face folders into each other")

@@ -13,26 +13,32 @@ LONGEST_SHOWN = 60
 
 def show_report(
     *,
-    before: float | None,
-    after: float | None,
+    before: Mapping[str, float] | None,
+    after: Mapping[str, float] | None,
     held_out: int,
     answers: Sequence[Mapping[str, Any]],
     output_dir: Path,
     seconds: float,
     steps: int,
 ) -> None:
-    """Print the report; call it on rank 0 only."""
+    """Print the report; call it on rank 0 only.
+
+    :param before: held-out accuracy and reward at the start; None if there was only one evaluation.
+    :param after: at the end.
+    """
     from rich.console import Console
     from rich.table import Table
 
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 100, highlight=False)
     console.print()
     if after is not None:
-        table = Table(title=f"Held-out accuracy ({held_out} prompts, greedy)", title_justify="left")
-        for name in ("before RL", f"after {steps} steps", "change"):
+        table = Table(title=f"Held-out prompts ({held_out}, greedy)", title_justify="left")
+        table.add_column()
+        for name in ("before RL", f"after {_steps(steps)}", "change"):
             table.add_column(name, justify="right")
-        change = "" if before is None else f"{after - before:+.3f}"
-        table.add_row("" if before is None else f"{before:.3f}", f"{after:.3f}", change)
+        for name, value in after.items():
+            known = ("", "") if before is None else (f"{before[name]:.3f}", f"{value - before[name]:+.3f}")
+            table.add_row(name, known[0], f"{value:.3f}", known[1])
         console.print(table)
     if answers:
         table = Table(title="Some held-out answers", title_justify="left")
@@ -44,9 +50,13 @@ def show_report(
                 _short(answer["prompt"]), _short(answer["response"]), _short(str(answer.get("label", ""))), mark
             )
         console.print(table)
-    console.print(f"{steps} steps in {seconds:.0f} s. Everything is in {output_dir}:", markup=False)
+    console.print(f"{_steps(steps)} in {seconds:.0f} s. Everything is in {output_dir}:", markup=False)
     console.print("  model/         the model, for transformers", markup=False)
     console.print("  metrics.jsonl  one line per step;  plots/  curves;  checkpoints/  for --resume", markup=False)
+
+
+def _steps(count: int) -> str:
+    return "1 step" if count == 1 else f"{count} steps"
 
 
 def _short(text: str) -> str:

@@ -201,12 +201,14 @@ def _reward_faults(config: StrategyConfig) -> list[str]:
 
 def _output_faults(config: StrategyConfig) -> list[str]:
     given = {"output_dir": config.output_dir, "log_dir": config.log_dir}
-    problems = [f"--{name} {path!r}: is a file; name a folder" for name, path in given.items() if _is_file(path)]
+    problems = []
+    for name, path in ((name, Path(path)) for name, path in given.items() if path is not None):
+        there = next(place for place in (path, *path.parents) if place.exists())
+        if not there.is_dir():
+            problems.append(f"--{name} {str(there)!r}: is a file; name a folder")
+        elif not os.access(there, os.W_OK):
+            problems.append(f"--{name} {str(path)!r}: nothing may be written into {there}; name another folder")
     own = config.output_dir != FIELDS["output_dir"].default and not config.resume
     if own and (Path(config.output_dir) / CONFIG_FILE).exists():
         problems.append(f"--output_dir {config.output_dir!r}: {TAKEN}")
     return problems
-
-
-def _is_file(path: str | None) -> bool:
-    return path is not None and Path(path).is_file()

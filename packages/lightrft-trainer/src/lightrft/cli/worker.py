@@ -56,9 +56,10 @@ def run_rank(config: StrategyConfig, *, multimodal: bool) -> int:
             _leave_word({"output_dir": output_dir}, multimodal=multimodal)
 
     try:
+        from lightrft.trainer import SPMDPPOTrainer, SPMDPPOTrainerVL
         from lightrft.trainer.run import train
 
-        result = train(config, multimodal=multimodal, on_output_dir=known)
+        result = train(config, trainer_class=SPMDPPOTrainerVL if multimodal else SPMDPPOTrainer, on_output_dir=known)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except Exception as error:  # noqa: BLE001 - the last frame of a rank: any error is reported, and the rank fails
@@ -91,10 +92,10 @@ def show_result(result: RunResult) -> None:
     """The report at the end of a run."""
     from .report import show_report
 
-    accuracies = [result.evaluation[step] for step in sorted(result.evaluation, key=int)]
+    found = [result.evaluation[step] for step in sorted(result.evaluation, key=int)]
     show_report(
-        before=accuracies[0] if len(accuracies) > 1 else None,
-        after=accuracies[-1] if accuracies else None,
+        before=found[0] if len(found) > 1 else None,
+        after=found[-1] if found else None,
         held_out=result.held_out,
         answers=result.answers,
         output_dir=Path(result.output_dir),

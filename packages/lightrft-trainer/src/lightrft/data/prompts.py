@@ -55,6 +55,7 @@ class PromptDataset(Dataset[Prompt]):
     :param labels_optional: if no record has a label, the dataset has no labels, which is logged. If only some lack it,
         each of those is a fault.
     :param images_key: key of the images; records may lack it.
+    :param takes_images: False leaves them out, which is logged.
     :param prompt_max_len: longest prompt in tokens.
     :param flags: names of the dataset's flags, for messages.
     :raises DataError: a record lacks a key or cannot be rendered (all such records are counted, the first ones
@@ -70,6 +71,7 @@ class PromptDataset(Dataset[Prompt]):
         label_key: str | None = "label",
         labels_optional: bool = False,
         images_key: str | None = None,
+        takes_images: bool = True,
         prompt_format: PromptFormat | None = None,
         prompt_max_len: int = 1024,
         overlong: Literal["drop", "refuse"] = "drop",
@@ -80,6 +82,10 @@ class PromptDataset(Dataset[Prompt]):
         if labels_optional and label_key and all(record.values.get(label_key) is None for record in records):
             logger.warning("no line has the key %r: the prompts have no labels (--label_key)", label_key)
             label_key = None
+        if not takes_images and images_key:
+            if any(record.values.get(images_key) for record in records):
+                logger.warning("images, under the key %r, are left out: `lightrft train-vl` takes them", images_key)
+            images_key = None
         faults: list[str] = []
         rendered: list[tuple[Record, str, Any, list[Any]]] = []
         for record in records:

@@ -51,7 +51,8 @@ def load_model(
         under ``torch.device("meta")``), or a module, which is returned as it is.
     :param dtype: of the weights. :param compute_dtype: the dtype to which a strategy casts them; None: ``dtype``.
     :param kind: ``generator`` is a causal or an image-text-to-text model, whichever the configuration says.
-    :raises ValueError: an empty path, or flash attention is not possible.
+    :raises ValueError: an empty path, flash attention is not possible, or a model of another kind, without the weights
+        that a generator or a classifier needs.
     :raises OSError: from transformers, for a path or name without a model.
     """
     if isinstance(source, nn.Module):
@@ -85,7 +86,13 @@ def load_model(
         with contextlib.suppress(OSError):  # not all folders have one
             model.generation_config = transformers.GenerationConfig.from_pretrained(source)
     else:
-        model = loader.from_pretrained(source, config=config, **options)
+        model, read = loader.from_pretrained(source, config=config, output_loading_info=True, **options)
+        random = sorted({name for name, _ in model.named_parameters()} & set(read["missing_keys"]))
+        if random and kind != "backbone":
+            raise ValueError(
+                f"{source}: has no {random[0]}{f' and {len(random) - 1} more' if random[1:] else ''}, which "
+                f"{type(model).__name__} would begin with at random; name a folder that holds such a model"
+            )
     return model.train()
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from lightrft.strategy.adapters import is_adapted, without_adapters
 from lightrft.strategy.disk import explain_write, replace_folder
 from lightrft.strategy.errors import CheckpointError
 from lightrft.strategy.hub_layout import hub_models, unwrap
+from lightrft.strategy.tensor_files import write_tensors
 from lightrft.strategy.weights import UpdatePlan
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def save_adapter(strategy: StrategyBase, model: nn.Module, folder: str | Path) -
                 with explain_write(staging, folder, sum(spec.nbytes for spec in specs)):
                     shutil.rmtree(staging, ignore_errors=True)
                     staging.mkdir(parents=True)
-                    save_file(tensors, staging / "adapter_model.safetensors", metadata={"format": "pt"})
+                    write_tensors(staging / "adapter_model.safetensors", tensors, metadata={"format": "pt"})
                     _peft_config(model).save_pretrained(str(staging))
                     replace_folder(staging, folder)
             finally:

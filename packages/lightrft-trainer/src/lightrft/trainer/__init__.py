@@ -5,6 +5,7 @@ from __future__ import annotations
 from .experience import Experience, ExperienceBatch
 from .experience_maker import ExperienceMaker
 from .kl_controller import AdaptiveKLController, FixedKLController
+from .policy_update import PolicyUpdater
 from .replay_buffer import ReplayBuffer
 from .spmd_ppo_trainer import DriftError, SPMDPPOTrainer
 from .spmd_ppo_trainer_vl import SPMDPPOTrainerVL
@@ -16,6 +17,7 @@ __all__ = [
     "Experience",
     "ExperienceBatch",
     "ExperienceMaker",
+    "PolicyUpdater",
     "ReplayBuffer",
     "FixedKLController",
     "AdaptiveKLController",

@@ -174,7 +174,7 @@ class ExperienceMaker:
         with evaluating(self.actor, self.critic):
             self._look(rollout, batches)
         self._shape(rollout)
-        self._advantages(rollout)
+        self.compute_advantages(rollout)
         rollout.seconds["experience"] = time.monotonic() - begun
         return rollout
 
@@ -333,7 +333,10 @@ class ExperienceMaker:
         for sample, value in zip(rollout.samples, shaped.tolist(), strict=True):
             sample.shaped_reward = value
 
-    def _advantages(self, rollout: Rollout) -> None:
+    def compute_advantages(self, rollout: Rollout) -> None:
+        """Give each of this rank's samples its ``advantages`` ``[response_length]``, from ``shaped_reward``; with a
+        critic its ``returns`` too. Groups of ``sampling.n`` neighbours share a prompt. A collective.
+        """
         config, samples = self.config, rollout.samples
         shaped = torch.tensor([sample.shaped_reward for sample in samples], dtype=torch.float32)
         scores = group_scores(

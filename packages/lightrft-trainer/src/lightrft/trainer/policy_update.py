@@ -74,10 +74,10 @@ class PolicyUpdater:
             samples = [buffer.samples[index] for index in micro.indices]
             rows = make_batch(samples, self.pad_token_id, self.strategy.device, token_fields)
             if train_actor:
-                loss = self._actor_loss(rows, threshold, sums)
+                loss = self.actor_loss(rows, threshold, sums)
                 self.strategy.backward(loss, self.actor, self.actor_optim, scale=1.0 / denominator, boundary=i == last)
             if self.critic is not None and self.critic_optim is not None:
-                loss = self._critic_loss(rows, sums)
+                loss = self.critic_loss(rows, sums)
                 share = 1.0 / max(1, batch.tokens)
                 self.strategy.backward(loss, self.critic, self.critic_optim, scale=share, boundary=i == last)
         figures = self._step_optimizers(train_actor)
@@ -87,8 +87,13 @@ class PolicyUpdater:
             figures[name] = value if peak else value / (denominator if name == "loss" else tokens)
         return figures
 
-    def _actor_loss(self, rows: ExperienceBatch, threshold: float | None, sums: DeviceSums) -> Tensor:
-        """Sum over the micro-batch; divided by the global count later."""
+    def actor_loss(self, rows: ExperienceBatch, threshold: float | None, sums: DeviceSums) -> Tensor:
+        """Sum over the micro-batch; divided by the global count later.
+
+        :param rows: of samples; figures of each token ``[B, T]``, of which ``rows.mask`` are the response's.
+        :param threshold: with ``--high_entropy_token_ratio``: the entropy from which tokens are trained on.
+        :param sums: of what the metrics are to show, "loss" at least.
+        """
         config, fields, mask = self.config, rows.per_token, rows.mask
         statistics = token_statistics(self.actor, rows, self.sampling.temperature, entropy=config.entropy_coef > 0)
         logprobs = statistics.logprobs
@@ -138,7 +143,8 @@ class PolicyUpdater:
         sums.add("importance_weight", weights, mask)
         return weights
 
-    def _critic_loss(self, rows: ExperienceBatch, sums: DeviceSums) -> Tensor:
+    def critic_loss(self, rows: ExperienceBatch, sums: DeviceSums) -> Tensor:
+        """Sum over the micro-batch, as that of the actor; divided by the tokens."""
         assert self.critic is not None
         fields, mask = rows.per_token, rows.mask
         values = token_values(self.critic, rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 SHOWN = (
@@ -12,6 +12,7 @@ SHOWN = (
     ("response_length_mean", "length", ".1f"),
     ("tokens_per_second", "tok/s", ".0f"),
 )
+HELD_OUT = (("eval_accuracy", "accuracy", ".3f"), ("eval_reward", "reward", ".3f"))
 PLAIN_SECONDS = 5.0
 
 
@@ -105,9 +106,9 @@ class LiveProgress:
         self._bar.console.print(text, highlight=False, markup=False)
 
 
-def describe(values: Mapping[str, Any]) -> str:
+def describe(values: Mapping[str, Any], shown: Sequence[tuple[str, str, str]] = SHOWN) -> str:
     """The figures that fit next to a bar."""
-    return "  ".join(f"{label} {values[name]:{form}}" for name, label, form in SHOWN if values.get(name) is not None)
+    return "  ".join(f"{label} {values[name]:{form}}" for name, label, form in shown if values.get(name) is not None)
 
 
 def make_progress(total: int, *, done: int = 0, show: bool = True) -> Progress:

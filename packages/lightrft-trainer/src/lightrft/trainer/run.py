@@ -23,7 +23,6 @@ from lightrft.strategy.errors import ConfigError
 
 from .interruption import Interruption
 from .spmd_ppo_trainer import SPMDPPOTrainer
-from .spmd_ppo_trainer_vl import SPMDPPOTrainerVL
 from .vocabularies import require_same_tokens
 
 if TYPE_CHECKING:
@@ -42,23 +41,27 @@ TASK = "task:reverse_digits"
 class RunResult:
     """The result of a run.
 
-    :param evaluation: held-out accuracy by step. :param answers: of the last evaluation.
+    :param evaluation: held-out accuracy and mean reward by step. :param answers: of the last evaluation.
     """
 
     output_dir: str
     step: int
     interrupted: bool
     seconds: float
-    evaluation: dict[str, float] = field(default_factory=dict)
+    evaluation: dict[str, dict[str, float]] = field(default_factory=dict)
     answers: Sequence[dict[str, Any]] = ()
     held_out: int = 0
 
 
 def train(
-    config: StrategyConfig, *, multimodal: bool = False, on_output_dir: Callable[[str], None] = lambda _: None
+    config: StrategyConfig,
+    *,
+    trainer_class: type[SPMDPPOTrainer] = SPMDPPOTrainer,
+    on_output_dir: Callable[[str], None] = lambda _: None,
 ) -> RunResult:
     """Run the training that ``config`` describes. Every rank calls.
 
+    :param trainer_class: for example one of your own; a subclass of SPMDPPOTrainerVL for a vision-language model.
     :param on_output_dir: called with the run's folder as soon as it is known.
     :raises ConfigError: the folder holds another run.
     """
@@ -72,7 +75,7 @@ def train(
         strategy.config, output_dir=str(output_dir), log_dir=strategy.config.log_dir or str(output_dir)
     )
     with Interruption() as interruption:
-        trainer, loader, held_out = build(strategy, config, output_dir, multimodal=multimodal)
+        trainer, loader, held_out = build(strategy, config, output_dir, trainer_class)
         state = trainer.fit(config, loader, eval_prompts=held_out, interruption=interruption)
     if not trainer.interrupted:
         strategy.save_model(trainer.actor, trainer.processor or trainer.tokenizer, output_dir / MODEL)
@@ -92,12 +95,11 @@ def train(
 
 
 def quiet_libraries() -> None:
-    """Keep library messages out of the run's output: progress bars of loading, a warning of torchdata about itself, and
-    torch's about deprecated names, which DeepSpeed and vLLM use."""
+    """Keep library messages out of the run's output: progress bars of loading, and torch's warnings about its own
+    deprecated names, which vLLM uses."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", message="'set_vital' is deprecated", category=UserWarning)
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
 
 
@@ -154,12 +156,16 @@ def _point(link: Path, target: str) -> None:
 
 # ---- building -------------------------------------------------------------------------------------------------------
 def build(
-    strategy: StrategyBase, config: StrategyConfig, output_dir: Path, *, multimodal: bool
+    strategy: StrategyBase,
+    config: StrategyConfig,
+    output_dir: Path,
+    trainer_class: type[SPMDPPOTrainer] = SPMDPPOTrainer,
 ) -> tuple[SPMDPPOTrainer, Any, list[Any]]:
     """Models, data, engine and trainer of a run.
 
     :return: the trainer, the loader of prompts, the held-out prompts.
     """
+    multimodal = trainer_class.multimodal
     if config.pretrain is None:
         config = built_in_task(strategy, config, output_dir)
     assert config.pretrain is not None
@@ -183,7 +189,6 @@ def build(
     if config.rm_use_engine:  # first: it sleeps before the rollout engine takes its memory
         reward_models = [strategy.setup_reward_engine(name) for name in config.reward_names]
     strategy.setup_inference_engine(config, engine_type=config.engine_type)
-    trainer_class = SPMDPPOTrainerVL if multimodal else SPMDPPOTrainer
     trainer = trainer_class(
         strategy,
         actor,
@@ -210,8 +215,7 @@ def build(
 def data_options(config: StrategyConfig, *, multimodal: bool) -> dict[str, Any]:
     """Options of a run's datasets: images for vision-language models, labels if a rule reads them or a key is given."""
     named = config.label_key != FIELDS["label_key"].default
-    options: dict[str, Any] = {"labels_optional": not (named or needs_labels(config.reward))}
-    return options if multimodal else {**options, "images_key": None}
+    return {"labels_optional": not (named or needs_labels(config.reward)), "takes_images": multimodal}
 
 
 def built_in_task(strategy: StrategyBase, config: StrategyConfig, output_dir: Path) -> StrategyConfig:
@@ -234,7 +238,10 @@ def built_in_task(strategy: StrategyBase, config: StrategyConfig, output_dir: Pa
 
 
 def load_tokenizer(config: StrategyConfig, *, multimodal: bool) -> tuple[Any, Any]:
-    """Tokenizer and, for a vision-language model, processor. A missing padding token is replaced by the end token."""
+    """Tokenizer and, for a vision-language model, processor. A missing padding token is replaced by the end token.
+
+    :raises ConfigError: a vision-language model was asked for, and this one takes no images.
+    """
     import transformers
 
     processor = None
@@ -242,6 +249,8 @@ def load_tokenizer(config: StrategyConfig, *, multimodal: bool) -> tuple[Any, An
         processor = transformers.AutoProcessor.from_pretrained(
             config.pretrain, trust_remote_code=config.trust_remote_code
         )
+        if getattr(processor, "image_processor", None) is None:
+            raise ConfigError([f"--pretrain {config.pretrain}: takes no images; `lightrft train` trains it"])
         tokenizer = processor.tokenizer
     else:
         tokenizer = transformers.AutoTokenizer.from_pretrained(

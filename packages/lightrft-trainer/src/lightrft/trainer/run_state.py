@@ -25,7 +25,7 @@ class RunState:
     :param optimizer_steps: of the whole run. :param skipped_steps: of them, those whose gradient was not finite.
     :param sums: figures of the optimizer steps of an unfinished rollout step so far.
     :param figures: figures of its rollout.
-    :param evaluation: held-out accuracy by step.
+    :param evaluation: held-out accuracy and mean reward by step.
     """
 
     step: int = 0
@@ -37,7 +37,7 @@ class RunState:
     sums: dict[str, float] = field(default_factory=dict)
     figures: dict[str, Any] = field(default_factory=dict)
     stream: dict[str, int] = field(default_factory=dict)
-    evaluation: dict[str, float] = field(default_factory=dict)
+    evaluation: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The fields by name."""

@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -35,7 +35,7 @@ from .metrics import METRICS_FILE, STEP_KEYS, JsonlSink, MetricSink, make_sinks,
 from .minibatches import balance
 from .plots import plot_curves
 from .policy_update import PolicyUpdater
-from .progress import Progress, make_progress
+from .progress import HELD_OUT, Progress, describe, make_progress
 from .prompt_stream import PromptStream
 from .replay_buffer import OptimizerBatch, ReplayBuffer
 from .run_state import RunState, keeping_settings
@@ -65,7 +65,8 @@ class SPMDPPOTrainer:
     """Trains an actor by reinforcement learning with any LightRFT strategy and engine.
 
     Whatever is not given comes from ``strategy.config``. The strategy must have prepared the models, for example with
-    ``strategy.prepare_models_and_optimizers``, and set up an engine.
+    ``strategy.prepare_models_and_optimizers``, and set up an engine. An algorithm of your own is a subclass with
+    another ``experience_maker_class`` (advantages) or ``updater_class`` (losses).
 
     :param actor: the policy (:class:`lightrft.models.ActorLanguage` or anything that a strategy prepared from it).
     :param critic: needed with ``advantage_estimator="gae"``, else None.
@@ -82,6 +83,8 @@ class SPMDPPOTrainer:
     """
 
     multimodal = False
+    experience_maker_class: ClassVar[type[ExperienceMaker]] = ExperienceMaker
+    updater_class: ClassVar[type[PolicyUpdater]] = PolicyUpdater
 
     def __init__(
         self,
@@ -150,7 +153,7 @@ class SPMDPPOTrainer:
         self.replay_buffer = ReplayBuffer()
         self.state = RunState()
         self.experience_maker = self.make_experience_maker()
-        self.updater = PolicyUpdater(
+        self.updater = self.updater_class(
             strategy=strategy,
             actor=actor,
             actor_optim=actor_optim,
@@ -199,7 +202,7 @@ class SPMDPPOTrainer:
 
     def make_experience_maker(self) -> ExperienceMaker:
         """The maker of experience; override it to use another."""
-        return self._experience_maker_class()(
+        return self.experience_maker_class(
             strategy=self.strategy,
             actor=self.actor,
             critic=self.critic,
@@ -214,9 +217,6 @@ class SPMDPPOTrainer:
             needs_old_logprobs=self.optimizer_steps_per_rollout > 1,
             trajectories=self.config.num_trajectories_to_save if self.config.save_trajectories else 0,
         )
-
-    def _experience_maker_class(self) -> type[ExperienceMaker]:
-        return ExperienceMaker
 
     def _problems(self) -> list[str]:
         """Refuse missing arguments of the constructor."""
@@ -383,6 +383,8 @@ class SPMDPPOTrainer:
             values = self._step_values(status)
             if self._due(config.eval_steps, total):
                 values |= self._evaluate(eval_prompts)
+                if eval_prompts:
+                    progress.note(f"step {self.state.step}/{total}  held out: {describe(values, HELD_OUT)}")
             for sink in sinks:
                 sink.log(self.state.step, values)
             progress.advance(self.state.step, values)
@@ -578,7 +580,7 @@ class SPMDPPOTrainer:
             return {}
         result = self.evaluate(prompts)
         self.last_evaluation = result
-        self.state.evaluation[str(self.state.step)] = result.accuracy
+        self.state.evaluation[str(self.state.step)] = {"accuracy": result.accuracy, "reward": result.reward}
         return {"eval_accuracy": result.accuracy, "eval_reward": result.reward}
 
     def _log_evaluation(self, figures: Mapping[str, float], sinks: Sequence[MetricSink]) -> None:
@@ -603,7 +605,7 @@ class SPMDPPOTrainer:
         if not self.strategy.is_rank_0():
             return
         lines: list[dict[str, Any]] = read_metrics(self.output_dir / METRICS_FILE)
-        lines += [{"step": int(step), "eval_accuracy": value} for step, value in self.state.evaluation.items()]
+        lines += [{"step": int(step), "eval_accuracy": e["accuracy"]} for step, e in self.state.evaluation.items()]
         known = {line["step"] for line in lines if "eval_accuracy" in line and "reward_mean" in line}
         lines = [line for line in lines if "reward_mean" in line or line["step"] not in known]
         plot_curves(sorted(lines, key=lambda line: line["step"]), self.log_dir / PLOTS)

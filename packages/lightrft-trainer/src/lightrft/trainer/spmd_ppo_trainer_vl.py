@@ -65,9 +65,7 @@ class SPMDPPOTrainerVL(SPMDPPOTrainer):
     """:class:`SPMDPPOTrainer` for vision-language models; takes the same arguments, and ``processor`` as well."""
 
     multimodal = True
-
-    def _experience_maker_class(self) -> type[ExperienceMaker]:
-        return ExperienceMakerVL
+    experience_maker_class = ExperienceMakerVL
 
     def _problems(self) -> list[str]:
         found = super()._problems()
