@@ -84,7 +84,7 @@ def test_a_failed_run_names_a_checkpoint_only_where_there_is_one(
         (run / "checkpoints" / "latest").touch()
     (tmp_path / "outcome.json").write_text(json.dumps({"output_dir": str(run), "command": "train-vl"}))
     assert launch._report(tmp_path, {0: failure(1, "no data")}) == 1
-    how = "Go on from the last" if saved else "There is no"
+    how = "Continue from the last" if saved else "There is no"
     shown = capsys.readouterr().err
     assert shown.startswith(f"lightrft: rank 0: no data\n{how} checkpoint")
     assert shown.endswith(f"\n  lightrft train-vl --resume --output_dir {run}\n")

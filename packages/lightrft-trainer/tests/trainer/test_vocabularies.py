@@ -29,7 +29,7 @@ def test_a_model_that_would_be_given_another_models_tokens_is_refused(
     named: dict[str, Any] = {"reward_pretrain": other, "critic_pretrain": other, "advantage_estimator": "gae"}
     config = StrategyConfig(strategy="fake", engine_type="hf", pretrain=actor, prompt_data="never.jsonl", **named)
     with pytest.raises(ConfigError) as caught:
-        build(FakeStrategy(args=config), config, tmp_path, multimodal=False)
+        build(FakeStrategy(args=config), config, tmp_path)
     assert [problem.partition(":")[0] for problem in caught.value.problems] == [
         f"--reward_pretrain {other!r}",
         f"--critic_pretrain {other!r}",

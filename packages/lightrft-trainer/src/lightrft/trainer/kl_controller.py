@@ -20,7 +20,7 @@ class FixedKLController:
         return {"value": self.value}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state: of a fixed weight, what this run was given."""
+        """Nothing to restore: a fixed weight is the one that this run was given."""
 
 
 class AdaptiveKLController(FixedKLController):
@@ -46,7 +46,7 @@ class AdaptiveKLController(FixedKLController):
         self.value *= math.exp(error * n_steps / self.horizon)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved weight."""
+        """Restore a saved weight."""
         self.value = float(state["value"])
 
 
