@@ -98,9 +98,13 @@ def test_a_run_ends_quietly(words: list[str], tmp_path: Path) -> None:
 
 def under_torchrun(folder: Path, words: list[str]) -> int:
     """On a rank that a launcher has started: the command, with the modules that lie in the folder."""
+    from lightrft.engines.vllm.backend import _World
+
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
-        return main(words)
+        code = main(words)
+    assert code != 0 or _World.engines == 0, "a run that has ended leaves no engine behind"
+    return code
 
 
 @pytest.mark.parametrize(

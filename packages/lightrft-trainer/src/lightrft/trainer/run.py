@@ -83,6 +83,9 @@ def train(
             strategy.save_model(trainer.ema_model, trainer.processor or trainer.tokenizer, output_dir / EMA_MODEL)
         if config.lora_rank:
             save_adapter(strategy, trainer.actor, output_dir / ADAPTER)
+    # The caller may continue, with another run for example, and needs the engines' memory.
+    for engine in [*(trainer.reward_model if config.rm_use_engine else ()), strategy.engine_host]:
+        engine.shutdown()
     return RunResult(
         str(output_dir),
         state.step,
