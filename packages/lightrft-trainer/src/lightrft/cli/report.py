@@ -36,7 +36,10 @@ def show_report(
         table.add_column()
         for name in ("before RL", f"after {_steps(steps)}", "change"):
             table.add_column(name, justify="right")
+        same = all(figures["reward"] == figures["accuracy"] for figures in (before, after) if figures)
         for name, value in after.items():
+            if name == "reward" and same:  # each answer is worth 0 or 1: one row says it
+                continue
             known = ("", "") if before is None else (f"{before[name]:.3f}", f"{value - before[name]:+.3f}")
             table.add_row(name, known[0], f"{value:.3f}", known[1])
         console.print(table)
