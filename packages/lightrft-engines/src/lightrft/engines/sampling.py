@@ -245,9 +245,7 @@ def _draw_block(
             )
             noise = exponential_noise(noise_keys(rows.stream, index), wanted)
         scores = shares / noise
-        if (
-            shape.any_greedy
-        ):  # two values near the peak may have equal probabilities: the greedy choice is by the values
+        if shape.any_greedy:  # by the values: two near the peak may have equal probabilities
             scores = torch.where((rows.temperature == 0).unsqueeze(1), values, scores)
     choice = scores.max(-1, keepdim=True).indices  # faster than argmax
     # Over a large vocabulary softmax adds up less exactly than sum does: 1e-5 of a logprob.

@@ -2,8 +2,7 @@
 
 It is called through transformers' attention interface, so that no model's code is changed. A model that gets a
 :class:`~lightrft.models.row_layout.RowLayout` passes it to each of its layers, also when gradient checkpointing runs
-    them
-again; a call without one is transformers' own attention.
+them again; a call without one is transformers' own attention.
 """
 
 from __future__ import annotations
@@ -142,9 +141,8 @@ def attend(
         own = AttentionInterface()[kernel]
         options = {"dropout": dropout, "scaling": scaling, "sliding_window": sliding_window, **kwargs}
         seen: Any = module
-        if (
-            kernel == "flash_attention_2"
-        ):  # it loads the implementation that the layer's configuration names, which is not ours
+        # It loads the implementation that the layer's configuration names, which is not ours.
+        if kernel == "flash_attention_2":
             seen = _Standin(module, config=_Standin(module.config, _attn_implementation=kernel))
         return own(seen, query, key, value, attention_mask, **options)
     row_layout.attended.total += 1
