@@ -24,7 +24,7 @@ def test_an_exception_comes_back_as_it_was():
 
 def test_a_late_call_says_where_it_is_and_does_not_keep_the_program_alive():
     release = threading.Event()
-    with pytest.raises(LateCallError, match=r"threading\.py:\d+ in wait"):
+    with pytest.raises(LateCallError, match=r"threading\.py:\d+ \(wait\), from .*test_deadline\.py:\d+"):
         call_with_deadline(lambda: release.wait(60), 0.1)
     left_behind = [thread for thread in threading.enumerate() if thread.name == "reward"]
     release.set()

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
+import re
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 from types import FrameType
 
 _PACKAGE = str(Path(__file__).parent)
 _LIBRARIES = ("<", *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")))
+# Of a dump of faulthandler, which leaves out the oldest of many threads.
+_THREAD = re.compile(r"^(?:Current thread|Thread) 0x([0-9a-f]+).*\n((?:  .*\n)*)", re.MULTILINE)
+_FRAME = re.compile(r'^  File "(.*)", line (\S+) in (.*)$', re.MULTILINE)
+_MOST_THREADS = 100
 
 
 def call_site() -> str:
@@ -23,14 +30,28 @@ def call_site() -> str:
 
 
 def stands_at(thread: int) -> str:
-    """The line that a thread is at, and the innermost line that is neither Python's nor an installed package's."""
-    frame = sys._current_frames().get(thread)
-    if frame is None:
+    """The line that a thread is at, and the innermost line that is neither Python's nor an installed package's.
+
+    It is read from faulthandler's dump, which needs no frame objects. Those of another thread, as
+    ``sys._current_frames()`` returns them, now and then crash Python 3.11
+    (https://github.com/getsentry/sentry-python/issues/2386).
+    """
+    try:
+        with tempfile.TemporaryFile() as file:
+            faulthandler.dump_traceback(file)
+            file.seek(0)
+            dump = file.read().decode("unicode_escape", errors="replace")
+    except OSError:  # the disk is full, or no more files may be opened
+        return "an unknown line"
+    stacks = {int(found[1], 16): _FRAME.findall(found[2]) for found in _THREAD.finditer(dump)}
+    if thread not in stacks and len(stacks) < _MOST_THREADS:
         return "its end"
-    text, user = f"{_line(frame)} ({frame.f_code.co_name})", frame
-    while user is not None and user.f_code.co_filename.startswith(_LIBRARIES):
-        user = user.f_back
-    return text if user is None or user is frame else f"{text}, from {_line(user)}"
+    lines = [f"{path}:{line}" for path, line, _ in stacks.get(thread, ())]
+    if not lines:
+        return "an unknown line"
+    user = next((i for i, frame in enumerate(stacks[thread]) if not frame[0].startswith(_LIBRARIES)), 0)
+    text = f"{lines[0]} ({stacks[thread][0][2]})"
+    return f"{text}, from {lines[user]}" if user else text
 
 
 def origin(error: BaseException) -> str:

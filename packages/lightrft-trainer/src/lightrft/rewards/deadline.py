@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from typing import Any, TypeVar
+
+from lightrft.strategy.call_sites import stands_at
 
 Result = TypeVar("Result")
 
@@ -48,9 +48,7 @@ def call_with_deadline(function: Callable[[], Result], seconds: float) -> Result
     thread.start()
     thread.join(seconds)
     if thread.is_alive():
-        frame = sys._current_frames().get(thread.ident or -1)
-        summary = traceback.extract_stack(frame)[-1] if frame is not None else None
-        raise LateCallError(f"{summary.filename}:{summary.lineno} in {summary.name}" if summary else "an unknown place")
+        raise LateCallError(stands_at(thread.ident or -1))
     if "error" in outcome:
         raise outcome["error"]
     return outcome["result"]
