@@ -18,6 +18,7 @@ from lightrft.testing import RankJob, RankPool, announce
 from lightrft.testing.faults import watch_file_events
 
 START_SECONDS = 240.0
+SLOW = "0.2"
 
 
 class Command:
@@ -28,7 +29,7 @@ class Command:
         self.scratch.mkdir(parents=True, exist_ok=True)
         self.log = (folder / "log.txt").open("a+")
         environment = {**os.environ, "TMPDIR": str(self.scratch), "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
-        environment["TINY_REWARD_SECONDS"] = "0.2"  # else a busy machine may see the tiny run end before its signal
+        environment["TINY_REWARD_SECONDS"] = SLOW  # else a busy machine may see the tiny run end before its signal
         self.process = subprocess.Popen(
             [sys.executable, "-m", "lightrft.cli.main", name, *arguments],
             stdout=self.log,
@@ -172,11 +173,11 @@ def tiny(train: Callable[..., Command], tiny_run: Path) -> Callable[..., Command
     return lambda folder, *arguments: start_tiny(train, tiny_run, folder, *arguments)
 
 
-def run_command(modules: Path, *words: str, held: tuple[int, Path, int] | None = None) -> None:
+def run_command(modules: Path, *words: str, held: tuple[int, Path, int] | None = None, slow: bool = False) -> None:
     """On a rank that a launcher has started: the command, with modules that lie in a folder.
 
     :param held: (rank, folder, n): before its nth file operation below the folder that rank announces "held", and waits
-        to be killed.
+        to be killed. :param slow: rewards take their time, so that a busy machine does not miss the run's steps.
     """
     from lightrft.cli.main import main
 
@@ -184,6 +185,8 @@ def run_command(modules: Path, *words: str, held: tuple[int, Path, int] | None =
         watch_file_events(held[1], lambda count: hold() if count == held[2] else None)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(modules)
+        if slow:
+            patch.setenv("TINY_REWARD_SECONDS", SLOW)
         assert main(words) == 0
 
 
@@ -195,7 +198,7 @@ def hold() -> None:
 @pytest.fixture
 def under_torchrun(ranks: RankPool) -> Callable[..., RankJob]:
     """Starts a command on ranks that are there already, as torchrun would start them."""
-    return lambda modules, *words, pool=ranks, held=None: pool.submit(run_command, modules, *words, held=held)
+    return lambda modules, *words, pool=ranks, **options: pool.submit(run_command, modules, *words, **options)
 
 
 @pytest.fixture

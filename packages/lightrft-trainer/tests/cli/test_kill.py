@@ -15,6 +15,7 @@ import pytest
 from lightrft.trainer.metrics import read_metrics
 
 Tiny = Callable[..., Any]
+START_SECONDS = 240.0
 
 
 def kill_one(command: Any, victim: int) -> None:
@@ -31,10 +32,33 @@ def check_the_aftermath(command: Any) -> None:
     assert command.rank_pids() == []
 
 
-@pytest.mark.parametrize(
-    "seed", [pytest.param(seed, marks=() if seed == 0 else pytest.mark.full) for seed in range(10)]
-)
+def moment(seed: int) -> tuple[int, float, int]:
+    """(after which step, seconds later, victim). Each step passes twice over its buffer, so most moments are in a
+    reused one."""
+    rng = random.Random(seed)
+    return rng.randrange(1, 7), rng.uniform(0, 0.3), rng.randrange(2)
+
+
 def test_a_rank_killed_in_the_middle_of_training(
+    tiny_under_torchrun: Tiny, tmp_path: Path, uninterrupted: Path, same_weights: Callable[[Path, Path], None]
+) -> None:
+    step, delay, victim = moment(0)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    job = tiny_under_torchrun(tmp_path, slow=True)
+    deadline = time.monotonic() + START_SECONDS
+    while len(read_metrics(metrics)) < step and time.monotonic() < deadline:
+        time.sleep(0.005)
+    time.sleep(delay)
+    job.signal(victim, signal.SIGKILL)
+    assert job.outcomes(grace=1.0)[victim].died == -signal.SIGKILL
+    tiny_under_torchrun(tmp_path, "--resume").results()
+    same_weights(tmp_path / "run", uninterrupted)
+    assert [line["step"] for line in read_metrics(metrics)] == list(range(1, 9))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("seed", range(10))
+def test_a_killed_rank_of_the_commands_own(
     tiny: Tiny,
     tiny_under_torchrun: Tiny,
     tmp_path: Path,
@@ -42,9 +66,8 @@ def test_a_rank_killed_in_the_middle_of_training(
     same_weights: Callable[[Path, Path], None],
     seed: int,
 ) -> None:
-    """Each step passes twice over its buffer, so most moments lie in the middle of a reused one."""
-    rng = random.Random(seed)
-    step, delay, victim = rng.randrange(1, 7), rng.uniform(0, 0.3), rng.randrange(2)
+    """The launcher tells who was killed, and how to go on."""
+    step, delay, victim = moment(seed)
     command = tiny(tmp_path)
     metrics = tmp_path / "run" / "metrics.jsonl"
     assert command.wait_until(lambda: len(read_metrics(metrics)) >= step)

@@ -317,7 +317,7 @@ class CheckpointClaims(StrategyClaims):
             strategy.load_state(model, optimizer, items[:-1])
 
     # ---- killed while saving -----------------------------------------------------------------------------------------
-    @pytest.mark.parametrize("share", [0.3, 0.95])
+    @pytest.mark.parametrize("share", [pytest.param(0.3, marks=pytest.mark.full), 0.95])
     def test_a_run_killed_in_the_middle_of_a_save_keeps_the_earlier_checkpoint(
         self, rank_pools: Any, tmp_path: Path, share: float
     ) -> None:
