@@ -44,14 +44,13 @@ def stands_at(thread: int) -> str:
     except OSError:  # the disk is full, or no more files may be opened
         return "an unknown line"
     stacks = {int(found[1], 16): _FRAME.findall(found[2]) for found in _THREAD.finditer(dump)}
-    if thread not in stacks and len(stacks) < _MOST_THREADS:
-        return "its end"
-    lines = [f"{path}:{line}" for path, line, _ in stacks.get(thread, ())]
-    if not lines:
-        return "an unknown line"
-    user = next((i for i, frame in enumerate(stacks[thread]) if not frame[0].startswith(_LIBRARIES)), 0)
-    text = f"{lines[0]} ({stacks[thread][0][2]})"
-    return f"{text}, from {lines[user]}" if user else text
+    frames = stacks.get(thread)
+    if not frames:
+        return "its end" if frames is None and len(stacks) < _MOST_THREADS else "an unknown line"
+    path, line, function = frames[0]
+    user = next((frame for frame in frames if not frame[0].startswith(_LIBRARIES)), frames[0])
+    text = f"{path}:{line} ({function})"
+    return text if user is frames[0] else f"{text}, from {user[0]}:{user[1]}"
 
 
 def origin(error: BaseException) -> str:

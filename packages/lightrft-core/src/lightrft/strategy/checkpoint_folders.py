@@ -82,9 +82,8 @@ def seal_files(folder: Path, index: int, shares: int, *, flush: bool, known: Con
     """
     files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
     rest = [name for name, path in files.items() if path.name != MANIFEST and name not in known][index::shares]
-    with ThreadPoolExecutor(
-        THREADS, thread_name_prefix="checkpoint"
-    ) as pool:  # small files: the time is spent waiting for the disk
+    # Of small files: the time is spent waiting for the disk.
+    with ThreadPoolExecutor(THREADS, thread_name_prefix="checkpoint") as pool:
         return dict(zip(rest, pool.map(lambda name: seal_of(files[name], flush=flush), rest), strict=True))
 
 

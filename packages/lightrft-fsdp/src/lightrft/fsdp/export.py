@@ -123,10 +123,8 @@ def _merged_rows(
         mine, adapter = local(tensors[source]), adapted.get(source)
         if adapter is None:
             return mine
-        a, b = (
-            factors[adapter.a],
-            local(tensors[adapter.b]),
-        )  # B is sharded like the weight: it has the same number of rows
+        # B is sharded like the weight: it has the same number of rows.
+        a, b = factors[adapter.a], local(tensors[adapter.b])
         return merge(mine, a.to(mine.device), b.to(mine.device), adapter.scaling)
 
     return rows

@@ -70,9 +70,8 @@ def run_ranks(
     module, *flags = command
     environment = {LAUNCH_DIR: str(folder), **thread_environment(ranks, os.cpu_count() or 1)}
     if not accelerators_on_this_node():
-        environment["DS_ACCELERATOR"] = (
-            "cpu"  # transformers imports DeepSpeed if installed, which otherwise warns that there is no GPU
-        )
+        # transformers imports DeepSpeed if installed, which otherwise warns that there is no GPU
+        environment["DS_ACCELERATOR"] = "cpu"
     with _environment(environment):
         words = ["-m", module, str(folder / CONFIG_FILE), *flags]
         return _run(_launch_config(options, ranks), folder, words, stopping)

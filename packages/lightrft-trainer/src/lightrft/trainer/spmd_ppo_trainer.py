@@ -230,14 +230,12 @@ class SPMDPPOTrainer:
                 f"init_kl_coef is {self.kl_ctl.value} but there is no initial_model; pass one, or set init_kl_coef=0"
             )
         if self.sampling.greedy:
-            problems.append("temperature=0: greedy answers come from no distribution to train; give one above 0")
+            problems.append("temperature=0: greedy answers come from no distribution to train on; choose one above 0")
         if config.overlong_buffer and config.overlong_buffer_len > self.sampling.max_tokens:
             problems.append(
                 f"--overlong_buffer_len {config.overlong_buffer_len}: must be at most the {self.sampling.max_tokens} "
                 "tokens of a response; lower it, or raise --generate_max_len"
             )
-        if self.sampling.greedy:
-            problems.append("temperature 0: greedy samples have no distribution to train on; choose one above 0")
         for flag in ("importance_sampling_cap", "max_logprob_drift"):
             if getattr(config, flag) and not self.sampling.full_support:
                 problems.append(
@@ -252,10 +250,8 @@ class SPMDPPOTrainer:
                 made_with = getattr(module, "chunk_size", None)
                 if not getattr(module, "fused_linear_logprob", False):
                     problems.append(f"--fused_linear_logprob: pass fused_linear_logprob=True to {name} as well")
-                elif config.chunk_size not in (
-                    type(config).chunk_size,
-                    made_with,
-                ):  # the default leaves the script's own value
+                # The default leaves the script's own value.
+                elif config.chunk_size not in (type(config).chunk_size, made_with):
                     problems.append(
                         f"--chunk_size {config.chunk_size}: the model was made with {made_with}; pass "
                         f"chunk_size={config.chunk_size} to {name} as well"
