@@ -35,6 +35,17 @@ def test_the_same_seed_gives_the_same_weights_and_draws_nothing() -> None:
         assert not torch.equal(parameter, other.get_parameter(name)), name
 
 
+def test_what_happens_to_one_model_does_not_reach_the_next() -> None:
+    first, made = tiny_model("qwen2"), tiny_model("qwen2", initializer_range=0.15)  # the second is no copy
+    for parameter in first.parameters():
+        parameter.data.zero_()
+    first.config.hidden_size = first.generation_config.max_length = 7
+    second = tiny_model("qwen2")
+    assert all(torch.equal(value, second.get_parameter(name)) for name, value in made.named_parameters())
+    assert second.config.to_dict() == made.config.to_dict()
+    assert second.generation_config.to_dict() == made.generation_config.to_dict()
+
+
 def test_tied_embeddings_are_one_tensor_and_untied_are_two() -> None:
     tied, untied = tiny_model("qwen2_tied"), tiny_model("qwen2")
     assert tied.lm_head.weight is tied.model.embed_tokens.weight

@@ -17,7 +17,8 @@ from lightrft.strategy.config import StrategyConfig
 from lightrft.strategy.fake_strategy import FakeStrategy
 from lightrft.trainer import SPMDPPOTrainer
 
-PROMPTS = 24
+# Making all 10,000 strings takes longer than a step.
+EXAMPLES = reverse_digits().train[:24]
 
 
 @dataclass
@@ -84,7 +85,7 @@ def make(tmp_path: Path) -> Callable[..., Setup]:
         strategy = FakeStrategy(args=config)
         options = {"packing_samples": config.packing_samples} if model_options is None else model_options
         tokenizer = build_tokenizer()
-        records = [Record(dataclasses.asdict(e), str(i)) for i, e in enumerate(reverse_digits().train[:PROMPTS])]
+        records = [Record(dataclasses.asdict(e), str(i)) for i, e in enumerate(EXAMPLES)]
         prompts = PromptDataset(records, tokenizer, input_key="prompt")
 
         def policy() -> ActorLanguage:

@@ -118,7 +118,7 @@ class Recipe:
 
 RECIPES: Mapping[str, Recipe] = {
     "dense": Recipe(),
-    "tied": Recipe(kind="qwen2_tied", accumulation=4, max_norm=0.0, frozen="layers.0."),
+    "tied": Recipe(kind="qwen2_tied", max_norm=0.0, frozen="layers.0."),
     "moe": Recipe(kind="qwen3_moe", accumulation=4, poisoned=7),
     "pair": Recipe(accumulation=2, critic=True, uneven=True),
 }

@@ -34,7 +34,7 @@ class FailingSaveClaims(StrategyClaims):
     def is_hit(self, strategy: StrategyBase, whom: str) -> bool:
         return whom == EVERY or strategy.rank == (0 if whom == FIRST else self.world_size - 1)
 
-    @pytest.mark.parametrize("whom", [FIRST, LAST, EVERY])
+    @pytest.mark.parametrize("whom", [FIRST, LAST, pytest.param(EVERY, marks=pytest.mark.full)])
     @on_ranks
     def test_a_rank_that_cannot_write_fails_the_save_of_all(self, whom: str) -> None:
         strategy, model, optimizer = self.trained()
