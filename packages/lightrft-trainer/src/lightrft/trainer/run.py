@@ -7,7 +7,6 @@ import datetime
 import logging
 import math
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,12 +97,10 @@ def train(
 
 
 def quiet_libraries() -> None:
-    """Keep library messages out of the run's output: progress bars of loading, and torch's warnings about its own
-    deprecated names, which vLLM uses."""
+    """Keep the progress bars of loading out of the run's output."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
 
 
 def claim_output_dir(strategy: StrategyBase, config: StrategyConfig) -> Path:
