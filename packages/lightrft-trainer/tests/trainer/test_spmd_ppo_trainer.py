@@ -448,6 +448,10 @@ def test_evaluation_is_greedy_and_comes_before_and_after(make: Make, capsys: pyt
     shown = f"step 2/3  held out: accuracy {line['eval_accuracy']:.3f}  reward {line['eval_reward']:.3f}\n"
     assert shown in capsys.readouterr().out
     assert (setup.trainer.output_dir / "plots" / "accuracy.png").exists()
+    with mock.patch("lightrft.trainer.spmd_ppo_trainer.plot_curves") as plot:
+        setup.trainer._plot()
+    drawn = {line["step"]: line["eval_reward"] for line in plot.call_args.args[0] if "eval_reward" in line}
+    assert drawn == {int(step): figures["reward"] for step, figures in saved.items()}
 
 
 def test_an_evaluation_counts_the_answers_of_all_ranks(make: Make) -> None:

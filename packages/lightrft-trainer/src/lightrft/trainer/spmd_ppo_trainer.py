@@ -580,9 +580,7 @@ class SPMDPPOTrainer:
         return {"eval_accuracy": result.accuracy, "eval_reward": result.reward}
 
     def _log_evaluation(self, figures: Mapping[str, float], sinks: Sequence[MetricSink]) -> None:
-        """An evaluation before or after the steps belongs to no line of metrics.jsonl: it has its own file, and the
-        plot reads both.
-        """
+        """An evaluation before or after the steps belongs to no line of metrics.jsonl: it has its own file."""
         if not self.strategy.is_rank_0() or not self.state.evaluation:
             return
         path = self.output_dir / "evaluation.json"
@@ -600,11 +598,11 @@ class SPMDPPOTrainer:
     def _plot(self) -> None:
         if not self.strategy.is_rank_0():
             return
-        lines: list[dict[str, Any]] = read_metrics(self.output_dir / METRICS_FILE)
-        lines += [{"step": int(step), "eval_accuracy": e["accuracy"]} for step, e in self.state.evaluation.items()]
-        known = {line["step"] for line in lines if "eval_accuracy" in line and "reward_mean" in line}
-        lines = [line for line in lines if "reward_mean" in line or line["step"] not in known]
-        plot_curves(sorted(lines, key=lambda line: line["step"]), self.log_dir / PLOTS)
+        held_out = [
+            {"step": int(step), **{f"eval_{name}": value for name, value in figures.items()}}
+            for step, figures in self.state.evaluation.items()
+        ]
+        plot_curves([*read_metrics(self.output_dir / METRICS_FILE), *held_out], self.log_dir / PLOTS)
 
     def _save_trajectories(self, rollout: Rollout) -> None:
         if not self.config.save_trajectories or not self.strategy.is_rank_0():
