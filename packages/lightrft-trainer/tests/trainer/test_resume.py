@@ -159,7 +159,7 @@ def test_resuming_before_the_first_checkpoint_starts_from_the_beginning(
 
 
 def test_evaluations_without_a_reward_are_refused_at_once() -> None:
-    with pytest.raises(CheckpointError, match="before 0.1.0, whose evaluations have no reward"):
+    with pytest.raises(CheckpointError, match="whose evaluations have no reward"):
         RunState.from_json({**RunState().to_json(), "evaluation": {"0": 0.25}})
 
 

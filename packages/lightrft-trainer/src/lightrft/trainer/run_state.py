@@ -53,8 +53,8 @@ class RunState:
         """
         if not all(isinstance(figures, dict) for figures in values.get("evaluation", {}).values()):
             raise CheckpointError(
-                "the checkpoint is of a development version before 0.1.0, whose evaluations have no reward; convert its "
-                "weights with `lightrft convert` and start a new run with --pretrain"
+                "the checkpoint is of a development version before 0.1.0, whose evaluations have no reward; convert "
+                "its weights with `lightrft convert` and start a new run with --pretrain"
             )
         return cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
 
