@@ -605,9 +605,10 @@ def test_a_fused_logprob_that_the_actor_does_not_compute_is_refused(make: Make) 
         make(fused_linear_logprob=True, model_options={})
 
 
-def test_an_overlong_buffer_longer_than_a_response_is_refused(make: Make) -> None:
-    with pytest.raises(ValueError, match=r"--overlong_buffer_len 5: must be at most the 4 tokens"):
-        make(overlong_buffer=True, overlong_buffer_len=5)
+@pytest.mark.parametrize("length", [4, 5])
+def test_an_overlong_buffer_that_leaves_no_token_free_is_refused(make: Make, length: int) -> None:
+    with pytest.raises(ValueError, match=rf"--overlong_buffer_len {length}: must be below the 4 tokens"):
+        make(overlong_buffer=True, overlong_buffer_len=length)
 
 
 def with_policies(make: Make, actor: dict[str, Any], reference: dict[str, Any], **settings: Any) -> SPMDPPOTrainer:

@@ -231,10 +231,10 @@ class SPMDPPOTrainer:
             )
         if self.sampling.greedy:
             problems.append("temperature=0: greedy answers come from no distribution to train on; choose one above 0")
-        if config.overlong_buffer and config.overlong_buffer_len > self.sampling.max_tokens:
+        if config.overlong_buffer and config.overlong_buffer_len >= self.sampling.max_tokens:
             problems.append(
-                f"--overlong_buffer_len {config.overlong_buffer_len}: must be at most the {self.sampling.max_tokens} "
-                "tokens of a response; lower it, or raise --generate_max_len"
+                f"--overlong_buffer_len {config.overlong_buffer_len}: must be below the {self.sampling.max_tokens} "
+                "tokens of a response, or each is penalized from its first token; lower it, or raise --generate_max_len"
             )
         for flag in ("importance_sampling_cap", "max_logprob_drift"):
             if getattr(config, flag) and not self.sampling.full_support:
