@@ -183,6 +183,6 @@ def _a_buffer_within_the_limit(c: StrategyConfig) -> str | None:
     if not c.overlong_buffer or c.overlong_buffer_len < c.generate_max_len:
         return None
     return (
-        f"--overlong_buffer_len {c.overlong_buffer_len}: must be below --generate_max_len {c.generate_max_len}, or every "
-        "response is penalized from its first token"
+        f"--overlong_buffer_len {c.overlong_buffer_len}: must be below --generate_max_len {c.generate_max_len}, or "
+        "every response is penalized from its first token"
     )
