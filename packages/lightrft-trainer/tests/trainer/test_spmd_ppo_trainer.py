@@ -181,7 +181,7 @@ def test_a_loss_that_is_not_a_number_moves_nothing(make: Make, monkeypatch: pyte
 
     def broken(*args: Any, **options: Any) -> PolicyLoss:
         loss = plain(*args, **options)
-        return PolicyLoss(loss.token_losses * math.nan, loss.ratio, loss.clipped)
+        return PolicyLoss(loss.token_losses * math.nan, loss.clipped)
 
     monkeypatch.setattr(update_module, "policy_loss", broken)
     setup = make(max_steps=1)
