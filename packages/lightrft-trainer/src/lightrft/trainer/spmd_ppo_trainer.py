@@ -32,7 +32,7 @@ from .interruption import Interruption
 from .kl_controller import make_kl_controller
 from .losses import PolicyObjective
 from .metrics import METRICS_FILE, STEP_KEYS, JsonlSink, MetricSink, make_sinks, read_metrics
-from .minibatches import balance
+from .minibatches import balance, optimizer_steps
 from .plots import plot_curves
 from .policy_update import PolicyUpdater
 from .progress import HELD_OUT, Progress, describe, make_progress
@@ -287,7 +287,7 @@ class SPMDPPOTrainer:
     def optimizer_steps_per_rollout(self) -> int:
         """Optimizer steps on one full rollout buffer."""
         samples = self.config.rollout_batch_size * self.sampling.n
-        return self.max_epochs * max(1, -(-samples // self.config.train_batch_size))
+        return self.max_epochs * optimizer_steps(samples, self.config.train_batch_size)
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
     def fit(
