@@ -178,19 +178,16 @@ class SPMDPPOTrainer:
     def _make_grader(self, reward_fn: Any, remote_rm_url: str | None) -> Grader:
         """Rewards: ``reward_fn``, the reward models, or else what ``--reward`` and ``--remote_rm_url`` name."""
         config, rewards = self.config, []
-        if reward_fn is not None:
-            rewards.append(
-                reward_fn
-                if isinstance(reward_fn, (CheckedReward, CombinedReward))
-                else CheckedReward(
-                    reward_fn, name=getattr(reward_fn, "__name__", "reward_fn"), timeout=config.reward_timeout
-                )
-            )
-        spec, urls = (None if reward_fn is not None else config.reward), remote_rm_url
-        if urls is None and reward_fn is None:
-            urls = config.remote_rm_url
+        spec, urls, timeout = None, remote_rm_url, config.reward_timeout
+        if reward_fn is None:
+            spec, urls = config.reward, config.remote_rm_url if urls is None else urls
+        elif isinstance(reward_fn, (CheckedReward, CombinedReward)):
+            rewards.append(reward_fn)
+        else:
+            name = getattr(reward_fn, "__name__", "reward_fn")
+            rewards.append(CheckedReward(reward_fn, name=name, timeout=timeout))
         if spec or urls:
-            rewards.append(build_reward(spec, remote_urls=urls, timeout=config.reward_timeout))
+            rewards.append(build_reward(spec, remote_urls=urls, timeout=timeout))
         models = self.reward_model if isinstance(self.reward_model, (list, tuple)) else [self.reward_model]
         return Grader(
             self.strategy,
