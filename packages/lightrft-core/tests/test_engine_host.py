@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -22,7 +23,11 @@ def test_an_engine_is_told_what_the_settings_say(tmp_path: Path) -> None:
         weight_bucket_mb=3.0,
         trust_remote_code=True,
     )
-    spec = strategy.setup_inference_engine(None, engine_type="told").spec
+    engine = strategy.setup_inference_engine(None, engine_type="told")
+    spec = engine.spec
     assert (spec.pretrain, spec.dtype, spec.seed) == (str(tmp_path), torch.bfloat16, 5)
     assert (spec.memory_utilization, spec.call_timeout, spec.max_model_len) == (0.3, 7.0, 77)
-    assert (spec.bucket_bytes, spec.trust_remote_code, spec.tensor_parallel_size) == (3 * 2**20, True, 1)
+    assert (spec.trust_remote_code, spec.tensor_parallel_size) == (True, 1)
+    with mock.patch.object(engine, "begin_update", wraps=engine.begin_update) as begin:
+        strategy.update_engine_weights(torch.nn.Linear(2, 1))
+    assert begin.call_args.kwargs == {"bucket_bytes": 3 * 2**20}

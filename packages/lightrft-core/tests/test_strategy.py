@@ -92,6 +92,21 @@ def test_a_fake_strategy_constructs_anywhere_and_steps_at_every_backward() -> No
     assert strategy.optimizer_step(optimizer, model).stepped
 
 
+def test_a_step_whose_backward_was_forgotten_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    strategy = FakeStrategy(micro_train_batch_size=1, train_batch_size=2)
+    model = torch.nn.Linear(2, 1)
+    optimizer = strategy.create_optimizer(model)
+    for _ in range(2):
+        strategy.backward(model(torch.ones(1, 2)).sum(), model, optimizer)
+        strategy.optimizer_step(optimizer, model)
+    assert not caplog.messages, "a step between the boundaries of an accumulation is none"
+    for _ in range(2):
+        model(torch.ones(1, 2)).sum().backward()
+        assert not strategy.optimizer_step(optimizer, model, name="actor").stepped
+    (told,) = caplog.messages
+    assert told.startswith("actor: optimizer_step does nothing: no strategy.backward(loss, model, optimizer) came")
+
+
 @pytest.mark.parametrize(("method", "added"), [("backward", {"scale", "boundary"}), ("prepare", {"trainable"})])
 def test_what_we_add_to_the_documents_is_by_keyword_only(method: str, added: set[str]) -> None:
     parameters = inspect.signature(getattr(StrategyBase, method)).parameters

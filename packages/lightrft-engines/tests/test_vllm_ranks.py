@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +67,14 @@ def started(folder: str, size: int, **options: Any) -> VLLMEngine:
 
 def life(folder: str, size: int) -> dict[str, Any]:
     """Generate, sync in odd buckets, read back, sleep at both levels, end; what came of each."""
-    engine = started(folder, size)
     sampling = SamplingParams(max_tokens=8)
-    found: dict[str, Any] = {
-        "greedy": tokens_of(engine.generate(requests_for(PROMPTS, GREEDY))),
-        "sampled": tokens_of(engine.generate(requests_for(PROMPTS, sampling))),
-    }
+    with warnings.catch_warnings(record=True, action="always", category=FutureWarning) as warned:
+        engine = started(folder, size)
+        found: dict[str, Any] = {
+            "greedy": tokens_of(engine.generate(requests_for(PROMPTS, GREEDY))),
+            "sampled": tokens_of(engine.generate(requests_for(PROMPTS, sampling))),
+        }
+    found["warned"] = [str(warning.message) for warning in warned]
     new = tiny_model("qwen2", seed=1)
     push_weights(engine, new, 1, bucket_bytes=12_345)
     state = hub_state(new)
@@ -104,6 +107,7 @@ def test_a_whole_life_on_two_ranks(ranks: RankPool, folder: str, size: int) -> N
         assert result["greedy"] == result["woken"] == expected
         assert result["synced"] == [greedy_reference(new, prompt, 12) for prompt in PROMPTS]
         assert result["right"]
+        assert result["warned"] == []
         assert result["freed"] > 0
         assert result["sampled"] == results[0]["sampled"]
         assert result["world"] == 2, "the trainer's process group outlives the engine"

@@ -22,9 +22,12 @@ SLOW = "0.2"
 
 
 class Command:
-    """A ``lightrft train`` on two CPU ranks, in its own temporary folder, that a test can watch and kill."""
+    """A ``lightrft train`` on two CPU ranks, in its own temporary folder, that a test can watch and kill.
 
-    def __init__(self, folder: Path, *arguments: str, name: str = "train") -> None:
+    :param terminal: descriptor to which it writes in place of its log.
+    """
+
+    def __init__(self, folder: Path, *arguments: str, name: str = "train", terminal: int | None = None) -> None:
         self.scratch = folder / "tmp"
         self.scratch.mkdir(parents=True, exist_ok=True)
         self.log = (folder / "log.txt").open("a+")
@@ -32,7 +35,7 @@ class Command:
         environment["TINY_REWARD_SECONDS"] = SLOW  # else a busy machine may see the tiny run end before its signal
         self.process = subprocess.Popen(
             [sys.executable, "-m", "lightrft.cli.main", name, *arguments],
-            stdout=self.log,
+            stdout=self.log if terminal is None else terminal,
             stderr=subprocess.STDOUT,
             env=environment,
             start_new_session=True,
@@ -94,8 +97,8 @@ def train(tmp_path: Path) -> Iterator[Callable[..., Command]]:
     """Starts commands; all of them and their ranks are gone when the test ends."""
     started: list[Command] = []
 
-    def start(folder: Path, *arguments: str, name: str = "train") -> Command:
-        started.append(Command(folder, *arguments, name=name))
+    def start(folder: Path, *arguments: str, **options: Any) -> Command:
+        started.append(Command(folder, *arguments, **options))
         return started[-1]
 
     yield start
@@ -162,15 +165,15 @@ def tiny_words(config: Path, folder: Path, *arguments: str) -> tuple[str, ...]:
     return ("--config", str(config), "--output_dir", str(folder / "run"), *arguments)
 
 
-def start_tiny(start: Callable[..., Command], config: Path, folder: Path, *arguments: str) -> Command:
+def start_tiny(start: Callable[..., Command], config: Path, folder: Path, *arguments: str, **options: Any) -> Command:
     os.environ["PYTHONPATH"] = str(config.parent)
-    return start(folder, *tiny_words(config, folder, *arguments))
+    return start(folder, *tiny_words(config, folder, *arguments), **options)
 
 
 @pytest.fixture
 def tiny(train: Callable[..., Command], tiny_run: Path) -> Callable[..., Command]:
     """Starts the tiny run in a folder, with further arguments."""
-    return lambda folder, *arguments: start_tiny(train, tiny_run, folder, *arguments)
+    return lambda folder, *arguments, **options: start_tiny(train, tiny_run, folder, *arguments, **options)
 
 
 def run_command(modules: Path, *words: str, held: tuple[int, Path, int] | None = None, slow: bool = False) -> None:

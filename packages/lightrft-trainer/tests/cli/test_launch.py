@@ -83,11 +83,27 @@ def test_a_failed_run_names_a_checkpoint_only_where_there_is_one(
     if saved:
         (run / "checkpoints" / "latest").touch()
     (tmp_path / "outcome.json").write_text(json.dumps({"output_dir": str(run), "command": "train-vl"}))
-    assert launch._report(tmp_path, {0: failure(1, "no data")}) == 1
+    assert launch._report(tmp_path, {0: failure(1, "no data")}, options()) == 1
     how = "Continue from the last" if saved else "There is no"
     shown = capsys.readouterr().err
     assert shown.startswith(f"lightrft: rank 0: no data\n{how} checkpoint")
     assert shown.endswith(f"\n  lightrft train-vl --resume --output_dir {run}\n")
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("", ""),
+        ("--nproc_per_node 3", " --nproc_per_node 3"),
+        (
+            "--nnodes 2 --node_rank 1 --master_addr first",
+            " --nnodes 2 --node_rank 1 --master_addr first --master_port 29500 --rdzv_id lightrft",
+        ),
+    ],
+)
+def test_a_run_is_resumed_on_as_many_ranks_as_it_was_started_on(given: str, told: str) -> None:
+    line = launch.resume_line("train", "my runs/first", options(*given.split()))
+    assert line == f"lightrft train --resume --output_dir 'my runs/first'{told}"
 
 
 def test_cores_are_shared_between_ranks_unless_the_user_said_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
 import signal
 import sys
@@ -106,6 +108,33 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     assert f"lightrft train --resume --output_dir {tmp_path / 'run'}" in shown
     assert "Traceback" not in shown
     assert command.rank_pids() == []
+    tiny_under_torchrun(tmp_path, "--resume").results()
+    same_weights(tmp_path / "run", uninterrupted)
+
+
+@pytest.mark.full  # test_terminal.py closes one under a stream
+def test_a_run_whose_terminal_is_closed_saves_before_it_ends(
+    tiny: Tiny,
+    tiny_under_torchrun: Tiny,
+    tmp_path: Path,
+    uninterrupted: Path,
+    same_weights: Callable[[Path, Path], None],
+) -> None:
+    terminal, its_own = os.openpty()
+    os.set_blocking(terminal, False)
+    command = tiny(tmp_path, terminal=its_own)
+    os.close(its_own)
+
+    def two_steps_are_done() -> bool:
+        with contextlib.suppress(BlockingIOError):  # read, or it waits for a reader
+            os.read(terminal, 2**16)
+        return len(read_metrics(tmp_path / "run" / "metrics.jsonl")) >= 2
+
+    assert command.wait_until(two_steps_are_done)
+    os.close(terminal)
+    command.process.send_signal(signal.SIGHUP)
+    assert command.finish() == 130
+    assert not (tmp_path / "run" / "errors").exists()
     tiny_under_torchrun(tmp_path, "--resume").results()
     same_weights(tmp_path / "run", uninterrupted)
 

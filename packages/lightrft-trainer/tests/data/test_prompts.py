@@ -87,9 +87,15 @@ def test_labels_can_be_done_without(tokenizer: Any):
 def test_optional_labels_may_be_missing_from_all_lines_but_not_from_some(
     tokenizer: Any, caplog: pytest.LogCaptureFixture
 ):
-    data = PromptDataset(records({"input": "1"}, {"input": "2", "label": None}), tokenizer, labels_optional=True)
+    data = PromptDataset(
+        records({"input": "1"}, {"input": "2", "label": None, "answer": "2"}), tokenizer, labels_optional=True
+    )
     assert [prompt.label for prompt in data] == [None, None]
-    assert "no line has the key 'label'" in caplog.text and "--label_key" in caplog.text
+    (told,) = caplog.messages
+    assert told == (
+        "--prompt_data: no line has a label under the key 'label', so rewards get None as labels; "
+        "the lines have 'input', 'label', 'answer' (--label_key)"
+    )
     with pytest.raises(DataError, match=r"data\.jsonl:2: no 'label'; it has 'input' \(--label_key\)"):
         PromptDataset(records({"input": "1", "label": "1"}, {"input": "2"}), tokenizer, labels_optional=True)
 

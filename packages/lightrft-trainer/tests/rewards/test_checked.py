@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import re
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -69,6 +70,16 @@ def test_anything_else_is_an_error_that_names_the_sample(value: Any, sample: int
         returning(value)(PROMPTS, RESPONSES, LABELS)
     assert caught.value.sample == sample
     assert "one finite number" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("label", "advice"),
+    [(None, "if it needs a label, name the label's key with --label_key; else correct"), ("x", "'x'); correct")],
+)
+def test_a_reward_that_stumbles_over_a_label_that_is_not_there_is_told_how_to_name_it(label: Any, advice: str):
+    numeric = checked(lambda prompts, responses, labels: [float(label) for label in labels])
+    with pytest.raises(RewardError, match=rf"raised \w+Error: .* for sample 0 of 1 .*{re.escape(advice)} the function"):
+        numeric(PROMPTS[:1], RESPONSES[:1], [label])
 
 
 @given(st.lists(st.one_of(st.floats(), st.integers(-5, 5), st.none(), st.text(max_size=2)), max_size=5))

@@ -11,6 +11,7 @@ import torch
 from lightrft.strategy import CheckpointError
 from lightrft.trainer.metrics import read_metrics
 from lightrft.trainer.prompt_stream import PromptStream
+from lightrft.trainer.run_state import RunState
 
 Make = Callable[..., Any]
 
@@ -155,6 +156,11 @@ def test_resuming_before_the_first_checkpoint_starts_from_the_beginning(
     setup = make(max_steps=1)
     assert setup.fit(resume=True).step == 1
     assert "no checkpoint yet; starting from the beginning" in capsys.readouterr().out
+
+
+def test_evaluations_without_a_reward_are_refused_at_once() -> None:
+    with pytest.raises(CheckpointError, match="whose evaluations have no reward"):
+        RunState.from_json({**RunState().to_json(), "evaluation": {"0": 0.25}})
 
 
 def test_a_finished_run_resumes_to_nothing_and_to_more_steps(make: Make, tmp_path: Path) -> None:

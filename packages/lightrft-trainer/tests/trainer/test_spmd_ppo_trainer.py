@@ -181,7 +181,7 @@ def test_a_loss_that_is_not_a_number_moves_nothing(make: Make, monkeypatch: pyte
 
     def broken(*args: Any, **options: Any) -> PolicyLoss:
         loss = plain(*args, **options)
-        return PolicyLoss(loss.token_losses * math.nan, loss.ratio, loss.clipped)
+        return PolicyLoss(loss.token_losses * math.nan, loss.clipped)
 
     monkeypatch.setattr(update_module, "policy_loss", broken)
     setup = make(max_steps=1)
@@ -448,6 +448,10 @@ def test_evaluation_is_greedy_and_comes_before_and_after(make: Make, capsys: pyt
     shown = f"step 2/3  held out: accuracy {line['eval_accuracy']:.3f}  reward {line['eval_reward']:.3f}\n"
     assert shown in capsys.readouterr().out
     assert (setup.trainer.output_dir / "plots" / "accuracy.png").exists()
+    with mock.patch("lightrft.trainer.spmd_ppo_trainer.plot_curves") as plot:
+        setup.trainer._plot()
+    drawn = {line["step"]: line["eval_reward"] for line in plot.call_args.args[0] if "eval_reward" in line}
+    assert drawn == {int(step): figures["reward"] for step, figures in saved.items()}
 
 
 def test_an_evaluation_counts_the_answers_of_all_ranks(make: Make) -> None:
@@ -601,9 +605,10 @@ def test_a_fused_logprob_that_the_actor_does_not_compute_is_refused(make: Make) 
         make(fused_linear_logprob=True, model_options={})
 
 
-def test_an_overlong_buffer_longer_than_a_response_is_refused(make: Make) -> None:
-    with pytest.raises(ValueError, match=r"--overlong_buffer_len 5: must be at most the 4 tokens"):
-        make(overlong_buffer=True, overlong_buffer_len=5)
+@pytest.mark.parametrize("length", [4, 5])
+def test_an_overlong_buffer_that_leaves_no_token_free_is_refused(make: Make, length: int) -> None:
+    with pytest.raises(ValueError, match=rf"--overlong_buffer_len {length}: must be below the 4 tokens"):
+        make(overlong_buffer=True, overlong_buffer_len=length)
 
 
 def with_policies(make: Make, actor: dict[str, Any], reference: dict[str, Any], **settings: Any) -> SPMDPPOTrainer:

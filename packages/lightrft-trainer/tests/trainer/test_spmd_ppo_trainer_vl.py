@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,17 @@ def test_evaluation_answers_prompts_with_images(setup: tuple[SPMDPPOTrainerVL, A
     trainer, _, prompts = setup
     trainer.strategy.update_engine_weights(trainer.actor)
     assert trainer.evaluate([prompts[i] for i in range(4)]).count == 4
+
+
+def test_samples_share_the_images_of_their_prompt_and_of_no_other(setup: tuple[SPMDPPOTrainerVL, Any, Any]) -> None:
+    """Also where another dataset's prompt has the same number, as in an evaluation between two rollouts."""
+    trainer, _, prompts = setup
+    maker = trainer.experience_maker
+    one_image, two_images = prompts[1], replace(prompts[2], index=1)
+    outputs = maker.generate([one_image, two_images], maker.sampling, step=0)
+    first, second, other = (maker.to_sample(outputs[i], p) for i, p in enumerate((one_image, one_image, two_images)))
+    assert first.images is second.images
+    assert [len(sample.images["image_grid_thw"]) for sample in (second, other)] == [1, 2]
 
 
 def test_a_processor_is_needed(setup: tuple[SPMDPPOTrainerVL, Any, Any]) -> None:

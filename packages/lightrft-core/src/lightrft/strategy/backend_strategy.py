@@ -112,6 +112,13 @@ class BackendStrategy(StrategyBase):
         record = self._trained_record(model, optimizer, "optimizer_step")
         record.remember(scheduler=scheduler)
         if not record.at_boundary:
+            if not (record.micro_steps or record.told_of_no_backward):
+                record.told_of_no_backward = True
+                logger.warning(
+                    "%s: optimizer_step does nothing: no strategy.backward(loss, model, optimizer) came before it "
+                    "(loss.backward() does not count)",
+                    name,
+                )
             return StepResult(stepped=False)
         record.at_boundary, record.micro_steps = False, 0
         with self.waits_for_ranks("optimizer_step"):

@@ -33,6 +33,7 @@ from .disk import explain_write
 from .errors import CheckpointError
 from .hub_layout import HubLayout, hub_sources
 from .hub_record import HUB, HubRecord, copy_companions
+from .optimizers import LossScale
 from .sealed_file import Seals
 from .state_formats import format_of, known_formats, open_state
 from .state_source import WEIGHT, StateSource, read_json
@@ -340,7 +341,7 @@ def _copy_rest(given: _Input, name: str, folder: Path) -> None:
     if given.manifest is not None:
         shutil.copyfile(scalars, folder / checkpoint.SCALARS)
     else:
-        empty = {"loss_scale": {"value": 1.0, "good_steps": 0}, "skipped_steps": 0}
+        empty = {"loss_scale": LossScale(enabled=False).state_dict(), "skipped_steps": 0}
         (folder / checkpoint.SCALARS).write_text(json.dumps({**empty, **given.sources[name].scalars}))
     if (record := given.records[name]) is not None:
         record.write(folder)

@@ -85,7 +85,6 @@ class EngineSpec:
     max_images: int | None = None
     seed: int = 42
     trust_remote_code: bool = False
-    bucket_bytes: int = DEFAULT_BUCKET_BYTES
     call_timeout: float | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 

@@ -401,7 +401,6 @@ class EngineHost:
             model_config=inner[0][1].config if inner and config.pretrain is None else None,
             max_model_len=config.max_model_len,
             max_images=None if config.limit_mm_image_per_prompt < 0 else config.limit_mm_image_per_prompt,
-            bucket_bytes=int(config.weight_bucket_mb * 2**20),
             extra=config.get_extra_arg("engine_extra", {}),
         )
 

@@ -100,11 +100,6 @@ class HubLayout:
             return self.specs
         return [hub.spec for source, hubs in self.by_source.items() if source in self._factors for hub in hubs]
 
-    def views(self, source: str, whole: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-        """Hub names and views of one whole module tensor."""
-        for tensor in self.by_source[source]:
-            yield tensor.name, tensor.view(whole)
-
 
 def unwrap(model: nn.Module) -> nn.Module:
     """Strip data-parallel and engine wrappers, which have the user's model as ``.module``."""

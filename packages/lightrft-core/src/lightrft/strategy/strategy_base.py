@@ -83,6 +83,7 @@ class ModelRecord:
     micro_steps: int = 0
     at_boundary: bool = False
     skipped_steps: int = 0
+    told_of_no_backward: bool = False
     loss_scale: LossScale = field(default_factory=lambda: LossScale(enabled=False))
     copies: HostCopies = field(default_factory=HostCopies)  # from which an asynchronous save writes
 

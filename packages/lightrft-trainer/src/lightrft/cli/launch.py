@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import os
+import shlex
 import signal
 import sys
 import tempfile
@@ -53,7 +54,7 @@ def launch(config: StrategyConfig, options: argparse.Namespace, *, multimodal: b
         failures = run_ranks(
             config, options, Path(name), command, stopping="the ranks finish their step and write a checkpoint"
         )
-        return _report(Path(name), failures)
+        return _report(Path(name), failures, options)
 
 
 def run_ranks(
@@ -173,8 +174,7 @@ def _forwarded_signals(folder: Path, stopping: str) -> Iterator[None]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM if first else signal.SIGKILL)
         if first:
-            with contextlib.suppress(OSError):  # the terminal may be gone
-                sys.stderr.write(f"\nlightrft: stopping: {stopping} (press again to stop at once)\n")
+            sys.stderr.write(f"\nlightrft: stopping: {stopping} (press again to stop at once)\n")
 
     heeded = [n for n in FORWARDED if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
     before = {number: signal.signal(number, forward) for number in heeded}
@@ -201,12 +201,24 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
             os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
 
 
-def _report(folder: Path, failures: dict[int, Any] | None) -> int:
+def resume_line(command: str, output_dir: str, options: argparse.Namespace) -> str:
+    """The shell's line that continues a run on as many ranks: another number changes the last bits."""
+    flags = ["nproc_per_node"]
+    if options.nnodes > 1:
+        flags += ["nnodes", "node_rank", "master_addr", "master_port", "rdzv_endpoint", "rdzv_id"]
+    words = ["lightrft", command, "--resume", "--output_dir", output_dir]
+    for flag in flags:
+        if (value := getattr(options, flag)) is not None:
+            words += [f"--{flag}", str(value)]
+    return shlex.join(words)
+
+
+def _report(folder: Path, failures: dict[int, Any] | None, options: argparse.Namespace) -> int:
     """Report how the ranks ended, and how to continue. Returns the exit code."""
     word = folder / "outcome.json"
     outcome = json.loads(word.read_text(encoding="utf-8")) if word.exists() else {}
     output_dir = outcome.get("output_dir")
-    resume = f"lightrft {outcome.get('command', 'train')} --resume --output_dir {output_dir}" if output_dir else None
+    resume = resume_line(outcome["command"], output_dir, options) if output_dir else None
     saved = output_dir is not None and (Path(output_dir) / "checkpoints" / "latest").exists()
     if failures is None and not outcome.get("interrupted"):
         return 0

@@ -180,6 +180,9 @@ def _groups_that_can_differ(c: StrategyConfig) -> str | None:
 
 @RULES.between("overlong_buffer", "overlong_buffer_len", "generate_max_len")
 def _a_buffer_within_the_limit(c: StrategyConfig) -> str | None:
-    if not c.overlong_buffer or c.overlong_buffer_len <= c.generate_max_len:
+    if not c.overlong_buffer or c.overlong_buffer_len < c.generate_max_len:
         return None
-    return f"--overlong_buffer_len {c.overlong_buffer_len}: must be at most --generate_max_len {c.generate_max_len}"
+    return (
+        f"--overlong_buffer_len {c.overlong_buffer_len}: must be below --generate_max_len {c.generate_max_len}, or "
+        "every response is penalized from its first token"
+    )

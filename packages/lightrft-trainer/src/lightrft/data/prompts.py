@@ -80,7 +80,14 @@ class PromptDataset(Dataset[Prompt]):
         prompt_format = prompt_format or PromptFormat()
         prompt_format.check(tokenizer)
         if labels_optional and label_key and all(record.values.get(label_key) is None for record in records):
-            logger.warning("no line has the key %r: the prompts have no labels (--label_key)", label_key)
+            keys = ", ".join(map(repr, dict.fromkeys(key for record in records for key in record.values)))
+            logger.warning(
+                "%s: no line has a label under the key %r, so rewards get None as labels; the lines have "
+                "%s (--label_key)",
+                flags.data,
+                label_key,
+                keys,
+            )
             label_key = None
         if not takes_images and images_key:
             if any(record.values.get(images_key) for record in records):

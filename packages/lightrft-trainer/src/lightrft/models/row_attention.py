@@ -82,8 +82,7 @@ def check_attended(model: Any, layout: RowLayout | SharedPrompts) -> None:
     if known != layers:
         raise ValueError(
             f"{type(model).__name__} has {layers} layers, and attention knew {known} times how its row is laid out: "
-            "other layers carry something from one sample of a row to the next; drop --packing_samples and "
-            "--sp_size"
+            "other layers carry something from one sample of a row to the next; drop --packing_samples and --sp_size"
         )
 
 

@@ -172,9 +172,11 @@ class CheckedReward:
                 f"reward {self.name} raised {cause} for a batch of {count} samples, though for none of them alone; "
                 f"the first has prompt {excerpt(prompts[0])}"
             )
+        label, advice = labels[culprit], "correct the function, or let it return 0 for what it cannot judge"
+        if label is None:
+            advice = f"if it needs a label, name the label's key with --label_key; else {advice}"
         return RewardError(
             f"reward {self.name} raised {cause} for sample {culprit} of {count} (prompt {excerpt(prompts[culprit])}, "
-            f"response {excerpt(responses[culprit])}, label {str(labels[culprit])[:80]!r}); "
-            "correct the function, or let it return 0 for what it cannot judge",
+            f"response {excerpt(responses[culprit])}, label {str(label)[:80]!r}); {advice}",
             sample=culprit,
         )

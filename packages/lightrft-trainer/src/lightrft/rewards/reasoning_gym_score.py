@@ -40,8 +40,7 @@ def reasoning_gym_score(
         if not source:
             raise RewardError(
                 f"sample {index} (prompt {excerpt(prompt)}): its label is not a reasoning-gym entry but "
-                f"{str(label)[:80]!r}; "
-                "use --prompt_data reasoning_gym:NAME, or another --reward",
+                f"{str(label)[:80]!r}; use --prompt_data reasoning_gym:NAME, or another --reward",
                 sample=index,
             )
         judge: Any = gym.get_score_answer_fn(source)

@@ -35,8 +35,7 @@ def check_url(url: str) -> str:
     if url.endswith(".py") and parts.scheme not in ("http", "https"):
         raise RewardError(
             f"--remote_rm_url {url}: this is a Python file, and code is never run from a URL; put its folder on "
-            "the path and "
-            "write --reward module:function"
+            "the path and write --reward module:function"
         )
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise RewardError(
@@ -166,8 +165,7 @@ class RemoteReward:
         except _TryAgainError:
             raise RewardTimeoutError(
                 f"no reward within {self.timeout:g} s for {what}, after {len(failures)} tries; the last: "
-                f"{failures[-1]}. "
-                "Is the server of --remote_rm_url up? --reward_timeout gives it more time"
+                f"{failures[-1]}. Is the server of --remote_rm_url up? --reward_timeout gives it more time"
             ) from None
 
     def _post(self, url: str, body: bytes, deadline: float) -> Any:

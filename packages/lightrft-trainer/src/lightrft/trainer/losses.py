@@ -49,12 +49,11 @@ def loss_denominator(mode: AggregationMode, tokens: int, sequences: int) -> int:
 class PolicyLoss:
     """A policy loss in parts.
 
-    :param token_losses: ``[B, T]`` with gradient. :param ratio: ``[B, T]`` detached. :param clipped: ``[B, T]`` bool,
-        where clipping removed the gradient.
+    :param token_losses: ``[B, T]`` with gradient.
+    :param clipped: ``[B, T]`` bool, where clipping removed the gradient.
     """
 
     token_losses: Tensor
-    ratio: Tensor
     clipped: Tensor
 
 
@@ -111,7 +110,7 @@ def policy_loss(
     clipped = mask & torch.where(advantages > 0, ratio > 1.0 + eps_high, (advantages < 0) & (ratio < 1.0 - eps_low))
     if weights is not None:
         losses = losses * weights.masked_fill(~mask, 0.0)
-    return PolicyLoss(losses, ratio, clipped)
+    return PolicyLoss(losses, clipped)
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, value_clip: float | None) -> Tensor:

@@ -15,6 +15,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 
+def optimizer_steps(samples: int, batch_size: int) -> int:
+    """Optimizer steps of one pass over so many samples."""
+    return -(-samples // batch_size)
+
+
 def plan_minibatches(
     *, prompts: int, n_samples: int, batch_size: int, seed: int, step: int, epoch: int
 ) -> list[list[int]]:
@@ -32,7 +37,7 @@ def plan_minibatches(
     if not total:
         return []
     whole = math.gcd(prompts, batch_size)  # a size that all ranks can share out equally
-    count = -(-total // batch_size)
+    count = optimizer_steps(total, batch_size)
     columns = -(-total // (count * whole)) * whole
     generator = random.Random(_seed("minibatches", seed, step, epoch))
     steps: list[list[int]] = [[] for _ in range(count)]

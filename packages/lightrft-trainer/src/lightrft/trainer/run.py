@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import logging
-import math
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +20,7 @@ from lightrft.strategy.config import FIELDS, StrategyConfig
 from lightrft.strategy.errors import ConfigError
 
 from .interruption import Interruption
+from .minibatches import optimizer_steps
 from .spmd_ppo_trainer import SPMDPPOTrainer
 from .vocabularies import require_same_tokens
 
@@ -98,12 +97,10 @@ def train(
 
 
 def quiet_libraries() -> None:
-    """Keep library messages out of the run's output: progress bars of loading, and torch's warnings about its own
-    deprecated names, which vLLM uses."""
+    """Keep the progress bars of loading out of the run's output."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
 
 
 def claim_output_dir(strategy: StrategyBase, config: StrategyConfig) -> Path:
@@ -180,12 +177,11 @@ def build(
     prompts = prompt_dataset_from_config(config, reader, **options)
     held_out = prompt_dataset_from_config(config, reader, evaluation=True, **options) if config.eval_data else []
     steps = rollout_steps(config, len(prompts))
-    optimizer_steps = steps * config.max_epochs * optimizer_steps_per_epoch(config)
+    samples = config.rollout_batch_size * config.n_samples_per_prompt
+    max_steps = steps * config.max_epochs * optimizer_steps(samples, config.train_batch_size)
     actor, critic, reward_models, reference, average = build_models(strategy, config, multimodal=multimodal)
     (actor, actor_optim, actor_scheduler), (critic, critic_optim, critic_scheduler), reward_models, reference = (
-        strategy.prepare_models_and_optimizers(
-            actor, critic, reward_models, reference, config, max_steps=optimizer_steps
-        )
+        strategy.prepare_models_and_optimizers(actor, critic, reward_models, reference, config, max_steps)
     )
     if average is not None:
         average = strategy.prepare_average(average)
@@ -276,11 +272,6 @@ def rollout_steps(config: StrategyConfig, prompts: int) -> int:
         )
     steps = per_episode * config.num_episodes
     return steps if config.max_steps is None else min(steps, config.max_steps)
-
-
-def optimizer_steps_per_epoch(config: StrategyConfig) -> int:
-    """Optimizer steps of one pass over a full rollout buffer."""
-    return max(1, math.ceil(config.rollout_batch_size * config.n_samples_per_prompt / config.train_batch_size))
 
 
 def build_models(

@@ -11,6 +11,8 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from lightrft.strategy.errors import CheckpointError
+
 SETTINGS = ("lr", "initial_lr", "betas", "eps", "weight_decay")
 
 
@@ -45,7 +47,15 @@ class RunState:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> RunState:
-        """The inverse of :meth:`to_json`."""
+        """The inverse of :meth:`to_json`.
+
+        :raises CheckpointError: an early development version wrote it.
+        """
+        if not all(isinstance(figures, dict) for figures in values.get("evaluation", {}).values()):
+            raise CheckpointError(
+                "the checkpoint is of a development version before 0.1.0, whose evaluations have no reward; convert "
+                "its weights with `lightrft convert` and start a new run with --pretrain"
+            )
         return cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
 
 

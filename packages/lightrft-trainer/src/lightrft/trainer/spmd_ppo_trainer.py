@@ -32,7 +32,7 @@ from .interruption import Interruption
 from .kl_controller import make_kl_controller
 from .losses import PolicyObjective
 from .metrics import METRICS_FILE, STEP_KEYS, JsonlSink, MetricSink, make_sinks, read_metrics
-from .minibatches import balance
+from .minibatches import balance, optimizer_steps
 from .plots import plot_curves
 from .policy_update import PolicyUpdater
 from .progress import HELD_OUT, Progress, describe, make_progress
@@ -178,19 +178,16 @@ class SPMDPPOTrainer:
     def _make_grader(self, reward_fn: Any, remote_rm_url: str | None) -> Grader:
         """Rewards: ``reward_fn``, the reward models, or else what ``--reward`` and ``--remote_rm_url`` name."""
         config, rewards = self.config, []
-        if reward_fn is not None:
-            rewards.append(
-                reward_fn
-                if isinstance(reward_fn, (CheckedReward, CombinedReward))
-                else CheckedReward(
-                    reward_fn, name=getattr(reward_fn, "__name__", "reward_fn"), timeout=config.reward_timeout
-                )
-            )
-        spec, urls = (None if reward_fn is not None else config.reward), remote_rm_url
-        if urls is None and reward_fn is None:
-            urls = config.remote_rm_url
+        spec, urls, timeout = None, remote_rm_url, config.reward_timeout
+        if reward_fn is None:
+            spec, urls = config.reward, config.remote_rm_url if urls is None else urls
+        elif isinstance(reward_fn, (CheckedReward, CombinedReward)):
+            rewards.append(reward_fn)
+        else:
+            name = getattr(reward_fn, "__name__", "reward_fn")
+            rewards.append(CheckedReward(reward_fn, name=name, timeout=timeout))
         if spec or urls:
-            rewards.append(build_reward(spec, remote_urls=urls, timeout=config.reward_timeout))
+            rewards.append(build_reward(spec, remote_urls=urls, timeout=timeout))
         models = self.reward_model if isinstance(self.reward_model, (list, tuple)) else [self.reward_model]
         return Grader(
             self.strategy,
@@ -231,10 +228,10 @@ class SPMDPPOTrainer:
             )
         if self.sampling.greedy:
             problems.append("temperature=0: greedy answers come from no distribution to train on; choose one above 0")
-        if config.overlong_buffer and config.overlong_buffer_len > self.sampling.max_tokens:
+        if config.overlong_buffer and config.overlong_buffer_len >= self.sampling.max_tokens:
             problems.append(
-                f"--overlong_buffer_len {config.overlong_buffer_len}: must be at most the {self.sampling.max_tokens} "
-                "tokens of a response; lower it, or raise --generate_max_len"
+                f"--overlong_buffer_len {config.overlong_buffer_len}: must be below the {self.sampling.max_tokens} "
+                "tokens of a response, or each is penalized from its first token; lower it, or raise --generate_max_len"
             )
         for flag in ("importance_sampling_cap", "max_logprob_drift"):
             if getattr(config, flag) and not self.sampling.full_support:
@@ -287,7 +284,7 @@ class SPMDPPOTrainer:
     def optimizer_steps_per_rollout(self) -> int:
         """Optimizer steps on one full rollout buffer."""
         samples = self.config.rollout_batch_size * self.sampling.n
-        return self.max_epochs * max(1, -(-samples // self.config.train_batch_size))
+        return self.max_epochs * optimizer_steps(samples, self.config.train_batch_size)
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
     def fit(
@@ -580,9 +577,7 @@ class SPMDPPOTrainer:
         return {"eval_accuracy": result.accuracy, "eval_reward": result.reward}
 
     def _log_evaluation(self, figures: Mapping[str, float], sinks: Sequence[MetricSink]) -> None:
-        """An evaluation before or after the steps belongs to no line of metrics.jsonl: it has its own file, and the
-        plot reads both.
-        """
+        """An evaluation before or after the steps belongs to no line of metrics.jsonl: it has its own file."""
         if not self.strategy.is_rank_0() or not self.state.evaluation:
             return
         path = self.output_dir / "evaluation.json"
@@ -600,11 +595,11 @@ class SPMDPPOTrainer:
     def _plot(self) -> None:
         if not self.strategy.is_rank_0():
             return
-        lines: list[dict[str, Any]] = read_metrics(self.output_dir / METRICS_FILE)
-        lines += [{"step": int(step), "eval_accuracy": e["accuracy"]} for step, e in self.state.evaluation.items()]
-        known = {line["step"] for line in lines if "eval_accuracy" in line and "reward_mean" in line}
-        lines = [line for line in lines if "reward_mean" in line or line["step"] not in known]
-        plot_curves(sorted(lines, key=lambda line: line["step"]), self.log_dir / PLOTS)
+        held_out = [
+            {"step": int(step), **{f"eval_{name}": value for name, value in figures.items()}}
+            for step, figures in self.state.evaluation.items()
+        ]
+        plot_curves([*read_metrics(self.output_dir / METRICS_FILE), *held_out], self.log_dir / PLOTS)
 
     def _save_trajectories(self, rollout: Rollout) -> None:
         if not self.config.save_trajectories or not self.strategy.is_rank_0():

@@ -24,6 +24,10 @@ IMAGE_INPUTS = ("pixel_values", "image_grid_thw", "image_sizes")
 class ExperienceMakerVL(ExperienceMaker):
     """Sends text and images to the engine, and keeps the processor's output for training."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._processed: tuple[Any, dict[str, torch.Tensor]] = (None, {})  # the last prompt and its images
+
     def generate(self, prompts: Sequence[Any], sampling: SamplingParams, step: int) -> list[GenerationOutput]:
         """See the base class. The engine expands image placeholders; training uses its prompt ids.
 
@@ -42,23 +46,18 @@ class ExperienceMakerVL(ExperienceMaker):
         )
 
     def to_sample(self, output: GenerationOutput, prompt: Any) -> Experience:
-        """See the base class; the samples of one prompt share their image tensors."""
+        """See the base class; the samples of one prompt, which follow each other, share their image tensors."""
         sample = super().to_sample(output, prompt)
         sample.images = self._image_inputs(prompt)
         return sample
 
-    def _draw_groups(self, prompts: Sequence[Any], step: int, round_: int, rollout: Any) -> Any:
-        self._processed: dict[int, dict[str, torch.Tensor]] = {}
-        return super()._draw_groups(prompts, step, round_, rollout)
-
     def _image_inputs(self, prompt: Any) -> dict[str, torch.Tensor]:
         if not prompt.images:
             return {}
-        cache = getattr(self, "_processed", {})
-        if prompt.index not in cache:
+        if self._processed[0] is not prompt:
             made = self.processor.image_processor(images=list(prompt.images), return_tensors="pt")
-            cache[prompt.index] = {name: made[name] for name in IMAGE_INPUTS if name in made}
-        return cache[prompt.index]
+            self._processed = prompt, {name: made[name] for name in IMAGE_INPUTS if name in made}
+        return self._processed[1]
 
 
 class SPMDPPOTrainerVL(SPMDPPOTrainer):

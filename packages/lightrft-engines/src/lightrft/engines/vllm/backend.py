@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import uuid
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,8 @@ def _in_a_launch() -> bool:
 
 def launch(spec: EngineSpec, arguments: dict[str, Any]) -> Any:
     """Start an engine of vLLM in this process."""
+    # vLLM calls old names of torch's, also while it generates, and torch warns of them.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     _World.engines += 1
     try:
         with plain_layers_on_cpu(), _own_shared_memory(spec.device):

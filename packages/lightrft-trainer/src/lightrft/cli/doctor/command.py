@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lightrft.strategy.config import FIELDS, StrategyConfig
-from lightrft.strategy.errors import ConfigError, LightRFTError
+from lightrft.strategy.errors import LightRFTError
 from lightrft.utils import add_arguments
 
 from .findings import BEFORE_RANKS, ON_RANKS, Finding, Report, gather
@@ -56,7 +56,7 @@ def run_doctor(namespace: argparse.Namespace) -> int:
     try:
         config = load_settings(namespace)
         ranks, world = _ranks(namespace)
-    except (ConfigError, LightRFTError) as error:
+    except LightRFTError as error:
         sys.stderr.write(f"lightrft: {error}\n")
         return EXIT_WRONG_USE
     config = dataclasses.replace(config, **_deadlines(config), resume=False)
