@@ -69,6 +69,7 @@ class TestZero3InBrief(
     """Parameters too."""
 
     deadline_turn = 2
+    test_settings_stay_as_they_were_given = StrategySuite.test_settings_stay_as_they_were_given
 
 
 @pytest.mark.full

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from lightrft.fsdp.shards import Cut, Pack, cut_of, like, local, start_gather, take_rows, wait, whole
 from lightrft.strategy import StrategyConfig, get_strategy
@@ -53,6 +55,7 @@ def gather_every_shape() -> None:
     expected = [parameter.detach().clone() for parameter in module]
     fully_shard(module, mesh=mesh)
     parameters = list(module.parameters())
+    accelerators = DeviceMesh("cuda", [0, 1], _init_backend=False)
     for parameter, value in zip(parameters, expected, strict=True):
         cut = cut_of(parameter)
         assert cut is not None
@@ -65,6 +68,14 @@ def gather_every_shape() -> None:
         wrapped: Any = like(parameter, local(parameter).clone())
         assert wrapped.shape == value.shape
         assert torch.equal(wrapped.full_tensor(), value)
+        # Under --fsdp_cpu_offload the mesh is of accelerators, and what is sharded over it stays on the host.
+        mine = local(parameter).detach()
+        meta = TensorMeta(parameter.shape, parameter.stride(), mine.dtype)
+        offloaded: Any = DTensor(mine, DTensorSpec(accelerators, (Shard(0),), tensor_meta=meta), requires_grad=True)
+        rounded = mine.bfloat16()
+        wrapped = like(offloaded, rounded)
+        assert local(wrapped) is rounded and wrapped.dtype == torch.bfloat16 and wrapped.device.type == "cpu"
+        assert (wrapped.shape, wrapped.device_mesh, wrapped.placements) == (value.shape, accelerators, (Shard(0),))
     cuts = [cut for parameter in parameters if (cut := cut_of(parameter)) is not None]
     slots = [torch.full((cut.padded_numel,), torch.nan) for cut in cuts]
     staging = torch.empty(sum(cut.padded_numel for cut in cuts))

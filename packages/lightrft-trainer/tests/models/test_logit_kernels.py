@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -99,6 +101,43 @@ def test_logits_and_labels_may_lie_in_memory_as_they_like(layout: str):
         found.append([part.detach().double() for part in (logprobs, entropies, given.grad)])
     for mine, exact in zip(*found, strict=True):
         assert torch.allclose(mine, exact, atol=1e-5), (mine - exact).abs().max()
+
+
+class OnTheSecondDevice(Tensor):
+    device = torch.device("cuda", 1)  # type: ignore[assignment]
+
+
+def test_a_kernel_starts_on_the_device_of_its_logits(monkeypatch: pytest.MonkeyPatch):
+    from lightrft.models import triton_kernels
+
+    current, launched = [0], []
+
+    @contextlib.contextmanager
+    def device_index(index: int) -> Iterator[None]:
+        current.append(index)
+        yield
+        current.pop()
+
+    class Kernel:
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *_, **__: launched.append((grid, current[-1]))
+
+    monkeypatch.setattr(torch.accelerator, "device_index", device_index)
+    for name in ("statistics_kernel", "gradients_kernel"):
+        monkeypatch.setattr(triton_kernels, name, Kernel())
+    logits, labels = torch.zeros(2, 5).as_subclass(OnTheSecondDevice), torch.zeros(2, dtype=torch.long)
+    one = {"temperature": 1.0, "normalizers": torch.zeros(2), "entropies": None}
+    logit_kernels.statistics(logits, labels, logprobs=torch.zeros(2), **one)
+    logit_kernels.gradients(logits, labels, by_logprob=None, by_entropy=None, result=torch.zeros(2, 5), **one)
+    assert launched == [((2,), 1), ((2, 1), 1)] and current == [0]
+
+
+def test_logprobs_of_the_kernels_may_be_changed_in_place():
+    hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(32, 4)
+    logprobs, _ = fused_token_statistics(hidden, weight, None, torch.tensor([1, 2, 3]))
+    (once,) = torch.autograd.grad(logprobs.sum(), hidden, retain_graph=True)
+    (twice,) = torch.autograd.grad(logprobs.mul_(2).sum(), hidden)
+    assert torch.allclose(twice, 2 * once)
 
 
 def test_labels_of_hidden_states_may_be_a_column_of_others():

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,17 +73,13 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def like(parameter: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Wrap this rank's ``rows`` as a tensor that is sharded like ``parameter``. No communication."""
+    """Wrap this rank's ``rows`` as a tensor that is sharded like ``parameter``. No communication, no copy."""
     if not isinstance(parameter, DTensor):
         return rows
-    return DTensor.from_local(
-        rows,
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        shape=parameter.shape,
-        stride=torch.empty(parameter.shape, device="meta").stride(),
-    )
+    # DTensor.from_local would move rows on the host to the mesh's device.
+    meta = TensorMeta(parameter.shape, parameter.stride(), rows.dtype)
+    spec = DTensorSpec(parameter.device_mesh, parameter.placements, tensor_meta=meta)
+    return DTensor(rows, spec, requires_grad=False)
 
 
 def start_all_gather(slot: torch.Tensor, cut: Cut, tag: int = 0) -> list[Any]:

@@ -174,7 +174,8 @@ class _StatisticsByKernels(torch.autograd.Function):
         with_entropy: bool,
         rows: int,
     ) -> tuple[Tensor, Tensor | None]:
-        logprobs, normalizers = torch.empty(2, len(hidden), device=hidden.device)
+        logprobs = torch.empty(len(hidden), device=hidden.device)
+        normalizers = torch.empty_like(logprobs)
         entropies = torch.empty_like(logprobs) if with_entropy else None
         memory = torch.empty(min(rows, len(hidden)) * len(weight), dtype=weight.dtype, device=weight.device)
         for start in range(0, len(hidden), rows):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -39,6 +40,11 @@ def _dense(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return logits if logits.stride(1) == 1 else logits.contiguous(), labels.contiguous()
 
 
+def _device_of(tensor: Tensor) -> AbstractContextManager[None]:
+    """Triton starts a kernel on the current device, whichever the tensors are on."""
+    return torch.accelerator.device_index(tensor.device.index)
+
+
 def statistics(
     logits: Tensor,
     labels: Tensor,
@@ -59,13 +65,14 @@ def statistics(
     logits, labels = _dense(logits, labels)
     from .triton_kernels import statistics_kernel
 
-    statistics_kernel[(count,)](
-        *(logits, labels, logprobs, normalizers, logprobs if entropies is None else entropies),
-        *(logits.stride(0), vocabulary, 1.0 / temperature),
-        with_entropy=entropies is not None,
-        block=_block(vocabulary),
-        num_warps=8,
-    )
+    with _device_of(logits):
+        statistics_kernel[(count,)](
+            *(logits, labels, logprobs, normalizers, logprobs if entropies is None else entropies),
+            *(logits.stride(0), vocabulary, 1.0 / temperature),
+            with_entropy=entropies is not None,
+            block=_block(vocabulary),
+            num_warps=8,
+        )
 
 
 def gradients(
@@ -98,10 +105,11 @@ def gradients(
     from .triton_kernels import gradients_kernel
 
     block = min(1024, _block(width))
-    gradients_kernel[(count, -(-width // block))](
-        *(logits, result, labels, normalizers, entropies, by_logprob, by_entropy),
-        *(logits.stride(0), result.stride(0), width, first, 1.0 / temperature),
-        with_entropy=with_entropy,
-        block=block,
-        num_warps=4,
-    )
+    with _device_of(logits):
+        gradients_kernel[(count, -(-width // block))](
+            *(logits, result, labels, normalizers, entropies, by_logprob, by_entropy),
+            *(logits.stride(0), result.stride(0), width, first, 1.0 / temperature),
+            with_entropy=with_entropy,
+            block=block,
+            num_warps=4,
+        )

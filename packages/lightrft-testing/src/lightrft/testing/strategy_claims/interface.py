@@ -71,6 +71,12 @@ DOCUMENTED: dict[str, dict[str, Any]] = {
     "sync_and_clear_cache": {},
     "save_model": {"model": REQUIRED, "tokenizer": REQUIRED, "output_dir": REQUIRED},
 }
+LONG_SEQUENCES = {
+    "packing_samples": True,
+    "fused_linear_logprob": True,
+    "chunk_size": 3,
+    "gradient_checkpointing": True,
+}
 
 
 class InterfaceClaims(StrategyClaims):
@@ -111,6 +117,15 @@ class InterfaceClaims(StrategyClaims):
         assert strategy.args is args
         assert repr(args) == before
         assert strategy.config.get_extra_arg("mine") == 3
+
+    @on_ranks
+    def test_settings_stay_as_they_were_given(self) -> None:
+        """Also those of long sequences, for which a backend has no code: models are made as the strategy's say."""
+        given = self.settings(**LONG_SEQUENCES, sp_size=self.world_size)
+        strategy = self.make_strategy(**given)
+        strategy.setup_distributed()
+        changed = {name: held for name, value in given.items() if (held := getattr(strategy.config, name)) != value}
+        assert not changed, f"the strategy has {changed}"
 
     @on_ranks
     def test_constructor_keywords_win_over_args(self) -> None:
