@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification
 
 from lightrft.data.tasks import build_default_model, build_tokenizer
 from lightrft.models import RewardModel
-from lightrft.rewards import CheckedReward, RewardError
+from lightrft.rewards import RewardError
 from lightrft.strategy.fake_strategy import FakeStrategy
 from lightrft.strategy.registry import register_scoring_engine
 from lightrft.strategy.scoring import ScoringEngine
@@ -64,16 +64,6 @@ def test_a_reward_model_scores_alike_as_a_module_and_in_an_engine(folder: str) -
     served = graded(strategy, strategy.setup_reward_engine(folder, "plain"))
     assert graded(strategy, strategy.prepare_model(RewardModel(folder))) == pytest.approx(served, abs=1e-6)
     assert len(set(served)) == 3
-
-
-def test_a_rank_without_samples_grades_none_of_them() -> None:
-    """There are fewer held-out prompts than ranks."""
-
-    def reward(prompts: Any, responses: Any, labels: Any, **extras: Any) -> list[float]:
-        return [1.0] * len(responses)
-
-    graded = Grader(FakeStrategy(), build_tokenizer(), [CheckedReward(reward, name="one")])([], [], 1, 0)
-    assert graded.rewards == []
 
 
 def test_a_reward_sees_of_each_sample_what_is_its_own() -> None:
