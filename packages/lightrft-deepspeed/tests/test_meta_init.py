@@ -56,7 +56,7 @@ def test_a_frozen_model_is_read_from_its_folder(ranks: Any, tmp_path: Path, stag
 
 
 def with_secondary_shards(folder: str) -> tuple[torch.Tensor, ...]:
-    """Logits of a frozen model, of one before it is trained, and of that one after it, as here and as in one process."""
+    """Logits of a frozen model, of one before and after a step, and of its weights in one process."""
     from transformers import AutoConfig
 
     strategy, config = DeepspeedStrategy(zero_stage=3, zpg=2, **SETTINGS), AutoConfig.from_pretrained(folder)

@@ -33,11 +33,12 @@ def shard_unfilled(
 
     :param config: DeepSpeed's, of a model that does not train. :param dtype: what to hold parameters in, or None.
     """
-    from deepspeed.utils import groups
-
     ranks = None if group is None else group.get_data_parallel_group()
     secondary = None
-    if config["zero_optimization"].get("zero_hpz_partition_size", 1) > 1:  # else Init makes a group for every call
+    if config["zero_optimization"].get("zero_hpz_partition_size", 1) > 1:
+        from deepspeed.utils import groups
+
+        # without it, every Init would make the group that there is already
         secondary = groups._get_zero_param_intra_parallel_group()
 
     def shard(parameters: Sequence[nn.Parameter]) -> None:
