@@ -3,6 +3,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -96,3 +97,12 @@ def test_a_loader_brings_no_warnings_of_its_library() -> None:
     strategy = FakeStrategy()
     with warnings.catch_warnings(action="error"):
         assert list(strategy.setup_dataloader(range(4), 2, shuffle=False, collate_fn=list)) == [[0, 1], [2, 3]]
+
+
+def test_a_new_start_of_an_epoch_leaves_the_random_state() -> None:
+    """A resumed run starts its epoch again, after the random state has come back."""
+    loader = FakeStrategy().setup_dataloader(range(4), 2, collate_fn=list)
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    next(iter(loader))
+    assert torch.equal(torch.get_rng_state(), before)

@@ -55,6 +55,30 @@ def test_a_frozen_model_is_read_from_its_folder(ranks: Any, tmp_path: Path, stag
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
+def with_secondary_shards(folder: str) -> tuple[torch.Tensor, ...]:
+    """Logits of a frozen model, of one before and after a step, and of its weights in one process."""
+    from transformers import AutoConfig
+
+    strategy, config = DeepspeedStrategy(zero_stage=3, zpg=2, **SETTINGS), AutoConfig.from_pretrained(folder)
+    frozen = strategy.prepare_model(build(strategy, config))
+    model = strategy.prepare(build(strategy, config))
+    optimizer = strategy.create_optimizer(model, lr=1e-2)
+    before = logits(model)
+    strategy.backward(model(input_ids=ROWS, labels=ROWS).loss, model, optimizer)
+    strategy.optimizer_step(optimizer, model, None)
+    plain = tiny_model("qwen2_tied")
+    plain.load_state_dict({**plain.state_dict(), **state(strategy, model)})
+    return logits(frozen), before, logits(model), logits(plain)
+
+
+def test_secondary_shards_hold_what_was_read(ranks: Any, tmp_path: Path) -> None:
+    expected = logits(tiny_model("qwen2_tied"))
+    for frozen, before, after, plain in ranks.run(
+        with_secondary_shards, save_tiny_model("qwen2_tied", tmp_path / "model")
+    ):
+        torch.testing.assert_close((frozen, before, after), (expected, expected, plain), atol=1e-5, rtol=1e-5)
+
+
 def keeps_its_optimizer(folder: str, stage: int, bf16: bool) -> None:
     """An optimizer that was made while the model had no memory trains it."""
     from transformers import AutoConfig

@@ -114,4 +114,6 @@ def make_dataloader(
             drop_last=drop_last,
             collate_fn=collate_fn,
             pin_memory=pin_memory,
+            # Each start of an iteration draws a seed; torch's own random state, which a checkpoint holds, stays.
+            generator=torch.Generator().manual_seed(seed),
         )

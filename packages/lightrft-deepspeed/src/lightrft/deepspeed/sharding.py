@@ -34,12 +34,23 @@ def shard_unfilled(
     :param config: DeepSpeed's, of a model that does not train. :param dtype: what to hold parameters in, or None.
     """
     ranks = None if group is None else group.get_data_parallel_group()
+    secondary = None
+    if config["zero_optimization"].get("zero_hpz_partition_size", 1) > 1:
+        from deepspeed.utils import groups
+
+        # without it, every Init would make the group that there is already
+        secondary = groups._get_zero_param_intra_parallel_group()
 
     def shard(parameters: Sequence[nn.Parameter]) -> None:
         own = nn.ParameterList(parameters)
         cast(own, dtype)
         if parameters:
-            load_deepspeed().zero.Init(module=own, data_parallel_group=ranks, config_dict_or_path=config)
+            load_deepspeed().zero.Init(
+                module=own,
+                data_parallel_group=ranks,
+                zero_param_parallel_group=secondary,
+                config_dict_or_path=config,
+            )
 
     def after(module: nn.Module) -> None:
         shard([p for p in module.parameters(recurse=False) if not p.is_meta and not is_sharded(p)])

@@ -75,7 +75,8 @@ class Grader:
         self, prompts: Sequence[Any], samples: Sequence[Experience], n: int, step: int, trajectories: int
     ) -> Grades:
         responses = [sample.tokens[sample.length - sample.response_length :].tolist() for sample in samples]
-        texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
+        # transformers decodes no responses to one empty text
+        texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True) if responses else []
         repeated = [prompt for prompt in prompts for _ in range(n)]
         columns: list[list[float]] = []
         metrics: dict[str, float] = {}
