@@ -462,17 +462,8 @@ def test_an_evaluation_counts_the_answers_of_all_ranks(make: Make) -> None:
     assert (of_four.count, of_four.reward) == (12, pytest.approx(alone.reward))
 
 
-def test_a_rank_without_held_out_prompts_evaluates_none_and_sends_the_same_kinds_of_numbers(make: Make) -> None:
-    setup, sent = make(), []
-
-    def reduce(data: dict[str, float], op: str) -> dict[str, float]:
-        sent.append({name: type(value) for name, value in data.items()})
-        return data
-
-    with mock.patch.object(setup.strategy, "reduce_over_data", reduce):
-        assert setup.trainer.evaluate([]).count == 0
-        assert setup.trainer.evaluate([setup.prompts[0]]).count == 1
-    assert sent[0] == sent[1]
+def test_a_rank_without_held_out_prompts_evaluates_none(make: Make) -> None:
+    assert make().trainer.evaluate([]).count == 0
 
 
 def test_every_evaluation_reaches_the_trackers(make: Make) -> None:

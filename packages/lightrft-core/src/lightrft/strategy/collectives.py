@@ -1,11 +1,13 @@
 """Reduce and gather over ranks, for tensors, numbers and dicts of them. Every rank of the group must call.
 
-Arguments are never changed in place. Numbers are sent as float64 or int64, all numbers of a dict in one collective.
+Arguments are never changed in place. The numbers of a dict travel together, as Python objects: one rank's sum may be
+the int 0 where the others' are floats, and tensors of two dtypes would wait for each other until the deadline.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,6 +15,12 @@ import torch.distributed as dist
 
 ReduceOp = Literal["mean", "sum", "max", "min"]
 OPS = {"mean": dist.ReduceOp.SUM, "sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+OF_NUMBERS: Mapping[str, Callable[[Sequence[float]], float]] = {
+    "mean": lambda values: sum(values) / len(values),
+    "sum": sum,
+    "max": max,
+    "min": min,
+}
 Group = dist.ProcessGroup | None
 # Stands for a group of one rank; None stands for all ranks.
 ALONE: Any = dist.GroupMember.NON_GROUP_MEMBER
@@ -23,28 +31,27 @@ def size_of(group: Group) -> int:
     return dist.get_world_size(group) if dist.is_initialized() and group is not ALONE else 1
 
 
-def all_reduce(data: Any, op: str = "mean", group: Group = None, device: torch.device | None = None) -> Any:
+def all_reduce(data: Any, op: str = "mean", group: Group = None) -> Any:
     """Reduce over ``group``; the result has the structure of ``data``.
 
     Tensors keep shape and dtype (the mean of an integer tensor is of torch's default float dtype); sums of 16-bit
     tensors are formed in fp32. Python numbers come back as Python numbers: ints stay ints except for "mean".
 
-    :raises ValueError: unknown ``op``. :raises TypeError: something that cannot be reduced.
+    :raises ValueError: unknown ``op``, or not all ranks have equally many numbers.
+    :raises TypeError: something that cannot be reduced.
     """
     if op not in OPS:
         raise ValueError(f"all_reduce op {op!r}: must be one of {', '.join(OPS)}")
     numbers: list[tuple[int | float, Callable[[Any], None]]] = []
     result: list[Any] = [None]
     _reduce_into(data, op, group, result.__setitem__, 0, numbers)
-    for kind in (int, float):
-        batch = [(value, put) for value, put in numbers if isinstance(value, int) == (kind is int)]
-        if batch:
-            packed = torch.tensor(
-                [v for v, _ in batch], dtype=torch.int64 if kind is int else torch.float64, device=device
-            )
-            total = _reduce_tensor(packed, "sum" if op == "mean" else op, group)
-            for (_, put), value in zip(batch, total.tolist(), strict=True):
-                put(value / size_of(group) if op == "mean" else value)
+    if numbers:
+        gathered = all_gather_object([value for value, _ in numbers], group)
+        if len(counts := set(map(len, gathered))) > 1:
+            raise ValueError(f"all_reduce of {min(counts)} to {max(counts)} numbers: all ranks must pass equally many")
+        for (_, put), *values in zip(numbers, *gathered, strict=True):
+            # NaN has no order: among the others it might be neither the largest nor the smallest.
+            put(math.nan if any(value != value for value in values) else OF_NUMBERS[op](values))
     return result[0]
 
 

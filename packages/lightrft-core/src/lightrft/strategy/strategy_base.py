@@ -365,7 +365,7 @@ class StrategyBase(ABC):
         ``data`` is not changed; dtypes and 0-d shapes are kept; Python numbers are returned for Python numbers.
         """
         with self.waits_for_ranks("all_reduce"):
-            return collectives.all_reduce(data, op, self._everyone, device=self.device)
+            return collectives.all_reduce(data, op, self._everyone)
 
     def all_gather(self, data: Any) -> Any:
         """Gather from all ranks in rank order: tensors along axis 0 (lengths may differ), numbers as a list."""
@@ -380,7 +380,7 @@ class StrategyBase(ABC):
     def reduce_over_data(self, data: Any, op: str = "mean") -> Any:
         """:meth:`all_reduce` in which the data of ranks that share their sequences count once."""
         with self.waits_for_ranks("reduce_over_data"):
-            return collectives.all_reduce(data, op, self._data_ranks, device=self.device)
+            return collectives.all_reduce(data, op, self._data_ranks)
 
     def gather_over_data(self, data: Any) -> Any:
         """:meth:`all_gather` from one rank of each sequence group, in the order of their data ranks; a list or a tuple

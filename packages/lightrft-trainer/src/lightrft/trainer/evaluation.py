@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -43,9 +42,7 @@ def evaluate(
     samples = [maker.to_sample(output, prompt) for output, prompt in zip(outputs, mine, strict=True)]
     graded = grader(mine, samples, 1, step, trajectories=shown)
     totals = strategy.reduce_over_data(
-        # fsum: a rank without prompts sends floats too
-        {"right": math.fsum(graded.right), "reward": math.fsum(graded.rewards), "count": len(mine)},
-        "sum",
+        {"right": sum(graded.right), "reward": sum(graded.rewards), "count": len(mine)}, "sum"
     )
     parts = strategy.gather_over_data(graded.trajectories)
     answers = [answer for together in zip(*parts, strict=False) for answer in together] or [

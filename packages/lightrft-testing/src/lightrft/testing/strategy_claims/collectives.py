@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -51,6 +53,9 @@ class CollectiveClaims(StrategyClaims):
         assert type(tenth) is float
         assert tenth == 0.1  # not its neighbour in fp32
         assert strategy.all_reduce(strategy.rank == 0, "max") == 1
+        # A sum over nothing is an int; what is NaN on one rank is NaN.
+        assert strategy.all_reduce(0 if strategy.rank else 0.5, "sum") == 0.5
+        assert math.isnan(strategy.all_reduce(math.inf if strategy.rank else math.nan, "max"))
 
     @on_ranks
     def test_zero_dimensional_tensors_survive(self) -> None:
@@ -114,3 +119,6 @@ class CollectiveClaims(StrategyClaims):
             strategy.all_reduce(1.0, "median")
         with refused(TypeError, saying=["str"]):
             strategy.all_reduce("text")
+        if self.world_size > 1:
+            with refused(ValueError, saying=["1 to 2 numbers: all ranks must pass equally many"]):
+                strategy.all_reduce({"a": 1.0, "b": 2.0} if strategy.rank else {"a": 1.0}, "sum")
