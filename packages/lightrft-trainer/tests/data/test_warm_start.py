@@ -2,10 +2,13 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from torch.optim import AdamW
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import LlamaForCausalLM as Llama
 
 from lightrft.data.tasks import TaskExample, TaskSplit, build_model, build_tokenizer, reverse_digits
 from lightrft.data.warm_start import build_warm_model, encode_solved, greedy_accuracy, warm_start
@@ -34,9 +37,19 @@ def test_the_same_seed_gives_the_same_weights():
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
-def test_a_leap_over_a_narrow_window_is_taken_back():
-    _, report = train(window=(0.25, 0.35), learning_rate=5e-3)
-    assert 0.25 <= report.accuracy <= 0.35
+def test_a_leap_over_the_window_is_taken_back_and_tried_in_smaller_steps():
+    """What is measured is scripted: before the first step, after a leap, within the window."""
+    untrained = build_model(seed=0).state_dict()
+    with (
+        mock.patch("lightrft.data.warm_start.greedy_accuracy", side_effect=[0.0, 0.9, 0.3]),
+        mock.patch.object(AdamW, "load_state_dict", autospec=True, side_effect=AdamW.load_state_dict) as optimizers,
+        mock.patch.object(Llama, "load_state_dict", autospec=True, side_effect=Llama.load_state_dict) as models,
+    ):
+        _, report = train(window=(0.25, 0.35), learning_rate=1e-3)
+    assert report.accuracy == 0.3
+    assert [call.args[0].param_groups[0]["lr"] for call in optimizers.call_args_list] == [5e-4]
+    (restored,) = [call.args[1] for call in models.call_args_list]
+    assert all(torch.equal(restored[name], value) for name, value in untrained.items())
 
 
 def test_greedy_accuracy_is_that_of_decoding():
