@@ -112,7 +112,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     same_weights(tmp_path / "run", uninterrupted)
 
 
-@pytest.mark.full  # test_terminal.py closes one under a stream
+@pytest.mark.full  # test_output.py closes one under a stream
 def test_a_run_whose_terminal_is_closed_saves_before_it_ends(
     tiny: Tiny,
     tiny_under_torchrun: Tiny,

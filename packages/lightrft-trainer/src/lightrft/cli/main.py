@@ -15,7 +15,7 @@ from lightrft.utils import add_arguments
 from lightrft.utils.ckpt_scripts import add_convert_arguments, run_convert
 
 from .doctor import add_doctor_arguments, run_doctor
-from .terminal import outlive_terminal
+from .output import outlive_reader
 
 EXIT_WRONG_USE = 2
 
@@ -121,7 +121,7 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0 done, 1 failed, 2 wrong use, 130 stopped by Ctrl-C."""
-    outlive_terminal()
+    outlive_reader()
     parser = build_parser()
     namespace, rest = parser.parse_known_args(argv)
     if namespace.command not in ("train", "train-vl"):

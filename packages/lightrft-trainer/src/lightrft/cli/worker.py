@@ -23,7 +23,7 @@ from lightrft.strategy.config import StrategyConfig
 from lightrft.strategy.errors import ConfigError, LightRFTError, PluginError, RankTimeoutError
 
 from .launch import ASKED_FILE, EXIT_FAILED, EXIT_INTERRUPTED, LAUNCH_DIR
-from .terminal import outlive_terminal
+from .output import outlive_reader
 
 if TYPE_CHECKING:
     from lightrft.trainer.run import RunResult
@@ -40,7 +40,7 @@ def main() -> int:
     parser.add_argument("config")
     parser.add_argument("--multimodal", action="store_true")
     options = parser.parse_args()
-    outlive_terminal()
+    outlive_reader()
     join_launcher()
     return run_rank(StrategyConfig.from_yaml(options.config), multimodal=options.multimodal)
 
