@@ -13,6 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch.distributed as dist
@@ -104,6 +105,21 @@ def test_a_rank_that_stalls_inside_an_operation_is_named_by_its_collectives(rank
     cause = message.split("Cause: ")[1]
     assert re.match(r"rank 1, last seen in an operation of two parts \(number 2\) .*, is 1 collective behind", cause)
     assert re.search(r"now at .*test_journal\.py:\d+ \(lives_on\)", cause), message
+
+
+def beats_while_all_is_well() -> list[int]:
+    mine: Joined = strategy()
+    looked: list[int] = []
+    with mock.patch.object(journal, "stands_at", looked.append):
+        mine.all_reduce(1)
+        time.sleep(0.5)  # five beats
+        mine.barrier()
+    return looked
+
+
+def test_a_heart_looks_at_no_thread_that_nobody_asks_about(ranks: RankPool) -> None:
+    """Python bears it now and then, not thousands of times."""
+    assert ranks.run(beats_while_all_is_well) == [[], []]
 
 
 def raises_inside(kind: type[Exception]) -> str:
@@ -321,7 +337,7 @@ def test_what_is_surest_is_blamed() -> None:
     def notes(number: int, beat: int, departure: Departure | None = None, started: int = 5) -> RankNotes:
         return RankNotes(
             entry=Entry(sequence=number, name="work", site="a.py:1"),
-            beat=Beat(number=beat, wall=0.0, at="b.py:2 (f)", started={"world": started}),
+            beat=Beat(number=beat, wall=0.0, started={"world": started}, answered=1, at="b.py:2 (f)"),
             departure=departure,
         )
 

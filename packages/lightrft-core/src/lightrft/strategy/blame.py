@@ -29,14 +29,17 @@ class Entry:
 class Beat:
     """A heartbeat.
 
-    :param number: counts them. :param wall: when, in seconds of the epoch. :param at: where the main thread is.
+    :param number: counts them. :param wall: when, in seconds of the epoch.
     :param started: collectives started, by process group.
+    :param answered: number of the last question where the main thread is.
+    :param at: the answer; empty before the first question.
     """
 
     number: int
     wall: float
-    at: str
     started: dict[str, int]
+    answered: int
+    at: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +84,7 @@ def blame(
     for rank, now in after.items():
         number = -1 if now.entry is None else now.entry.sequence
         place = f"rank {rank}, " + ("before it joined" if now.entry is None else f"last seen in {now.entry}")
-        at = "" if now.beat is None else f", now at {now.beat.at}"
+        at = f", now at {now.beat.at}" if now.beat and now.beat.at else ""
         lag = sum(max(0, n - now.beat.started.get(group, 0)) for group, n in started.items()) if now.beat else 0
         left = now.departure
         if left is not None and left.how != "ended" and left.sequence < number:
@@ -94,7 +97,7 @@ def blame(
             gone.append(f"{place}, has ended")
         elif not has_beaten(before[rank], now):
             silent = f" for {max(0.0, wall - now.beat.wall):.1f} s" if now.beat is not None else ""
-            gone.append(f"{place}, is silent{silent} (killed, stopped or cut off){at.replace('now', 'then')}")
+            gone.append(f"{place}, is silent{silent} (killed, stopped or cut off)")
         elif number < sequence:
             behind.append(f"{place}{at}")
         elif number == sequence and lag:

@@ -32,9 +32,9 @@ def call_site() -> str:
 def stands_at(thread: int) -> str:
     """The line that a thread is at, and the innermost line that is neither Python's nor an installed package's.
 
-    It is read from faulthandler's dump, which needs no frame objects. Those of another thread, as
-    ``sys._current_frames()`` returns them, now and then crash Python 3.11
-    (https://github.com/getsentry/sentry-python/issues/2386).
+    For a process that is failing anyway: to look at a running thread now and then crashes Python. It does so least by
+    faulthandler's dump, which needs no frame objects; those of ``sys._current_frames()`` crash Python 3.11
+    (https://github.com/getsentry/sentry-python/issues/2386), and the dump, hundreds of times a minute, Python 3.13.0.
     """
     try:
         with tempfile.TemporaryFile() as file:

@@ -3,8 +3,8 @@
 The timeout of a process group names no rank. So each rank keeps a journal in the launcher's key-value store:
 
 - ``op``: sequence number, name and call site of each operation that waits for others, posted as it is entered;
-- ``beat``: a heartbeat, posted by a thread: the line of the main thread, and the number of collectives that it has
-  started in each process group. A killed or stopped process posts no more;
+- ``beat``: a heartbeat, posted by a thread: the number of collectives that the main thread has started in each process
+  group and, once another rank asks, the line that it is at. A killed or stopped process posts no more;
 - ``left``: how the rank left: the exception that passed through an operation or ended it, or its end.
 
 When a wait fails, the others' journals say who raised, who is silent, who is behind, and where.
@@ -29,7 +29,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from .blame import SHOWN_MESSAGE, Beat, Entry, RankNotes, blame, describe, has_beaten, is_lost_peer, parse_notes
+from .blame import SHOWN_MESSAGE, Beat, Entry, RankNotes, blame, describe, is_lost_peer, parse_notes
 from .call_sites import call_site, origin, stands_at
 from .errors import RankTimeoutError
 from .file_progress import pieces_done
@@ -38,6 +38,7 @@ from .group_waits import GroupDeadline, collectives_started, default_patience
 SHOWN_RANKS = 8
 _KINDS = ("op", "beat", "left")
 _ALL, _SILENT = "all", "a rank became silent"
+_ASKED = "asked"  # how often a rank has asked where the others' main threads are
 
 
 @dataclass(kw_only=True)
@@ -246,12 +247,13 @@ class RankJournal:
     def explain(self, entry: Entry, waited: float, store: dist.Store | None = None) -> str:
         """Why a wait failed: reads the others' journals for up to ``patience`` seconds."""
         try:
+            question = (store or self._store).add(_ASKED, 1)
             before = self.notes(store)
             after, until = before, time.monotonic() + self.patience
             while time.monotonic() < until:
                 time.sleep(self.patience / 5)
                 after = self.notes(store)
-                if all(has_beaten(before[rank], after[rank]) for rank in after):
+                if all(now.beat is not None and now.beat.answered >= question for now in after.values()):
                     break
             causes = blame(entry.sequence, collectives_started(), before, after)
         except RuntimeError as error:
@@ -273,18 +275,22 @@ def _connect() -> dist.Store:
 
 
 def _beat_on(mine: _Self, store: dist.Store) -> None:
-    """The thread that posts heartbeats as long as this process group exists."""
-    number = 0
-    while _is_current(mine):
-        beat = Beat(number=number, wall=time.time(), at=stands_at(mine.thread), started=collectives_started())
-        try:
+    """The thread that posts heartbeats as long as this process group exists.
+
+    It looks at the main thread only when it is asked, since some versions of Python cannot bear that for ever.
+    """
+    number, at = 0, ""
+    with contextlib.suppress(RuntimeError):  # the store is gone: no one can read them
+        answered = store.add(_ASKED, 0)
+        while _is_current(mine):
+            if (asked := store.add(_ASKED, 0)) != answered:
+                at, answered = stands_at(mine.thread), asked
+            beat = Beat(number=number, wall=time.time(), started=collectives_started(), answered=answered, at=at)
             store.set(f"beat/{mine.rank}", json.dumps(vars(beat)))
             mine.deadline.impose()
-        except RuntimeError:  # the store is gone: no one can read them
-            return
-        number += 1
-        if mine.stop.wait(mine.interval):
-            return
+            number += 1
+            if mine.stop.wait(mine.interval):
+                return
 
 
 def _end_waits(journal: RankJournal, mine: _Self, store: dist.Store) -> None:
