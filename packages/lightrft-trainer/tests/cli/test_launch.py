@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
+import os
 import signal
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -104,6 +107,18 @@ def test_a_failed_run_names_a_checkpoint_only_where_there_is_one(
 def test_a_run_is_resumed_on_as_many_ranks_as_it_was_started_on(given: str, told: str) -> None:
     line = launch.resume_line("train", "my runs/first", options(*given.split()))
     assert line == f"lightrft train --resume --output_dir 'my runs/first'{told}"
+
+
+def test_a_signal_is_forwarded_though_the_disk_of_the_log_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(text: str) -> None:
+        raise OSError(errno.ENOSPC, text)
+
+    with monkeypatch.context() as patched, launch._forwarded_signals(tmp_path, "the ranks stop"):
+        patched.setattr(sys, "stderr", SimpleNamespace(write=full))
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert (tmp_path / launch.ASKED_FILE).exists()
 
 
 def test_cores_are_shared_between_ranks_unless_the_user_said_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:

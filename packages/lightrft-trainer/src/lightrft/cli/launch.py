@@ -174,7 +174,8 @@ def _forwarded_signals(folder: Path, stopping: str) -> Iterator[None]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM if first else signal.SIGKILL)
         if first:
-            sys.stderr.write(f"\nlightrft: stopping: {stopping} (press again to stop at once)\n")
+            with contextlib.suppress(OSError):  # the disk of a log may be full
+                sys.stderr.write(f"\nlightrft: stopping: {stopping} (press again to stop at once)\n")
 
     heeded = [n for n in FORWARDED if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
     before = {number: signal.signal(number, forward) for number in heeded}
