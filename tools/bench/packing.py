@@ -6,8 +6,9 @@
 A step is forward and backward of an actor over micro-batches of the same samples, padded or packed; a quarter of each
 is prompt, of which no logits are made. *drawn* takes the samples as they come, *sorted* by length, as the trainer
 does to keep padding low. The fill ratio is the share of the padded rows that is tokens: packed, a step should take
-that share of the time. Turns alternate, so that whatever else the machine does meets both alike; the speed-up is the
-median over the turns.
+that share of the time. *packed* has the same micro-batches; *by tokens* has micro-batches of at most as many tokens as
+the largest padded one has positions, as with ``--max_tokens_per_micro_batch``: the same memory. Turns alternate, so
+that whatever else the machine does meets all alike; the speed-up is the median over the turns.
 """
 
 from __future__ import annotations
@@ -54,11 +55,14 @@ def draw(samples: int, seed: int) -> list[int]:
     return (MEDIAN * (SPREAD * normal).exp()).round().int().clamp(SHORTEST, LONGEST).tolist()
 
 
-def batches_of(lengths: list[int], size: int, device: str) -> list[TokenRows]:
-    """Micro-batches of ``size`` samples, in order."""
+def batches_of(lengths: list[int], device: str, *, samples: int = 0, tokens: int = 0) -> list[TokenRows]:
+    """Micro-batches of ``samples``, or of at most ``tokens``, in order."""
     generator = torch.Generator().manual_seed(0)
-    tokens = [torch.randint(3, VOCABULARY, (n,), generator=generator).tolist() for n in lengths]
-    parts = [tokens[i : i + size] for i in range(0, len(tokens), size)]
+    parts: list[list[list[int]]] = [[]]
+    for length in lengths:
+        if len(parts[-1]) == samples if samples else sum(map(len, parts[-1])) + length > tokens:
+            parts.append([])
+        parts[-1].append(torch.randint(3, VOCABULARY, (length,), generator=generator).tolist())
     halves = [([row[: len(row) // 4] for row in part], [row[len(row) // 4 :] for row in part]) for part in parts]
     return [pad_rows(*pair, pad_token_id=0, device=torch.device(device)) for pair in halves]
 
@@ -79,28 +83,36 @@ def step(actor: Actor, batches: list[TokenRows]) -> tuple[float, float]:
 
 def compare(order: str, lengths: list[int], args: argparse.Namespace) -> None:
     """Take turns and log a line."""
-    batches = batches_of(sorted(lengths) if order == "sorted" else lengths, args.size, args.device)
-    fill = sum(lengths) / sum(rows.sequences.numel() for rows in batches)
+    lengths = sorted(lengths) if order == "sorted" else lengths
+    batches = batches_of(lengths, args.device, samples=args.size)
+    positions = [rows.sequences.numel() for rows in batches]
+    fill = sum(lengths) / sum(positions)
     padded = build(args)
     packed = Actor(copy.deepcopy(padded.model), packing_samples=True)
     for actor in (padded, packed):
         actor.shares_prompts = False  # that layout has no padding either
-    seconds: dict[str, list[float]] = {"padded": [], "packed": []}
+    ways = {
+        "padded": (padded, batches),
+        "packed": (packed, batches),
+        "by tokens": (packed, batches_of(lengths, args.device, tokens=max(positions))),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(args.turns + 1):
         totals = {}
-        for name, actor in (("padded", padded), ("packed", packed)):
-            taken, totals[name] = step(actor, batches)
+        for name, way in ways.items():
+            taken, totals[name] = step(*way)
             if turn:  # the first warms up
                 seconds[name].append(taken)
         rounding = 1e-5 if args.dtype == "float32" else 1e-2
-        if abs(totals["packed"] - totals["padded"]) > rounding * abs(totals["padded"]):
-            raise SystemExit(f"the two part: {totals}")
-    speed = {name: sum(lengths) / statistics.median(found) for name, found in seconds.items()}
-    gain = statistics.median(a / b for a, b in zip(seconds["padded"], seconds["packed"], strict=True))
-    log.info(
-        "%s: fill ratio %.2f; padded %.0f, packed %.0f tokens/s: %.2f × padded, %.2f × (1 / fill) × padded",
-        *(order, fill, speed["padded"], speed["packed"], gain, gain * fill),
-    )
+        if max(totals.values()) - min(totals.values()) > rounding * abs(totals["padded"]):
+            raise SystemExit(f"they part: {totals}")
+    log.info("%s: fill ratio %.2f, micro-batches of up to %d positions", order, fill, max(positions))
+    for name, found in seconds.items():
+        gain = statistics.median(a / b for a, b in zip(seconds["padded"], found, strict=True))
+        log.info(
+            "%-10s %7.0f tokens/s: %.2f × padded, %.2f × (1 / fill) × padded",
+            *(name, sum(lengths) / statistics.median(found), gain, gain * fill),
+        )
 
 
 def main() -> None:

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightrft.models import fused_logprob, logit_kernels, token_statistics_from_logits
@@ -32,7 +34,7 @@ def numbers(
     entropy: bool,
     temperature: float,
     chunk: int | None = None,
-    masked: int = 0,
+    masked: slice = slice(0),
     plain: bool = False,
 ) -> list[Tensor]:
     """Values and gradients: by the kernels, from hidden states or (chunk None) from logits; or by plain torch."""
@@ -41,10 +43,10 @@ def numbers(
     offset = torch.randn(203, generator=generator)
     labels = torch.randint(203, (19,), generator=generator)
     labels[:3] = torch.tensor([0, 63, 64])  # the edges of blocks
-    labels %= 203 - masked
+    offset[masked] = -torch.inf
+    possible = offset.isfinite().nonzero()[:, 0]
+    labels = possible[labels % len(possible)]
     by = torch.randn(2, 19, generator=generator)
-    if masked:
-        offset[-masked:] = -torch.inf
     leaves = [t.to(kind).requires_grad_() for t in (hidden, weight, *([offset] if bias else []))]
     given_bias = leaves[2] if bias else None
     if plain:
@@ -92,13 +94,13 @@ def test_logits_and_labels_may_lie_in_memory_as_they_like(layout: str):
     pairs = torch.randint(32, (9, 2), generator=generator)
     labels = pairs[:, 1] if layout == "labels" else pairs[:, 1].contiguous()
     found = []
-    for given, chosen in ((logits, labels), (logits.double().contiguous(), labels.contiguous())):
-        given = given.detach().requires_grad_()
-        logprobs, entropies = token_statistics_from_logits(given, chosen, temperature=0.7, with_entropy=True)
+    for leaf, chosen in ((logits, labels), (logits.double().contiguous(), labels.contiguous())):
+        leaf = leaf.detach().requires_grad_()
+        logprobs, entropies = token_statistics_from_logits(leaf, chosen, temperature=0.7, with_entropy=True)
         assert entropies is not None
         (logprobs[::2].sum() + entropies.square().sum()).backward()
-        assert given.grad is not None
-        found.append([part.detach().double() for part in (logprobs, entropies, given.grad)])
+        assert leaf.grad is not None
+        found.append([part.detach().double() for part in (logprobs, entropies, leaf.grad)])
     for mine, exact in zip(*found, strict=True):
         assert torch.allclose(mine, exact, atol=1e-5), (mine - exact).abs().max()
 
@@ -180,24 +182,39 @@ def test_in_16_bit_kernels_are_no_further_from_float64_than_plain_torch(
             assert (mine - true).norm() <= 1.01 * (other - true).norm()
 
 
-@pytest.mark.parametrize("masked", [3, 150])  # 150: whole blocks of it
-def test_masked_entries_of_the_vocabulary_give_no_nan(masked: int):
+# Whole blocks and parts of it too, also before anything else was seen.
+@pytest.mark.parametrize("masked", [slice(200, 203), slice(53, 203), slice(150)], ids=["end", "most", "beginning"])
+def test_masked_entries_of_the_vocabulary_give_no_nan(masked: slice):
     options = {"bias": True, "entropy": True, "temperature": 1.0, "masked": masked}
     ours, exact = numbers(torch.float32, chunk=7, **options), numbers(torch.float64, plain=True, **options)
     assert torch.allclose(ours[0], exact[0], atol=1e-5) and torch.allclose(ours[1], exact[1], atol=1e-5)
-    assert all(part.isfinite().all() for part in ours) and (ours[3][-masked:] == 0).all()
+    assert all(part.isfinite().all() for part in ours) and (ours[3][masked] == 0).all()
 
 
-def test_parts_of_a_vocabulary_are_even_and_fit_their_memory():
-    assert fused_logprob._columns(4096 * 1000, 4096, 151936) == 768
-    assert fused_logprob._columns(100, 1000, 50) == 1
-    assert fused_logprob._columns(10**6, 10, 5000) == 5000
-    for tokens in (1, 7, 700, 5000):
-        assert fused_logprob._columns(10**6, tokens, 151936) * tokens <= 10**6
+@given(elements=st.integers(0, 10**7), tokens=st.integers(0, 5000), vocabulary=st.integers(1, 200_000))
+@example(elements=2**28, tokens=8192, vocabulary=151_936)
+def test_parts_of_a_vocabulary_are_even_and_fit_their_memory(elements: int, tokens: int, vocabulary: int):
+    parts = fused_logprob._parts(elements, tokens, vocabulary)
+    widths = [part.stop - part.start for part in parts]
+    assert [part.start for part in parts] == [sum(widths[:place]) for place in range(len(parts))]
+    assert sum(widths) == vocabulary and all(width == widths[0] for width in widths[:-1])
+    assert widths[0] == 1 or widths[0] * tokens <= elements
+    assert 0 < widths[-1] <= widths[0] and (len(parts) == 1 or widths[0] < 256 or widths[0] % 256 == 0)
+
+
+def test_the_last_part_of_the_forward_pass_is_not_computed_again(monkeypatch: pytest.MonkeyPatch):
+    turns, product = [], fused_logprob._product
+    monkeypatch.setattr(fused_logprob, "_product", lambda *arguments: (turns.append(1), product(*arguments))[1])
+    hidden, weight = torch.randn(6, 4, requires_grad=True), torch.randn(32, 4)
+    logprobs, _ = fused_token_statistics(hidden, weight, None, torch.arange(6), chunk_size=2)
+    found = []
+    for products in (4, 7, 11):  # only the first backward pass finds logits in memory
+        assert len(turns) == products
+        found.append(torch.autograd.grad(logprobs.sum(), hidden, retain_graph=True)[0])
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
 def test_no_tokens_cost_one_turn_and_give_gradients_of_0(monkeypatch: pytest.MonkeyPatch):
-    assert fused_logprob._columns(0, 0, 151936) == 151936
     turns, product = [], fused_logprob._product
     monkeypatch.setattr(fused_logprob, "_product", lambda *arguments: (turns.append(1), product(*arguments))[1])
     leaves = [torch.randn(shape, requires_grad=True) for shape in ((0, 4), (203, 4), (203,))]

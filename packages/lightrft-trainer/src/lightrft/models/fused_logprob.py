@@ -4,8 +4,9 @@ For N tokens, a width of H and a vocabulary of V, the logits and their gradient 
 go through chunks of c tokens, so that memory grows with c × V. The backward pass computes a chunk's logits again: that
 is one matrix product of four, but saves the passes over N × V numbers in memory of the plain computation.
 
-On a GPU one kernel reads a chunk's logits (:mod:`.logit_kernels`), and the backward pass goes through the vocabulary
-instead of the tokens, so that each row of the weight's gradient is finished at once, in the weight's dtype.
+On a GPU both passes go through parts of the vocabulary instead, for all tokens, whose logits one kernel reads
+(:mod:`.logit_kernels`): each row of the weight's gradient is finished at once, in the weight's dtype, and the part that
+the forward pass computes last need not be computed again.
 
 Liger's fused linear cross entropy and cut cross entropy (arXiv:2411.09009) do the same in GPU kernels; neither returns
 the entropy or runs on a CPU.
@@ -14,6 +15,7 @@ the entropy or runs on a CPU.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -161,7 +163,10 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 class _StatisticsByKernels(torch.autograd.Function):
-    """The same with :mod:`.logit_kernels`: logits are in the weight's dtype, and read once per pass."""
+    """The same with :mod:`.logit_kernels`: logits are in the weight's dtype, and read once per pass.
+
+    Both passes go through the vocabulary. The backward pass begins with its end, whose logits are still in memory.
+    """
 
     @staticmethod
     def forward(
@@ -175,21 +180,24 @@ class _StatisticsByKernels(torch.autograd.Function):
         rows: int,
     ) -> tuple[Tensor, Tensor | None]:
         logprobs = torch.empty(len(hidden), device=hidden.device)
-        normalizers = torch.empty_like(logprobs)
+        normalizers, totals = torch.empty_like(logprobs), torch.empty_like(logprobs)
         entropies = torch.empty_like(logprobs) if with_entropy else None
-        memory = torch.empty(min(rows, len(hidden)) * len(weight), dtype=weight.dtype, device=weight.device)
-        for start in range(0, len(hidden), rows):
-            part = slice(start, start + rows)
+        parts = _parts(rows * len(weight), len(hidden), len(weight))
+        memory = _memory(parts, hidden)
+        for part in parts:
             logit_kernels.statistics(
-                _product(hidden[part], weight, bias, memory),
-                labels[part],
+                _product(hidden, weight[part], None if bias is None else bias[part], memory),
+                labels,
                 temperature=temperature,
-                logprobs=logprobs[part],
-                normalizers=normalizers[part],
-                entropies=None if entropies is None else entropies[part],
+                logprobs=logprobs,
+                normalizers=normalizers,
+                entropies=entropies,
+                totals=totals,
+                first=part.start,
+                vocabulary=len(weight),
             )
         ctx.save_for_backward(hidden, weight, bias, labels, normalizers, entropies)
-        ctx.temperature, ctx.elements = temperature, len(memory)
+        ctx.temperature, ctx.parts, ctx.memory = temperature, parts, memory
         return logprobs, entropies
 
     @staticmethod
@@ -197,15 +205,16 @@ class _StatisticsByKernels(torch.autograd.Function):
     def backward(ctx: Any, *by: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, labels, normalizers, entropies = ctx.saved_tensors
         for_hidden, for_weight, for_bias = ctx.needs_input_grad[:3]
-        vocabulary, columns = len(weight), _columns(ctx.elements, len(hidden), len(weight))
         # A sum over parts of the vocabulary is in fp32, or rounding errors would grow with their number.
         hidden_grad = torch.zeros(hidden.shape, device=hidden.device) if for_hidden else None
         weight_grad = torch.empty_like(weight) if for_weight else None
         bias_grad = torch.empty_like(bias) if for_bias else None
-        memory = torch.empty(columns * len(hidden), dtype=weight.dtype, device=weight.device)
-        for start in range(0, vocabulary, columns):
-            part = slice(start, start + columns)
-            logits = _product(hidden, weight[part], None if bias is None else bias[part], memory)
+        memory, ctx.memory = ctx.memory, None  # gradients replace the logits: a second backward pass makes them again
+        logits = None if memory is None else _shaped(memory, hidden, weight[ctx.parts[-1]])
+        memory = _memory(ctx.parts, hidden) if memory is None else memory
+        for part in reversed(ctx.parts):
+            if logits is None:
+                logits = _product(hidden, weight[part], None if bias is None else bias[part], memory)
             logit_kernels.gradients(
                 logits,
                 labels,
@@ -215,7 +224,7 @@ class _StatisticsByKernels(torch.autograd.Function):
                 by_logprob=by[0],
                 by_entropy=by[1],
                 result=logits,
-                first=start,
+                first=part.start,
             )
             if hidden_grad is not None:
                 _add_product(hidden_grad, logits, weight[part])
@@ -223,23 +232,35 @@ class _StatisticsByKernels(torch.autograd.Function):
                 torch.mm(logits.t(), hidden, out=weight_grad[part])
             if bias_grad is not None:
                 bias_grad[part] = logits.sum(dim=0, dtype=torch.float32)
+            logits = None
         return None if hidden_grad is None else hidden_grad.to(hidden.dtype), weight_grad, bias_grad, *([None] * 4)
+
+
+def _parts(elements: int, tokens: int, vocabulary: int) -> list[slice]:
+    """Even parts of the vocabulary, with at most ``elements`` logits of all tokens at a time."""
+    # Without tokens, which is usual for a rank with only prompt tokens, one part of everything.
+    columns = max(1, min(vocabulary, elements // tokens)) if tokens else vocabulary
+    tile = 256 if 256 <= columns < vocabulary else 1  # odd widths waste tiles of matrix products
+    number = math.ceil(vocabulary / (columns // tile * tile))
+    columns = math.ceil(vocabulary / number / tile) * tile
+    return [slice(start, min(start + columns, vocabulary)) for start in range(0, vocabulary, columns)]
+
+
+def _memory(parts: list[slice], hidden: Tensor) -> Tensor:
+    """For the logits of the largest part."""
+    return torch.empty((parts[0].stop - parts[0].start) * len(hidden), dtype=hidden.dtype, device=hidden.device)
+
+
+def _shaped(memory: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
+    return memory[: len(hidden) * len(weight)].view(len(hidden), len(weight))
 
 
 def _product(hidden: Tensor, weight: Tensor, bias: Tensor | None, memory: Tensor) -> Tensor:
     """``linear(hidden, weight, bias)``, in memory that is reused by the next."""
-    out = memory[: len(hidden) * len(weight)].view(len(hidden), len(weight))
+    out = _shaped(memory, hidden, weight)
     if bias is None:
         return torch.mm(hidden, weight.t(), out=out)
     return torch.addmm(bias, hidden, weight.t(), out=out)
-
-
-def _columns(elements: int, tokens: int, vocabulary: int) -> int:
-    """Columns of the vocabulary at a time, for all tokens: odd widths waste tiles of matrix products."""
-    if not tokens:  # usual for a rank with only prompt tokens, or an empty micro-batch
-        return vocabulary
-    columns = max(1, min(vocabulary, elements // tokens))
-    return columns if columns in (1, vocabulary) or columns < 256 else columns // 256 * 256
 
 
 def fused_token_statistics(

@@ -53,13 +53,20 @@ def statistics(
     logprobs: Tensor,
     normalizers: Tensor,
     entropies: Tensor | None,
+    totals: Tensor | None = None,
+    first: int = 0,
+    vocabulary: int | None = None,
 ) -> None:
     """Write the logprob of each label, the log of the sum of exponentials, and the entropy if requested.
 
-    :param logits: ``[N, V]``; divided by the temperature. :param labels: ``[N]`` int64. Both of any strides.
+    :param logits: ``[N, W]``: columns of the vocabulary from ``first`` on; divided by the temperature. :param labels:
+        ``[N]`` int64, into all of it. Both of any strides.
     :param logprobs: fp32 ``[N]``, as ``normalizers`` and ``entropies``; written.
+    :param totals: fp32 ``[N]``, needed where the columns are a part: the parts are given in their order with the same
+        memory, and the results are there with the last one.
+    :param vocabulary: columns in all; None: these are all.
     """
-    count, vocabulary = logits.shape
+    count, width = logits.shape
     if not count:
         return
     logits, labels = _dense(logits, labels)
@@ -67,10 +74,13 @@ def statistics(
 
     with _device_of(logits):
         statistics_kernel[(count,)](
-            *(logits, labels, logprobs, normalizers, logprobs if entropies is None else entropies),
-            *(logits.stride(0), vocabulary, 1.0 / temperature),
+            *(logits, labels, logprobs, normalizers),
+            *(logprobs if memory is None else memory for memory in (entropies, totals)),
+            *(logits.stride(0), width, first, 1.0 / temperature),
+            begins=first == 0,
+            ends=vocabulary is None or first + width == vocabulary,
             with_entropy=entropies is not None,
-            block=_block(vocabulary),
+            block=_block(width),
             num_warps=8,
         )
 

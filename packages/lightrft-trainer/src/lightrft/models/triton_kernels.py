@@ -11,16 +11,24 @@ import triton.language as tl
 
 @triton.jit
 def statistics_kernel(
-    logits, labels, logprobs, normalizers, entropies, stride, vocabulary, scale,
-    with_entropy: tl.constexpr, block: tl.constexpr,
+    logits, labels, logprobs, normalizers, entropies, totals, stride, width, first, scale,
+    begins: tl.constexpr, ends: tl.constexpr, with_entropy: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """One program per row of logits; see :func:`.logit_kernels.statistics`."""
+    """One program per row of logits; see :func:`.logit_kernels.statistics`.
+
+    Until the last part of the vocabulary the results hold what is known so far: the label's logit, the largest logit
+    and, for the entropy, the mean of the logits above it, weighted and not yet divided by the total.
+    """
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
-    peak, total, mean = -float("inf"), 0.0, 0.0  # mean: of the logits above the peak, weighted and not yet divided
-    for start in range(0, vocabulary, block):
+    chosen, peak, total, mean = 0.0, -float("inf"), 0.0, 0.0
+    if not begins:
+        chosen, peak, total = tl.load(logprobs + row), tl.load(normalizers + row), tl.load(totals + row)
+        if with_entropy:
+            mean = tl.load(entropies + row)
+    for start in range(0, width, block):
         columns = start + tl.arange(0, block)
-        x = tl.load(logits + columns, mask=columns < vocabulary, other=-float("inf")).to(tl.float32) * scale
+        x = tl.load(logits + columns, mask=columns < width, other=-float("inf")).to(tl.float32) * scale
         higher = tl.maximum(peak, tl.max(x, 0))
         base = tl.where(higher == -float("inf"), 0.0, higher)  # nothing but masked entries so far
         shrink = tl.exp(peak - base)
@@ -31,13 +39,22 @@ def statistics_kernel(
             mean = lowered * shrink + tl.sum(tl.where(weights > 0.0, weights * (x - base), 0.0), 0)
         total = total * shrink + tl.sum(weights, 0)
         peak = higher
-    chosen = tl.load(logits + tl.load(labels + row)).to(tl.float32) * scale
-    log_total = tl.log(total)
-    # The likeliest token's term of the sum is exactly 1: no logprob is above 0.
-    tl.store(logprobs + row, chosen - peak - log_total)
-    tl.store(normalizers + row, peak + log_total)
-    if with_entropy:
-        tl.store(entropies + row, log_total - mean / total)
+    column = tl.load(labels + row) - first
+    here = (column >= 0) & (column < width)
+    chosen = tl.where(here, tl.load(logits + column, mask=here, other=0.0).to(tl.float32) * scale, chosen)
+    if ends:
+        log_total = tl.log(total)
+        # The likeliest token's term of the sum is exactly 1: no logprob is above 0.
+        tl.store(logprobs + row, chosen - peak - log_total)
+        tl.store(normalizers + row, peak + log_total)
+        if with_entropy:
+            tl.store(entropies + row, log_total - mean / total)
+    else:
+        tl.store(logprobs + row, chosen)
+        tl.store(normalizers + row, peak)
+        tl.store(totals + row, total)
+        if with_entropy:
+            tl.store(entropies + row, mean)
 
 
 @triton.jit
