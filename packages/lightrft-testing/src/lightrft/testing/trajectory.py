@@ -307,6 +307,25 @@ def _reference(recipe: Recipe) -> Trajectory:
     return run_trajectory(FakeStrategy(**recipe.settings(1)), recipe)
 
 
+def cast_trajectory(recipe: Recipe) -> Trajectory:
+    """The recipe in one process whose fp32 weights are cast to bf16 in the forward pass, as backends cast them."""
+    return run_trajectory(FakeStrategy(**recipe.settings(1)), recipe, _cast)
+
+
+def _cast(model: nn.Module) -> None:
+    own = model.forward
+
+    def forward(**inputs: Any) -> Any:
+        model.forward = own
+        cast = {name: parameter.bfloat16() for name, parameter in model.named_parameters()}
+        try:
+            return torch.func.functional_call(model, cast, (), inputs)
+        finally:
+            model.forward = forward
+
+    model.forward = forward
+
+
 def noise_floor(recipe: Recipe) -> Deviation:
     """One process against itself with its micro-batches regrouped: the worst of every way to halve them.
 

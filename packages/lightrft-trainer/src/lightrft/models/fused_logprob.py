@@ -277,7 +277,8 @@ def fused_token_statistics(
 
     :param hidden: ``[N, H]``. :param weight: ``[V, H]``; may be frozen. :param bias: ``[V]`` or None.
     :param labels: ``[N]``, integers in ``[0, V)``.
-    :param chunk_size: most tokens whose logits are in memory. The result does not depend on it.
+    :param chunk_size: most tokens whose logits are in memory; on a GPU also between the two passes. The result does not
+        depend on it.
     :return: logprobs ``[N]`` in fp32 (fp64 for fp64 hidden states), never above 0; and entropies or None.
     :raises ValueError: shapes that do not match, a temperature that is not positive, or a chunk_size below 1.
     """
@@ -296,11 +297,12 @@ def fused_token_statistics(
     if torch.is_autocast_enabled(device):
         cast = torch.get_autocast_dtype(device)
         hidden, weight, bias = hidden.to(cast), weight.to(cast), None if bias is None else bias.to(cast)
-    in_kernels = logit_kernels.apply_to(hidden)
-    dtype = hidden.dtype if in_kernels else torch.promote_types(hidden.dtype, torch.float32)
-    matrices = 2 if with_entropy and not in_kernels else 1
-    rows = rows_in_block(chunk_size, len(weight), dtype, hidden.device, matrices=matrices)
-    function = _StatisticsByKernels if in_kernels else _FusedStatistics
+    if logit_kernels.apply_to(hidden):  # the more logits there are room for, the fewer are computed again
+        function, rows = _StatisticsByKernels, chunk_size
+    else:
+        dtype, matrices = torch.promote_types(hidden.dtype, torch.float32), 2 if with_entropy else 1
+        rows = rows_in_block(chunk_size, len(weight), dtype, hidden.device, matrices=matrices)
+        function = _FusedStatistics
     with torch.autocast(device, enabled=False):
         return function.apply(hidden, weight, bias, labels, float(temperature), with_entropy, rows)
 

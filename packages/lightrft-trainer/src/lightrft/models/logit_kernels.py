@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lightrft.strategy.device import runs_triton
 
-LARGEST_BLOCK = 8192
+LARGEST_BLOCK = 2048
 
 
 @functools.cache
@@ -81,7 +81,7 @@ def statistics(
             ends=vocabulary is None or first + width == vocabulary,
             with_entropy=entropies is not None,
             block=_block(width),
-            num_warps=8,
+            num_warps=4,
         )
 
 
@@ -114,7 +114,7 @@ def gradients(
     logits, labels = _dense(logits, labels)
     from .triton_kernels import gradients_kernel
 
-    block = min(1024, _block(width))
+    block = _block(width)
     with _device_of(logits):
         gradients_kernel[(count, -(-width // block))](
             *(logits, result, labels, normalizers, entropies, by_logprob, by_entropy),

@@ -12,6 +12,7 @@ from lightrft.testing.trajectory import (
     FLOORS,
     RECIPES,
     Recipe,
+    cast_trajectory,
     clipping_faults,
     compare,
     deviation_table,
@@ -29,7 +30,8 @@ class TrajectoryClaims(StrategyClaims):
 
     # How many times further from one process than that process from itself, regrouped.
     noise_floors: ClassVar[float] = FLOORS
-    # The same in bf16, where one process rounds fewer of its activations (autocast) than a backend that casts weights.
+    # The same in bf16, where a process rounds fewer of its activations by autocast than with weights that are cast. Both
+    # are measured: of experts that are nearly tied each may choose another, and the gradient jumps with the choice.
     bf16_floors: ClassVar[float] = 2.0
 
     @pytest.mark.parametrize("name", RECIPES)
@@ -54,7 +56,8 @@ class TrajectoryClaims(StrategyClaims):
         parts = replace(whole, accumulation=32)
         one, many = (run_trajectory(self.make_strategy(**r.settings(self.world_size)), r) for r in (whole, parts))
         expected = reference_trajectory(exact)
-        alone = compare(reference_trajectory(whole), expected).first_gradient
+        ways = (reference_trajectory(whole), cast_trajectory(exact))
+        alone = max(compare(way, expected).first_gradient for way in ways)
         error, regrouped = compare(many, expected).first_gradient, compare(many, one).first_gradient
         assert error <= self.bf16_floors * alone, f"{error:.1e} from fp32; one process in bf16 is {alone:.1e} from it"
         assert regrouped <= BF16_ROUNDING, f"{regrouped:.1e} from one backward pass; bf16 rounds to {BF16_ROUNDING:.1e}"
