@@ -30,8 +30,8 @@ class TrajectoryClaims(StrategyClaims):
 
     # How many times further from one process than that process from itself, regrouped.
     noise_floors: ClassVar[float] = FLOORS
-    # The same in bf16, where a process rounds fewer of its activations by autocast than with weights that are cast. Both
-    # are measured: of experts that are nearly tied each may choose another, and the gradient jumps with the choice.
+    # The same in bf16, where one process computes by autocast, or with cast weights, which rounds more activations. The
+    # farther counts: either may choose another of two experts that are nearly tied, and the gradient jumps with it.
     bf16_floors: ClassVar[float] = 2.0
 
     @pytest.mark.parametrize("name", RECIPES)
