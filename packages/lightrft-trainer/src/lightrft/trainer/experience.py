@@ -106,12 +106,13 @@ def make_batch(
     positions = torch.arange(longest).unsqueeze(0)
     attended = positions < lengths
     mask = attended & (positions >= lengths - responses)
-    tokens.masked_scatter_(attended, torch.cat([sample.tokens for sample in samples]))
+    tokens[attended] = torch.cat([sample.tokens for sample in samples])
     per_token = {}
     for name in TOKEN_FIELDS:
         values = [getattr(sample, name) for sample in samples]
         if all(value is not None for value in values):
-            padded = torch.zeros(len(samples), longest).masked_scatter_(mask, torch.cat(values).float())
+            padded = torch.zeros(len(samples), longest)
+            padded[mask] = torch.cat(values).float()
             per_token[name] = padded.to(device)
     return ExperienceBatch(
         tokens.to(device), attended.long().to(device), mask.to(device), per_token, join_images(samples, device)
