@@ -225,7 +225,8 @@ class RolloutEngine(ABC):
         """
         ids = self.submit(requests)
         outputs = {output.request_id: output for output in self.poll("all", timeout)}
-        self._finished.update({i: output for i, output in outputs.items() if i not in set(ids)})  # of another caller
+        mine = set(ids)
+        self._finished.update({i: output for i, output in outputs.items() if i not in mine})  # of another caller
         if lost := [i for i in ids if i not in outputs]:
             raise RolloutError(
                 f"engine {self.name!r} returned {len(ids) - len(lost)} of {len(ids)} outputs; "

@@ -168,8 +168,10 @@ class EngineHost:
         mine = engine.local_positions(asked)
         held = engine.sample_weights(mine)
         for spec in plan.specs:
-            here = torch.isin(asked[spec.name], mine[spec.name])
-            if not _same(sent[spec.name][here], held[spec.name]):
+            values = sent[spec.name]
+            if mine is not asked:  # this rank's part of the engine
+                values = values[torch.isin(asked[spec.name], mine[spec.name])]
+            if not _same(values, held[spec.name]):
                 raise WeightSyncError(
                     f"{spec.name}: the engine's values differ from what was sent (weights version {plan.version})"
                 )

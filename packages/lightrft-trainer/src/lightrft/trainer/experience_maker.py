@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -245,15 +246,17 @@ class ExperienceMaker:
 
     def to_sample(self, output: GenerationOutput, prompt: Any) -> Experience:
         """A response as a sample, without its index yet."""
-        logprobs = None if output.logprobs is None else torch.tensor(output.logprobs, dtype=torch.float32)
+        # By way of numpy, which reads long lists several times as fast as torch.
+        ids = numpy.array([*output.prompt_token_ids, *output.output_token_ids], dtype=numpy.int64)
+        logprobs = None if output.logprobs is None else numpy.array(output.logprobs, dtype=numpy.float32)
         return Experience(
             index=-1,
             prompt_index=prompt.index,
-            tokens=torch.tensor([*output.prompt_token_ids, *output.output_token_ids], dtype=torch.long),
+            tokens=torch.from_numpy(ids),
             response_length=len(output.output_token_ids),
             finished=output.finish_reason == "stop",
             weight_version=output.weight_version,
-            engine_logprobs=logprobs,
+            engine_logprobs=None if logprobs is None else torch.from_numpy(logprobs),
         )
 
     def _number(self, groups: Sequence[_Group], rollout: Rollout) -> None:

@@ -48,7 +48,7 @@ class SlotCache(Cache):
         super().__init__(layers=[])
         self.stores: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.rows = self.capacity = self.length = 0
-        self._flat = torch.empty(0, dtype=torch.int64)
+        self._starts = self._flat = torch.empty(0, dtype=torch.int64)
 
     @property
     def nbytes(self) -> int:
@@ -67,6 +67,7 @@ class SlotCache(Cache):
         old_rows, old_capacity = self.rows, self.capacity
         self.rows = max(rows, old_rows if living else 0)
         self.capacity = _round_up(max(capacity, old_capacity if living else 0))
+        self._starts = torch.empty(0, dtype=torch.int64)
         old, self.stores = self.stores, []
         if living:
             old.reverse()
@@ -100,7 +101,9 @@ class SlotCache(Cache):
 
     def aim(self, slots: torch.Tensor, length: int) -> None:
         """Before a step: row i writes slot ``slots[i]`` (int64 ``[rows]``), attention sees ``length`` slots."""
-        self._flat = torch.arange(slots.numel(), device=slots.device) * self.capacity + slots
+        if self._starts.numel() != slots.numel():
+            self._starts = torch.arange(slots.numel(), device=slots.device) * self.capacity
+        self._flat = self._starts + slots
         self.length = length
 
     def update(

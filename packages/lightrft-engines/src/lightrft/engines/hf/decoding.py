@@ -120,6 +120,7 @@ class _Batch:
         # One spare place per sample, for draws of a finished row that has not left yet.
         self.tokens = torch.zeros((len(samples), longest + 1), dtype=torch.int64, device=device)
         self.logprobs = torch.zeros((len(samples), longest + 1), dtype=torch.float32, device=device)
+        self.flat_tokens, self.flat_logprobs = self.tokens.view(-1), self.logprobs.view(-1)
         self.counts = torch.zeros(len(samples), dtype=torch.int64, device=device)
         self.stopped = torch.zeros(len(samples), dtype=torch.bool, device=device)
         self.finished = 0
@@ -132,7 +133,6 @@ class _Batch:
         self.longest_row = 0
         self.lockstep: Any = None  # transformers' own cache, for models with which ours does not work
         self.mask = torch.empty(0)
-        self._views()
 
     # ---- rows in and out --------------------------------------------------------------------------------------------
     def admit(self, indices: Sequence[int]) -> int:
@@ -165,7 +165,7 @@ class _Batch:
         self.longest_row = max(self.longest_row, max(len(p.ids) for p in prompts))
         self.noise = None
         self._views()
-        self._take(slice(first, self.rows), torch.cat(logits) if len(logits) > 1 else logits[0])
+        self._take(first, torch.cat(logits) if len(logits) > 1 else logits[0])
         return len(chosen)
 
     def _needs_alone(self, index: int, head: int) -> bool:
@@ -205,7 +205,8 @@ class _Batch:
         self.noise = None if self.noise is None else self.noise[:living]
         self.done[:] = False
         self.longest_row = int(self.ints[:living, _LENGTH].max()) if living else 0
-        self._views()
+        if living:
+            self._views()
 
     def _reserve(self, first: int, chosen: Sequence[Sample]) -> None:
         if not self.m.plain:
@@ -252,6 +253,7 @@ class _Batch:
         """Sampling parameters of the unfinished rows, by column, and what they need together."""
         n = self.rows
         self.length, self.token, self.index = (self.ints[:n, c] for c in (_LENGTH, _TOKEN, _INDEX))
+        self.slots, self.inputs = self.length.unsqueeze(1), self.token.unsqueeze(1)
         self.sample = self.ints[:n, _SAMPLE].contiguous()
         self.limit, self.minimum = (self.ints[:n, c].contiguous() for c in (_LIMIT, _MINIMUM))
         self.row_stops, self.row_done = self.stops[:n], self.done[:n]
@@ -323,22 +325,21 @@ class _Batch:
 
     def step(self) -> None:
         """One token for every row."""
-        n, slots = self.rows, self.length
-        length = self.longest_row + 1
-        positions = slots.unsqueeze(1)
+        n, length = self.rows, self.longest_row + 1
+        positions = self.slots
         if self.any_images:
             positions = (positions + self.ints[:n, _SHIFT].unsqueeze(1)).expand(3, -1, -1)
         if self.m.plain:
             if length > self.memory.capacity:
                 self._grow(max(length, self.memory.capacity * 3 // 2), n)
                 self.row_mask = self.mask[:n]
-            self.row_mask.scatter_(1, slots.unsqueeze(1), 0.0)
-            self.memory.aim(slots, length)
+            self.row_mask.scatter_(1, self.slots, 0.0)
+            self.memory.aim(self.length, length)
             cache, mask = self.memory, self._attention_mask(length)
         else:
             cache, mask = self.lockstep, None
         out = self.m.model(
-            input_ids=self.token.unsqueeze(1),
+            input_ids=self.inputs,
             position_ids=positions,
             attention_mask=mask,
             use_cache=True,
@@ -347,7 +348,7 @@ class _Batch:
         )
         self.length += 1 if self.quiet else ~self.row_done
         self.longest_row = length
-        self._take(slice(0, n), out.logits[:, -1])
+        self._take(0, out.logits[:, -1])
 
     def _attention_mask(self, length: int) -> Any:
         full = self.row_mask[:, :length]
@@ -361,29 +362,32 @@ class _Batch:
             return near[:, None, None]
         return {"full_attention": full[:, None, None], "sliding_attention": near[:, None, None]}
 
-    def _take(self, rows: slice, logits: torch.Tensor) -> None:
-        """Draw a token for each of ``rows``, store it, and note which are finished."""
-        index, sample, place = self.index[rows], self.sample[rows], self.place[rows]
-        stops, early, sampling = self.row_stops[rows], self.minimum[rows], self.sampling
-        if rows.start:  # rows that were just admitted behind others
-            sampling = RowSampling(**{name: value[rows] for name, value in vars(sampling).items()})
+    def _take(self, first: int, logits: torch.Tensor) -> None:
+        """Draw a token for each row from ``first`` on, store it, and note which are finished."""
+
+        def part(whole: torch.Tensor) -> torch.Tensor:
+            return whole[first:] if first else whole  # whole[0:] would be one more view for each token
+
+        index, place, stops, sampling = part(self.index), part(self.place), part(self.row_stops), self.sampling
+        if first:  # rows that were just admitted behind others
+            sampling = RowSampling(**{name: part(value) for name, value in vars(sampling).items()})
         if self.quiet and self.all_stop:  # none may end yet
             logits = logits.scatter_(1, stops, -torch.inf)
         elif self.any_minimum and self.any_stop:
-            logits = _forbid(logits.float(), stops, index < early)
-        token, logprob = draw(logits, index, sampling, self.shape, self._noise(rows, logits.shape[-1]))
+            logits = _forbid(logits.float(), stops, index < part(self.minimum))
+        token, logprob = draw(logits, index, sampling, self.shape, self._noise(first, logits.shape[-1]))
         place = place + index
-        self.tokens.view(-1).index_copy_(0, place, token)
-        self.logprobs.view(-1).index_copy_(0, place, logprob)
-        self.token[rows] = token
+        self.flat_tokens.index_copy_(0, place, token)
+        self.flat_logprobs.index_copy_(0, place, logprob)
+        part(self.token).copy_(token)
         if self.quiet:
             self.quiet -= 1
             index += 1
             return
-        done = self.row_done[rows]
+        done, sample = part(self.row_done), part(self.sample)
         live = ~done
         index += live
-        ended = index >= self.limit[rows]
+        ended = index >= part(self.limit)
         if self.any_stop:
             hit = (token.unsqueeze(1) == stops).any(1) & live
             self.stopped[sample] |= hit
@@ -392,9 +396,9 @@ class _Batch:
         self.counts[sample] = index
         self.finished = int(self.done[: self.rows].sum())
 
-    def _noise(self, rows: slice, vocabulary: int) -> torch.Tensor | None:
+    def _noise(self, first: int, vocabulary: int) -> torch.Tensor | None:
         """This token's noise for all rows, made for several tokens at a time; None if that is not faster."""
-        if rows.start or self.shape.truncates or self.shape.all_greedy:
+        if first or self.shape.truncates or self.shape.all_greedy:
             return None
         if self.noise is None or self.used == self.noise.shape[1]:
             count = tokens_ahead(self.rows, vocabulary, self.left)
@@ -408,10 +412,11 @@ class _Batch:
 
     def responses(self) -> list[Response]:
         counts, stopped = self.counts.tolist(), self.stopped.tolist()
+        tokens, logprobs = self.tokens.cpu().numpy(), self.logprobs.cpu().numpy()  # whose rows are quick to slice
         return [
             Response(
-                tokens=self.tokens[i, :count].tolist(),
-                logprobs=self.logprobs[i, :count].tolist(),
+                tokens=tokens[i, :count].tolist(),
+                logprobs=logprobs[i, :count].tolist(),
                 finish_reason="stop" if stopped[i] else "length",
             )
             for i, count in enumerate(counts)
