@@ -65,7 +65,9 @@ def stop_tokens(sampling: SamplingParams, ends: Sequence[int]) -> list[int]:
 
 def image_placeholder(config: Any) -> int | None:
     """The token id that stands for an image in a prompt."""
-    for name in ("image_token_id", "image_token_index"):
+    # Gemma 3's prompts have the token that begins an image.
+    names = ("boi_token_index",) if config.model_type == "gemma3" else ("image_token_id", "image_token_index")
+    for name in names:
         if (token := getattr(config, name, None)) is not None:
             return int(token)
     return None
