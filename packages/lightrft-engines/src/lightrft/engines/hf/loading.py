@@ -63,15 +63,11 @@ def cache_argument(model: Any) -> str:
     :raises NotBuiltError: it takes none, or keeps a state beside it: unseen, such a model would answer with other
         probabilities than it has.
     """
-    from transformers import DynamicCache
-    from transformers.cache_utils import LinearAttentionCacheLayerMixin
-
     names = inspect.signature(model.forward).parameters
     name = next((name for name in ("past_key_values", "cache_params") if name in names), None)
-    if name is not None and model._supports_default_dynamic_cache():  # the latter is False for caches of their own
-        layers = DynamicCache(config=model.config).layers
-        if not model._is_stateful or any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers):
-            return name
+    in_modules = any(hasattr(module, "_setup_cache") for module in model.modules())  # RecurrentGemma's
+    if name is not None and not in_modules and model._supports_default_dynamic_cache():
+        return name
     raise NotBuiltError(
         f'engine "hf": {type(model).__name__} keeps what it has read in a form of its own, and not in a cache of '
         "transformers; use --engine_type vllm or sglang, if they serve it, or another model"
