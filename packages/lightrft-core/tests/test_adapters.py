@@ -77,6 +77,16 @@ def test_what_cannot_be_merged_is_refused_by_name(options: dict[str, Any], probl
         HubLayout(adapted(**options))
 
 
+def test_an_adapter_on_a_shared_weight_is_refused() -> None:
+    """On the hub it is one tensor, but only one of its uses is adapted."""
+    model: Any = tiny_model("qwen2")
+    first, second = (layer.self_attn for layer in model.model.layers)
+    second.q_proj.weight = first.q_proj.weight
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj"]), model)
+    with pytest.raises(HubLayoutError, match=r"layers\.0\.self_attn\.q_proj: an adapter on a weight that other layers"):
+        HubLayout(model)
+
+
 def test_a_second_adapter_is_refused_and_one_that_is_merged_already() -> None:
     model = adapted()
     layer = model.model.layers[0].self_attn.q_proj

@@ -11,7 +11,9 @@ import torch
 import transformers as hf
 
 from lightrft.engines.hf import HFEngine
+from lightrft.engines.hf.attention import decode_attention
 from lightrft.strategy.engine import EngineSpec
+from lightrft.strategy.errors import NotBuiltError
 from lightrft.testing.engine_suite import GREEDY, greedy_reference, requests_for, tokens_of
 
 TEXT = {
@@ -81,3 +83,29 @@ def test_greedy_equals_generate(family: str, tmp_path: Path) -> None:
     prompts.append(prompts[0])
     outputs = engine.generate(requests_for(prompts, GREEDY))
     assert tokens_of(outputs) == [greedy_reference(model, prompt, 12) for prompt in prompts]
+
+
+def test_a_mask_may_differ_between_the_heads_that_share_keys() -> None:
+    """Doge's does."""
+    query, mask = torch.randn(2, 4, 1, 8), torch.randn(2, 4, 1, 5)
+    key, value = torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
+    each = (part.repeat_interleave(2, dim=1) for part in (key, value))
+    expected = torch.nn.functional.scaled_dot_product_attention(query, *each, attn_mask=mask)
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.is_causal = 2, True  # type: ignore[assignment]
+    assert torch.allclose(decode_attention(module, query, key, value, mask)[0].transpose(1, 2), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        hf.OpenAIGPTConfig(vocab_size=128, n_embd=64, n_layer=1, n_head=2),  # nothing is kept
+        hf.RwkvConfig(vocab_size=128, hidden_size=64, num_hidden_layers=1),  # under another name
+        hf.RecurrentGemmaConfig(**TEXT, num_hidden_layers=2, lru_width=64),  # in its modules
+        hf.MiniMaxConfig(**TEXT, num_hidden_layers=2, num_local_experts=2),  # in a class of its own
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_a_model_that_keeps_no_cache_of_transformers_is_refused_by_name(config: Any) -> None:
+    with pytest.raises(NotBuiltError, match=r"keeps what it has read in a form of its own.*use --engine_type vllm"):
+        HFEngine().start(EngineSpec(model_config=config))

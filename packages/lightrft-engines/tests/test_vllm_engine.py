@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -10,7 +11,16 @@ import torch
 from lightrft.strategy.engine import EngineSpec, RolloutEngine
 from lightrft.strategy.memory import memory_figures
 from lightrft.strategy.sampling import SamplingParams
-from lightrft.testing.engine_suite import GREEDY, PROMPTS, EngineSuite, push_weights, requests_for, tokens_of
+from lightrft.testing.engine_suite import (
+    GREEDY,
+    PROMPTS,
+    EngineSuite,
+    greedy_reference,
+    push_weights,
+    requests_for,
+    tokens_of,
+)
+from lightrft.testing.tiny_models import tiny_config
 
 pytest.importorskip("vllm", reason="vLLM is not installed: uv run nox -t vllm brings it")
 
@@ -18,6 +28,17 @@ from lightrft.engines.vllm import VLLMEngine
 
 # The default cache would be sized for 64 full sequences.
 SMALL: Mapping[str, Any] = {"extra": {"kv_cache_memory_bytes": 16 * 2**20}}
+
+SHAPE = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+    "initializer_range",
+)
 
 
 class TestVLLMEngine(EngineSuite):
@@ -58,6 +79,24 @@ class TestVLLMEngine(EngineSuite):
             assert tokens_of(engine.generate(requests_for(PROMPTS, GREEDY))) == before
         finally:
             engine.shutdown()
+
+
+@pytest.mark.full
+def test_a_model_of_transformers_code_leaves_the_trainers_of_its_class_as_it_is(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, Olmo2Config
+
+    shape = {name: getattr(tiny_config("llama"), name) for name in SHAPE}
+    config = Olmo2Config(**shape, pad_token_id=0, bos_token_id=None, eos_token_id=2)
+    loaded, trained = (AutoModelForCausalLM.from_config(config).eval() for _ in range(2))
+    loaded.save_pretrained(tmp_path)
+    engine = VLLMEngine()
+    engine.start(EngineSpec(pretrain=str(tmp_path), max_model_len=64, **SMALL))
+    try:
+        push_weights(engine, trained, version=1)
+        found = tokens_of(engine.generate(requests_for(PROMPTS, GREEDY)))
+    finally:
+        engine.shutdown()
+    assert found == [greedy_reference(trained, prompt, 12) for prompt in PROMPTS]
 
 
 def resident() -> float:

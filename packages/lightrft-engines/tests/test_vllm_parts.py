@@ -13,13 +13,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightrft.engines.model_facts import end_tokens
+from lightrft.engines.model_facts import cache_bytes_per_token, end_tokens, image_placeholder
 from lightrft.engines.recorded_weights import Piece, find_in_piece
 from lightrft.engines.vllm import options, prompts
 from lightrft.engines.vllm.process_guard import ProcessGuard
 from lightrft.strategy.engine import EngineSpec, GenerationRequest
+from lightrft.strategy.errors import NotBuiltError
 from lightrft.strategy.sampling import SamplingParams
-from lightrft.testing.tiny_models import tiny_config
+from lightrft.testing.tiny_models import IMAGE_PAD, tiny_config
 
 KNOWN = dict.fromkeys(
     [
@@ -49,6 +50,21 @@ KNOWN = dict.fromkeys(
 def arguments(kind: str = "qwen2", **spec: Any) -> dict[str, Any]:
     whole = EngineSpec(**{"pretrain": "somewhere", **spec})
     return options.engine_arguments(whole, "somewhere", tiny_config(kind), KNOWN, distributed=False)
+
+
+def test_an_images_place_in_a_prompt_has_the_token_that_the_familys_processor_looks_for() -> None:
+    from transformers import Gemma3Config
+
+    assert image_placeholder(tiny_config("qwen2_vl")) == IMAGE_PAD
+    assert image_placeholder(Gemma3Config(boi_token_index=7, image_token_index=9)) == 7
+    assert image_placeholder(tiny_config("qwen2")) is None
+
+
+def test_a_model_without_attention_is_refused_where_its_cache_would_be_sized() -> None:
+    from transformers import MambaConfig
+
+    with pytest.raises(NotBuiltError, match=r"a mamba model has no attention.*use --engine_type hf"):
+        cache_bytes_per_token(EngineSpec(pretrain="somewhere"), MambaConfig())
 
 
 # ---- options ---------------------------------------------------------------------------------------------------------

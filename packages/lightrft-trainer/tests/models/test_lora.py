@@ -270,6 +270,76 @@ def test_an_unknown_module_is_refused_with_the_ones_that_there_are() -> None:
         Actor(tiny_model("qwen2"), lora_rank=2, target_modules="lm_head")
 
 
+def shared_experts() -> Any:
+    """Experts that transformers stacks, beside layers of the names that they have on the hub."""
+    from transformers import DeepseekV3Config
+
+    latent = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
+    routed = {
+        "n_routed_experts": 4,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+    }
+    shape = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "first_k_dense_replace": 1}
+    return AutoModelForCausalLM.from_config(DeepseekV3Config(**shape, **heads, **latent, **routed))
+
+
+def linear_router() -> Any:
+    """A router that is a linear layer by its class, but returns two tensors."""
+    from transformers import PhimoeConfig
+
+    shape = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4}
+    return AutoModelForCausalLM.from_config(PhimoeConfig(**shape, **heads))
+
+
+def shared_weight() -> Any:
+    model = tiny_model("qwen2")
+    first, second = (layer.self_attn for layer in model.model.layers)
+    second.q_proj.weight = first.q_proj.weight
+    return model
+
+
+@pytest.mark.parametrize("build", [shared_experts, linear_router, shared_weight])
+def test_all_linear_leaves_out_what_cannot_be_adapted(build: Any, tmp_path: Path) -> None:
+    model = build().eval()
+    plain, strategy = copy.deepcopy(model), FakeStrategy()
+    actor = set_adapters(Actor(model, lora_rank=2))
+    merged = Actor(copy.deepcopy(plain))
+    strategy.import_weights(merged, iter(exported(strategy, actor).items()))
+    with torch.no_grad():
+        said = actor(*ASKED)
+        assert not torch.allclose(said, Actor(plain)(*ASKED), atol=1e-2)
+        assert torch.allclose(said, merged(*ASKED), atol=1e-4)
+        save_adapter(strategy, strategy.prepare(actor), tmp_path)
+        loaded: Any = PeftModel.from_pretrained(plain, str(tmp_path))
+        assert torch.allclose(Actor(loaded.base_model.model)(*ASKED), said, atol=1e-5)
+
+
+def test_a_name_that_peft_takes_for_stacked_experts_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"gate_proj: DeepseekV3ForCausalLM stacks its experts, for which peft takes"):
+        Actor(shared_experts(), lora_rank=2, target_modules="gate_proj")
+
+
+def test_a_model_without_linear_layers_is_refused() -> None:
+    from transformers import GPT2Config
+
+    model = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=128, n_embd=64, n_layer=1, n_head=2))
+    with pytest.raises(ValueError, match="--lora_rank: GPT2LMHeadModel has no linear layer to adapt"):
+        Actor(model, lora_rank=2)
+
+
+def test_what_peft_refuses_is_an_error_of_the_flag() -> None:
+    from transformers import MambaConfig
+
+    model = AutoModelForCausalLM.from_config(MambaConfig(vocab_size=128, hidden_size=32, num_hidden_layers=1))
+    with pytest.raises(ValueError, match=r"--target_modules all-linear: .*out_proj.* Name others of dt_proj, in_proj"):
+        Actor(model, lora_rank=2)
+
+
 @pytest.mark.parametrize("name", ["experts", "gate_up_proj", "mlp.experts.down_proj"])
 def test_stacked_experts_are_refused_by_name(name: str) -> None:
     said = (

@@ -45,6 +45,7 @@ EQUAL: dict[str, dict[str, Any]] = {
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "camembert": ({"is_decoder": True}, "CamembertForCausalLM counts positions from its padding"),
     "data2vec-text": ({"is_decoder": True}, "Data2VecTextForCausalLM counts positions from its padding"),
+    "doge": (GROUPED, "DogeAttention attends with a mask of its own"),
     "falcon": ({}, "FalconForCausalLM computes attention itself"),
     "gemma2": (GROUPED, "Gemma2Attention attends with softcap"),
     "lfm2": (

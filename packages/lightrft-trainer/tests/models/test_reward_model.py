@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, BertConfig
+from transformers import AutoModelForSequenceClassification, BertConfig, GraniteConfig
 
 from lightrft.models import ActorLanguage, RewardModel, pad_rows
 from lightrft.testing.tiny_models import tiny_config, tiny_model
@@ -75,3 +75,11 @@ def test_weights_of_another_kind_of_model_are_refused(tmp_path: Path):
         RewardModel(tmp_path / "generator")
     with pytest.raises(ValueError, match=r"classifier: has no lm_head\.weight, which Qwen2ForCausalLM would"):
         ActorLanguage(tmp_path / "classifier")
+
+
+def test_a_family_without_a_classifier_is_refused_by_name():
+    said = (
+        "GraniteConfig: transformers has no AutoModelForSequenceClassification for models of type granite; use a reward"
+    )
+    with pytest.raises(ValueError, match=said):
+        RewardModel(GraniteConfig())

@@ -8,6 +8,7 @@ class name, because core must not import peft.
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -44,11 +45,15 @@ def find_adapters(model: nn.Module) -> dict[str, Adapter]:
     :raises HubLayoutError: an adapter that is not of the form ``W + scaling * B A`` of a linear layer.
     """
     found: dict[str, Adapter] = {}
+    owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     for path, module in model.named_modules():
         if not is_adapted(module):
             continue
         layer: Any = module
-        if problem := _more_than_a_product(layer):
+        problem = _more_than_a_product(layer)
+        if not problem and owners[id(layer.base_layer.weight)] > 1:  # each use of it would need its own sum
+            problem = "an adapter on a weight that other layers share"
+        if problem:
             raise HubLayoutError(
                 f"{path or type(module).__name__}: {problem}, which cannot be merged into the layer's weight for the "
                 "hub; use one plain LoRA adapter on linear layers"

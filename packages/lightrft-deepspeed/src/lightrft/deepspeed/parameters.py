@@ -98,8 +98,8 @@ def _gather_shards(
     dist.all_gather_into_tensor(everyone.view(-1), mine, group=group)
     result, start = {}, 0
     for (name, tensor), shard in zip(tensors.items(), shards, strict=True):
-        parts = everyone[:, start : start + shard.numel()]  # the last part is padded
-        result[name] = parts.reshape(-1)[: tensor.ds_numel].view(tensor.ds_shape)
+        parts = everyone[:, start : start + shard.numel()].contiguous()  # parts of one element would stay apart
+        result[name] = parts.view(-1)[: tensor.ds_numel].view(tensor.ds_shape)  # the last part is padded
         start += shard.numel()
     return result
 

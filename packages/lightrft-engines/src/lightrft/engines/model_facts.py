@@ -10,6 +10,7 @@ from typing import Any
 import psutil
 
 from lightrft.strategy.engine import EngineSpec
+from lightrft.strategy.errors import NotBuiltError
 from lightrft.strategy.sampling import SamplingParams
 
 SEQUENCES_ON_CPU = 64
@@ -33,9 +34,17 @@ def context_length(config: Any, asked: int | None) -> int | None:
 
 
 def cache_bytes_per_token(spec: EngineSpec, config: Any) -> int:
-    """Bytes of one token in the KV cache of one rank: keys and values of every layer."""
+    """Bytes of one token in the KV cache of one rank: keys and values of every layer.
+
+    :raises NotBuiltError: the model has no attention.
+    """
     text = text_config(config)
-    heads = text.num_attention_heads
+    heads = getattr(text, "num_attention_heads", None)
+    if heads is None:
+        raise NotBuiltError(
+            f"a {config.model_type} model has no attention, by whose cache an engine's memory is divided here; use "
+            "--engine_type hf"
+        )
     key_heads = getattr(text, "num_key_value_heads", None) or heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     per_layer = 2 * max(1, key_heads // spec.tensor_parallel_size) * head_dim * spec.dtype.itemsize
@@ -65,7 +74,9 @@ def stop_tokens(sampling: SamplingParams, ends: Sequence[int]) -> list[int]:
 
 def image_placeholder(config: Any) -> int | None:
     """The token id that stands for an image in a prompt."""
-    for name in ("image_token_id", "image_token_index"):
+    # Gemma 3's prompts have the token that begins an image.
+    names = ("boi_token_index",) if config.model_type == "gemma3" else ("image_token_id", "image_token_index")
+    for name in names:
         if (token := getattr(config, name, None)) is not None:
             return int(token)
     return None

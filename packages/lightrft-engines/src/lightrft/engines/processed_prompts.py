@@ -10,6 +10,7 @@ import torch
 
 from lightrft.strategy.engine import EngineSpec, GenerationRequest, RequestId
 from lightrft.strategy.engine_checks import check_room
+from lightrft.strategy.image_inputs import TOKEN_TYPES, process_images
 
 
 @dataclass(eq=False)  # equal prompts are one object: no need to hash thousands of ids again
@@ -84,30 +85,23 @@ class PromptReader:
         assert request.prompt is not None
         self._check_count(request.prompt.count(self._processor.image_token), len(request.images))
         batch = self._processor(text=[request.prompt], images=list(request.images), return_tensors="pt")
-        return self._prompt(batch["input_ids"][0].tolist(), batch)
+        inputs = {name: value for name, value in batch.items() if name not in ("input_ids", "attention_mask")}
+        return Prompt(tuple(batch["input_ids"][0].tolist()), inputs)
 
     def _expand(self, ids: Sequence[int], images: Sequence[Any]) -> Prompt:
         """Replace each image's placeholder in the ids by what the processor writes for the image."""
         placeholder = self._processor.image_token_id
         self._check_count(sum(token == placeholder for token in ids), len(images))
-        text = [self._processor.image_token] * len(images)
-        batch = self._processor(text=text, images=list(images), add_special_tokens=False, padding=False)
-        written = iter(batch["input_ids"])
-        expanded = [token for given in ids for token in (next(written) if given == placeholder else [given])]
-        rest = {name: torch.as_tensor(value) for name, value in batch.items() if name not in _PER_TOKEN}
-        if "mm_token_type_ids" in batch:
-            rest["mm_token_type_ids"] = torch.tensor(self._processor.create_mm_token_type_ids([expanded]))
-        return self._prompt(expanded, rest)
-
-    def _prompt(self, ids: Sequence[int], batch: Any) -> Prompt:
-        inputs = {name: value for name, value in batch.items() if name not in ("input_ids", "attention_mask")}
-        return Prompt(tuple(ids), inputs)
+        written, inputs = process_images(self._processor, images)
+        pieces = iter(written)
+        parts = [next(pieces) if token == placeholder else {"input_ids": [token]} for token in ids]
+        for name in TOKEN_TYPES:
+            if name in written[0]:
+                inputs[name] = torch.tensor([[kind for part in parts for kind in part.get(name, [0])]])
+        return Prompt(tuple(token for part in parts for token in part["input_ids"]), inputs)
 
     def _check_count(self, placeholders: int, images: int) -> None:
         check_placeholders(placeholders, self._processor.image_token, images)
-
-
-_PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids")
 
 
 def read_distinct(

@@ -213,7 +213,8 @@ class _CopyRecorder(TorchDispatchMode):
         name = self._owner.get(source.untyped_storage()._cdata)
         if name is None:
             raise NotBuiltError(
-                f'engine "{self._engine}": a weight is computed from others while loading, so it cannot be streamed'
+                f'engine "{self._engine}": a weight is computed from others while loading, so it cannot be streamed; '
+                "use --engine_type hf for this model"
             )
         source = source.expand(target.shape)
         piece = Piece(

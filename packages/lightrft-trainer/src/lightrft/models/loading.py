@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import inspect
 import os
 from typing import Any, Literal
 
@@ -51,8 +52,8 @@ def load_model(
         under ``torch.device("meta")``), or a module, which is returned as it is.
     :param dtype: of the weights. :param compute_dtype: the dtype to which a strategy casts them; None: ``dtype``.
     :param kind: ``generator`` is a causal or an image-text-to-text model, whichever the configuration says.
-    :raises ValueError: an empty path, flash attention is not possible, or a model of another kind, without the weights
-        that a generator or a classifier needs.
+    :raises ValueError: an empty path, flash attention is not possible, a family without models of this kind, or a model
+        of another kind, without the weights that a generator or a classifier needs.
     :raises OSError: from transformers, for a path or name without a model.
     """
     if isinstance(source, nn.Module):
@@ -78,6 +79,17 @@ def load_model(
         if is_vision_language(config)
         else transformers.AutoModelForCausalLM,
     }[kind]
+    own_code = trust_remote_code and loader.__name__ in (getattr(config, "auto_map", None) or {})
+    if type(config) not in loader._model_mapping and not own_code:
+        instead = {
+            "sequence-classification": "a reward model of another family, or a reward server (--remote_rm_url)",
+            "backbone": "another model for the critic, or an --advantage_estimator that needs none",
+            "generator": "another --pretrain",
+        }
+        raise ValueError(
+            f"{source if from_path else type(config).__name__}: transformers has no {loader.__name__} for models of "
+            f"type {config.model_type}; use {instead[kind]}"
+        )
     if not from_path:
         model = loader.from_config(config, **options)
     elif torch.get_default_device().type == "meta":
@@ -101,22 +113,37 @@ def hidden_size(config: Any) -> int:
     return int(config.get_text_config().hidden_size)
 
 
-def multimodal_inputs(config: Any, input_ids: torch.Tensor, extras: dict[str, Any]) -> dict[str, Any]:
-    """``extras`` without None, and with the token types from which transformers 5 derives positions.
+def token_types_argument(model: Any) -> str | None:
+    """The name under which a model's forward takes token types: 1 at image tokens, 2 at video tokens."""
+    names = inspect.signature(model.forward).parameters
+    if "mm_token_type_ids" in names:
+        return "mm_token_type_ids"
+    # Other models' token_type_ids are something else: PaliGemma's mark its prefix.
+    return "token_type_ids" if model.config.model_type == "gemma3" and "token_type_ids" in names else None
 
-    ``mm_token_type_ids`` is 1 at image tokens and 2 at video tokens; a processor returns it for prompts, but
-    responses have been appended since.
+
+def multimodal_inputs(model: Any, input_ids: torch.Tensor, extras: dict[str, Any]) -> dict[str, Any]:
+    """``extras`` without None, and with the token types from which transformers 5 derives positions and masks.
+
+    A processor returns them for prompts, but responses have been appended since.
     """
     given = {key: value for key, value in extras.items() if value is not None}
-    if not given or given.get("mm_token_type_ids") is not None:
-        return given
-    image_token, video_token = getattr(config, "image_token_id", None), getattr(config, "video_token_id", None)
-    if {"image_grid_thw", "video_grid_thw"} & given.keys() and image_token is not None:
+    name = token_types_argument(model) if given else None
+    image_token, video_token = (getattr(model.config, f"{kind}_token_id", None) for kind in ("image", "video"))
+    if name is not None and name not in given and image_token is not None:
         types = (input_ids == image_token).int()
         if video_token is not None:
             types += 2 * (input_ids == video_token).int()
-        given["mm_token_type_ids"] = types
+        given[name] = types
     return given
+
+
+def images_see_forwards(model: Any) -> bool:
+    """Whether the tokens of an image attend to those after them in the same image: Gemma's do."""
+    text = model.config.get_text_config(decoder=True)
+    return token_types_argument(model) == "token_type_ids" or (
+        getattr(text, "use_bidirectional_attention", None) == "vision"
+    )
 
 
 def positions_of(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -40,8 +41,10 @@ def add_adapters(
     from the run's seed, B is 0.
 
     :param alpha: adapters are scaled by ``alpha / rank``. :param dropout: of their input, in train mode.
-    :param target_modules: "all-linear" (all but the output layer), or last parts of layers' names, separated by commas.
-    :raises ValueError: peft is not installed, a name is not a linear layer's, or the model is on the meta device.
+    :param target_modules: "all-linear" (all that can be adapted, except the output layer), or last parts of layers'
+        names, separated by commas.
+    :raises ValueError: peft is not installed, a name is not that of a linear layer that can be adapted, or the model is
+        on the meta device.
     """
     if importlib.util.find_spec("peft") is None:
         raise ValueError(
@@ -63,7 +66,11 @@ def add_adapters(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch.initial_seed())
-        inject_adapter_in_model(config, model, NAME)
+        try:
+            inject_adapter_in_model(config, model, NAME)
+        except ValueError as error:  # such as layers of which a kernel takes the weight alone
+            names = ", ".join(sorted({name.rpartition(".")[2] for name in config.target_modules or ()}))
+            raise ValueError(f"--target_modules {target_modules}: {error} Name others of {names}") from error
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -72,7 +79,22 @@ def add_adapters(
 def _layers(model: Any, wanted: str) -> list[str]:
     """Full names of the linear layers that get an adapter."""
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not output]
+    # A router may be a linear layer that returns more than a product; a shared weight has only one name on the hub.
+    owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    linear = [
+        name
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Linear)
+        and type(m).forward is nn.Linear.forward
+        and owners[id(m.weight)] == 1
+        and m is not output
+    ]
+    if not linear:
+        raise ValueError(
+            f"--lora_rank: {type(model).__name__} has no linear layer to adapt; drop the flag to train it all"
+        )
+    mistaken = _mistaken_for_experts(model, linear)
+    linear = [name for name in linear if name not in mistaken]
     names = [name.strip() for name in wanted.split(",") if name.strip()]
     if wanted.strip().lower() == ALL_LINEAR:
         names = [""]
@@ -82,15 +104,31 @@ def _layers(model: Any, wanted: str) -> list[str]:
         if not found:
             possible = ", ".join(sorted({layer.rpartition(".")[2] for layer in linear})) or "none"
             stacked = [path for path, p in model.named_parameters() if p.ndim == 3 and f".{name}." in f".{path}."]
-            why = (
-                f"stacks its experts in {stacked[0]}, which gets no adapter" if stacked else "has no such linear layer"
-            )
+            why = "has no such linear layer"
+            if stacked:
+                why = f"stacks its experts in {stacked[0]}, which gets no adapter"
+            elif any(f".{layer}".endswith(f".{name}") for layer in mistaken):
+                why = "stacks its experts, for which peft takes this name, and they get no adapter"
             raise ValueError(
                 f"--target_modules {name or ALL_LINEAR}: {type(model).__name__} {why}; possible are {ALL_LINEAR}, "
                 f"or of {possible}"
             )
         chosen |= found
     return sorted(chosen)
+
+
+def _mistaken_for_experts(model: Any, layers: list[str]) -> set[str]:
+    """Layers that peft would leave for the stacked experts, whatever their full names are.
+
+    Models whose experts transformers 5 stacks have other layers, such as shared experts, of the same last names. peft
+    changes those names to the experts' parameters, when adapters are added and when a saved one is loaded.
+    """
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    config = LoraConfig(target_modules=layers)
+    convert_peft_config_for_transformers(config, model, None)
+    return set(layers) - set(config.target_modules or ())
 
 
 def has_adapters(model: nn.Module) -> bool:

@@ -145,7 +145,10 @@ def attend(
             seen = _Standin(module, config=_Standin(module.config, _attn_implementation=kernel))
         return own(seen, query, key, value, attention_mask, **options)
     row_layout.attended.total += 1
-    if wrong := [name for name in REFUSED if kwargs.get(name) is not None]:
+    wrong = [name for name in REFUSED if kwargs.get(name) is not None]
+    if attention_mask is not None and attention_mask.shape != NO_MASK.shape:
+        wrong.append("a mask of its own")
+    if wrong:
         raise ValueError(
             f"{type(module).__name__} attends with {', '.join(wrong)}, which is not computed for packed samples nor "
             "for sequence parallelism; drop --packing_samples and --sp_size"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightrft.strategy.wide_products import widen_products
 
 from . import row_attention
-from .loading import is_vision_language, load_model, multimodal_inputs, positions_of
+from .loading import images_see_forwards, is_vision_language, load_model, multimodal_inputs, positions_of
 from .lora import ALL_LINEAR, add_adapters
 from .row_layout import RowLayout, SequenceRanks
 from .rows import check_right_padded, trimmed_length
@@ -147,7 +147,7 @@ class TokenModel(nn.Module):
         :param attention_mask: ``[B, T]``, 1 at tokens, 0 at padding on the right; None: no padding.
         :param response_mask: ``[B, T]`` bool, the tokens to evaluate; None: every token but a row's first.
         :param multimodal: ``pixel_values``, ``image_grid_thw`` and other arguments of the model's forward.
-        :raises ValueError: rows with padding on the left, or masks of another shape.
+        :raises ValueError: rows with padding on the left, masks of another shape, or images that cannot be packed.
         """
         mask = torch.ones_like(sequences) if attention_mask is None else attention_mask
         for name, given in (("attention_mask", mask), ("response_mask", response_mask)):
@@ -160,7 +160,7 @@ class TokenModel(nn.Module):
         tokens, trimmed = sequences[:, :length], mask[:, :length]
         wanted = (trimmed if response_mask is None else response_mask[:, :length]).bool()
         asked, following = nn.functional.pad(wanted[:, 1:], (0, 1)), nn.functional.pad(tokens[:, 1:], (0, 1))
-        given = extras = multimodal_inputs(self.config, tokens, multimodal)
+        given = extras = multimodal_inputs(self.model, tokens, multimodal)
         if getattr(self.config.get_text_config(decoder=True), "output_router_logits", False):
             # The router's auxiliary loss is not part of the objective, and parts of rows would not give it.
             extras = {"output_router_logits": False, **extras}
@@ -170,6 +170,11 @@ class TokenModel(nn.Module):
         if layout is None and not self.packing_samples and self.sequence_ranks is None:
             inputs = {"input_ids": tokens, "attention_mask": trimmed, "use_cache": False, **extras}
             return Question(inputs, asked, following[asked], None, sequences.shape, self.model)
+        if given and images_see_forwards(self.model):
+            raise ValueError(
+                f"--packing_samples: in {type(self.model).__name__} the tokens of an image see those after them, which "
+                "is not computed for packed samples; drop the flag"
+            )
         layout = layout or RowLayout.of(trimmed, packed=self.packing_samples, ranks=self.sequence_ranks)
         asked = layout.place(asked)
         inputs = {

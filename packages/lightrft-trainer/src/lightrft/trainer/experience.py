@@ -120,12 +120,26 @@ def make_batch(
 
 
 def join_images(samples: Sequence[Experience], device: torch.device) -> dict[str, Tensor]:
-    """The processor's tensors of all rows, one after the other, as Hugging Face's vision models take them."""
+    """The processor's tensors of all rows, one after the other, as Hugging Face's vision models take them.
+
+    Where images have other sizes, or are cut into more tiles, the smaller are filled up with zeros, as a processor does
+    within a batch.
+    """
     joined: dict[str, list[Tensor]] = {}
     for sample in samples:
         for name, value in sample.images.items():
             joined.setdefault(name, []).append(value)
-    return {name: torch.cat(values).to(device) for name, values in joined.items()}
+    return {name: torch.cat(_filled_up(values)).to(device) for name, values in joined.items()}
+
+
+def _filled_up(values: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors with equal sizes along all axes but the first."""
+    largest = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True)]
+    filled = []
+    for value in values:
+        room = [(0, most - size) for most, size in zip(largest, value.shape[1:], strict=True)]
+        filled.append(torch.nn.functional.pad(value, [n for pair in reversed(room) for n in pair]))
+    return filled
 
 
 def split_rows(values: Tensor, mask: Tensor) -> list[Tensor]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lightrft.strategy.image_inputs import process_images
 from lightrft.strategy.sampling import SamplingParams
 
 from .experience import Experience
@@ -16,9 +17,6 @@ from .spmd_ppo_trainer import SPMDPPOTrainer
 
 if TYPE_CHECKING:
     from lightrft.strategy.engine import GenerationOutput
-
-# Outputs of an image processor that a model's forward pass takes.
-IMAGE_INPUTS = ("pixel_values", "image_grid_thw", "image_sizes")
 
 
 class ExperienceMakerVL(ExperienceMaker):
@@ -55,8 +53,7 @@ class ExperienceMakerVL(ExperienceMaker):
         if not prompt.images:
             return {}
         if self._processed[0] is not prompt:
-            made = self.processor.image_processor(images=list(prompt.images), return_tensors="pt")
-            self._processed = prompt, {name: made[name] for name in IMAGE_INPUTS if name in made}
+            self._processed = prompt, process_images(self.processor, prompt.images)[1]
         return self._processed[1]
 
 

@@ -28,7 +28,8 @@ def decode_attention(
     ``[rows, heads, groups, dim]``. The result is the same; the keys and values are not copied.
     """
     heads = key.shape[1]
-    if query.shape[2] != 1 or query.shape[1] == heads or kwargs.get("position_bias") is not None:
+    own_masks = attention_mask is not None and attention_mask.shape[1] != 1  # Doge has one for each query head
+    if query.shape[2] != 1 or query.shape[1] == heads or own_masks or kwargs.get("position_bias") is not None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lightrft.strategy.engine import EngineSpec
-from lightrft.strategy.errors import PluginError
+from lightrft.strategy.errors import NotBuiltError, PluginError
 
 
 def require_transformers() -> None:
@@ -58,9 +58,20 @@ def _model_class(config: Any) -> Any:
 
 
 def cache_argument(model: Any) -> str:
-    """The name under which the model's forward takes its cache."""
+    """The name under which the model's forward takes its cache.
+
+    :raises NotBuiltError: it takes none, or keeps a state beside it: unseen, such a model would answer with other
+        probabilities than it has.
+    """
     names = inspect.signature(model.forward).parameters
-    return "cache_params" if "cache_params" in names and "past_key_values" not in names else "past_key_values"
+    name = next((name for name in ("past_key_values", "cache_params") if name in names), None)
+    in_modules = any(hasattr(module, "_setup_cache") for module in model.modules())  # RecurrentGemma's
+    if name is not None and not in_modules and model._supports_default_dynamic_cache():
+        return name
+    raise NotBuiltError(
+        f'engine "hf": {type(model).__name__} keeps what it has read in a form of its own, and not in a cache of '
+        "transformers; use --engine_type vllm or sglang, if they serve it, or another model"
+    )
 
 
 def own_storages(model: torch.nn.Module) -> None:

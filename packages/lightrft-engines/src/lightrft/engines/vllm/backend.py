@@ -26,7 +26,7 @@ from .. import recorded_weights
 from ..model_folder import read_configs
 from ..recorded_weights import WeightMap
 from . import memory as memories
-from .loading import plain_layers_on_cpu
+from .loading import plain_layers_on_cpu, unchanged_classes
 from .options import CLASSIFIER, classifier_arguments, engine_arguments, field_names
 
 
@@ -79,7 +79,7 @@ def launch(spec: EngineSpec, arguments: dict[str, Any]) -> Any:
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     _World.engines += 1
     try:
-        with plain_layers_on_cpu(), _own_shared_memory(spec.device):
+        with plain_layers_on_cpu(), unchanged_classes(), _own_shared_memory(spec.device):
             llm = LLMEngine.from_engine_args(EngineArgs(**arguments))
     except BaseException:
         _leave_world()

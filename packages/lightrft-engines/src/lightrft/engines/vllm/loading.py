@@ -29,3 +29,20 @@ def plain_layers_on_cpu() -> Iterator[None]:
         yield
     finally:
         utils.dispatch_cpu_unquantized_gemm = original
+
+
+@contextlib.contextmanager
+def unchanged_classes() -> Iterator[None]:
+    """Within it vLLM leaves transformers' classes as they are.
+
+    Models that it runs by transformers' own code (Olmo 2, SmolLM3, SeedOss, ...) are compiled by a change of their
+    class, which is that of the trainer's model too: that could then be neither called nor made again. They run without
+    compilation instead.
+    """
+    from vllm.model_executor.models.transformers.base import Base  # pyright: ignore[reportMissingImports]
+
+    original, Base._decorate_cls_for_torch_compile = Base._decorate_cls_for_torch_compile, lambda *_, **__: None
+    try:
+        yield
+    finally:
+        Base._decorate_cls_for_torch_compile = original

@@ -67,6 +67,15 @@ class WeightClaims(StrategyClaims):
         assert sum(sizes) == sum(tensor.nbytes for tensor in cast.values())
 
     @on_ranks
+    def test_tensors_of_about_one_element_a_rank_are_exported(self) -> None:
+        strategy = self.strategy()
+        model = nn.Sequential(nn.LayerNorm(1), nn.LayerNorm(2), nn.LayerNorm(3))
+        expected = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+        exported, _ = _export(strategy, strategy.prepare(model), 2**40)
+        assert exported.keys() == expected.keys()
+        assert all(torch.equal(exported[name], tensor) for name, tensor in expected.items())
+
+    @on_ranks
     def test_the_spec_announces_what_the_export_sends(self) -> None:
         strategy = self.strategy()
         model = strategy.prepare(self.model("qwen3_moe"))
