@@ -24,14 +24,24 @@ SLOW = "0.2"
 class Command:
     """A ``lightrft train`` on two CPU ranks, in its own temporary folder, that a test can watch and kill.
 
-    :param terminal: descriptor to which it writes in place of its log.
+    :param modules: a folder of modules that it can import. :param terminal: descriptor to which it writes in place of
+        its log.
     """
 
-    def __init__(self, folder: Path, *arguments: str, name: str = "train", terminal: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *arguments: str,
+        name: str = "train",
+        modules: Path | None = None,
+        terminal: int | None = None,
+    ) -> None:
         self.scratch = folder / "tmp"
         self.scratch.mkdir(parents=True, exist_ok=True)
         self.log = (folder / "log.txt").open("a+")
         environment = {**os.environ, "TMPDIR": str(self.scratch), "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
+        if modules is not None:
+            environment["PYTHONPATH"] = os.pathsep.join([str(modules), *filter(None, [os.environ.get("PYTHONPATH")])])
         environment["TINY_REWARD_SECONDS"] = SLOW  # else a busy machine may see the tiny run end before its signal
         self.process = subprocess.Popen(
             [sys.executable, "-m", "lightrft.cli.main", name, *arguments],
@@ -166,8 +176,7 @@ def tiny_words(config: Path, folder: Path, *arguments: str) -> tuple[str, ...]:
 
 
 def start_tiny(start: Callable[..., Command], config: Path, folder: Path, *arguments: str, **options: Any) -> Command:
-    os.environ["PYTHONPATH"] = str(config.parent)
-    return start(folder, *tiny_words(config, folder, *arguments), **options)
+    return start(folder, *tiny_words(config, folder, *arguments), modules=config.parent, **options)
 
 
 @pytest.fixture

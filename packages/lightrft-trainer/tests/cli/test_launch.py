@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,8 @@ import pytest
 from lightrft.cli import launch
 from lightrft.cli.main import build_parser
 from lightrft.strategy.errors import ConfigError
+
+NOBODY = 2**22 + 1  # Linux gives no process that number
 
 
 def failure(exitcode: int, text: str | None = None, *, timestamp: int = 0, secondary: bool = False) -> SimpleNamespace:
@@ -115,10 +118,58 @@ def test_a_signal_is_forwarded_though_the_disk_of_the_log_is_full(
     def full(text: str) -> None:
         raise OSError(errno.ENOSPC, text)
 
+    (tmp_path / f"pid.{NOBODY}").touch()
     with monkeypatch.context() as patched, launch._forwarded_signals(tmp_path, "the ranks stop"):
         patched.setattr(sys, "stderr", SimpleNamespace(write=full))
         os.kill(os.getpid(), signal.SIGTERM)
     assert (tmp_path / launch.ASKED_FILE).exists()
+
+
+def test_a_launcher_without_ranks_starts_none_after_a_signal(tmp_path: Path) -> None:
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+
+    with pytest.raises(SignalException), launch._forwarded_signals(tmp_path, "the ranks stop"):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert (tmp_path / launch.ASKED_FILE).exists(), "ranks that are about to start look for it"
+
+
+@pytest.mark.parametrize(
+    ("heard", "rank", "ends"),
+    [(False, None, True), (False, NOBODY, True), (True, None, False), (False, os.getpid(), False)],
+    ids=["no rank yet", "no rank any more", "its handlers run", "a rank runs"],
+)
+def test_a_launcher_that_waits_for_nodes_in_a_library_is_ended_by_a_signal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heard: bool, rank: int | None, ends: bool
+) -> None:
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    monkeypatch.setattr(launch, "HANDLER_SECONDS", 0.0)
+    told, tells = socket.socketpair()
+    tells.send(bytes([signal.SIGCHLD, signal.SIGTERM]))
+    if rank is not None:
+        (tmp_path / f"pid.{rank}").touch()
+    launch._end_if_deaf(told, [signal.SIGTERM] if heard else [], tmp_path)
+    tells.close()
+    assert codes == ([130] if ends else [])
+    assert tmp_path.exists() != ends
+
+
+def test_nodes_that_do_not_meet_are_told_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.distributed import DistNetworkError
+    from torch.distributed.launcher import api
+
+    def alone(*_: Any) -> None:
+        raise DistNetworkError("timed out\nframe #5: c10d::TCPStore")
+
+    monkeypatch.setattr(api, "elastic_launch", lambda *_: alone)
+    config = launch._launch_config(options("--nnodes", "2", "--master_addr", "first"), 4, tmp_path)
+    with pytest.raises(launch.NodesApartError) as error:
+        launch._run(config, tmp_path, [], "the ranks stop")
+    assert str(error.value) == (
+        "the nodes do not reach each other at first:29500: timed out\n"
+        "Start the same command on all 2 nodes; with --master_addr, each with its own --node_rank, from 0 on the first "
+        "to 1"
+    )
 
 
 def test_cores_are_shared_between_ranks_unless_the_user_said_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,24 +180,26 @@ def test_cores_are_shared_between_ranks_unless_the_user_said_otherwise(monkeypat
     assert launch.thread_environment(2, 8) == {}
 
 
-def test_one_node_meets_on_a_free_port_of_its_own() -> None:
-    config = launch._launch_config(options(), 2)
+def test_one_node_meets_on_a_free_port_of_its_own(tmp_path: Path) -> None:
+    config = launch._launch_config(options(), 2, tmp_path)
     assert (config.nproc_per_node, config.max_nodes, config.rdzv_endpoint) == (2, 1, "localhost:0")
     assert config.max_restarts == 0
-    assert launch._launch_config(options(), 2).run_id != config.run_id
+    assert launch._launch_config(options(), 2, tmp_path).run_id != config.run_id
 
 
-def test_several_nodes_meet_at_the_first() -> None:
-    config = launch._launch_config(options("--nnodes", "2", "--node_rank", "1", "--master_addr", "first"), 4)
+def test_several_nodes_meet_at_the_first(tmp_path: Path) -> None:
+    config = launch._launch_config(options("--nnodes", "2", "--node_rank", "1", "--master_addr", "first"), 4, tmp_path)
     assert (config.min_nodes, config.rdzv_backend, config.rdzv_endpoint) == (2, "static", "first:29500")
     assert config.rdzv_configs["rank"] == 1
-    config = launch._launch_config(options("--nnodes", "2", "--rdzv_endpoint", "first:1234", "--rdzv_id", "mine"), 4)
+    config = launch._launch_config(
+        options("--nnodes", "2", "--rdzv_endpoint", "first:1234", "--rdzv_id", "mine"), 4, tmp_path
+    )
     assert (config.rdzv_backend, config.rdzv_endpoint, config.run_id) == ("c10d", "first:1234", "mine")
 
 
-def test_several_nodes_without_a_meeting_point_are_refused() -> None:
+def test_several_nodes_without_a_meeting_point_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="needs --master_addr"):
-        launch._launch_config(options("--nnodes", "2"), 1)
+        launch._launch_config(options("--nnodes", "2"), 1, tmp_path)
 
 
 def test_at_least_one_rank() -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -108,6 +109,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     assert f"lightrft train --resume --output_dir {tmp_path / 'run'}" in shown
     assert "Traceback" not in shown
     assert command.rank_pids() == []
+    assert [path.name for path in command.scratch.iterdir() if not path.name.startswith("torchinductor_")] == []
     tiny_under_torchrun(tmp_path, "--resume").results()
     same_weights(tmp_path / "run", uninterrupted)
 
@@ -137,6 +139,42 @@ def test_a_run_whose_terminal_is_closed_saves_before_it_ends(
     assert not (tmp_path / "run" / "errors").exists()
     tiny_under_torchrun(tmp_path, "--resume").results()
     same_weights(tmp_path / "run", uninterrupted)
+
+
+@pytest.mark.full  # test_worker.py holds what each launcher is told
+def test_a_signal_to_one_node_stops_all_and_each_says_how_to_go_on(tiny: Tiny, tmp_path: Path) -> None:
+    words = ["--output_dir", str(tmp_path / "run"), "--nproc_per_node", "1", *two_nodes()]
+    nodes = [tiny(tmp_path / str(number), *words, "--node_rank", str(number)) for number in range(2)]
+    assert nodes[0].wait_until(lambda: len(read_metrics(tmp_path / "run" / "metrics.jsonl")) >= 2)
+    nodes[1].process.send_signal(signal.SIGTERM)
+    for number, node in enumerate(nodes):
+        assert node.finish() == 130
+        assert "a checkpoint was written. Continue with:" in node.output()
+        assert f" --node_rank {number} " in node.output()
+
+
+@pytest.mark.full  # test_launch.py holds when a launcher ends itself
+def test_a_launcher_that_waits_for_another_node_ends_with_a_signal(tiny: Tiny, tmp_path: Path) -> None:
+    words = two_nodes()
+    command = tiny(tmp_path, *words)
+
+    def it_waits() -> bool:
+        with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", int(words[-1]))):
+            return True
+        return False
+
+    assert command.wait_until(it_waits)
+    command.process.send_signal(signal.SIGTERM)
+    assert command.finish() == 130
+    assert "lightrft: stopped while it waited for other nodes" in command.output()
+    assert list(command.scratch.iterdir()) == []
+
+
+def two_nodes() -> list[str]:
+    """The flags of a run on two nodes that meet on this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return ["--nnodes", "2", "--master_addr", "127.0.0.1", "--master_port", str(free.getsockname()[1])]
 
 
 @pytest.mark.full  # data/test_prompts.py holds the message itself

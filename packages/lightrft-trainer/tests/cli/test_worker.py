@@ -5,11 +5,18 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from lightrft.cli.launch import ASKED_FILE, EXIT_FAILED, LAUNCH_DIR
+from lightrft.cli import launch
+from lightrft.cli.launch import ASKED_FILE, EXIT_FAILED, EXIT_INTERRUPTED, LAUNCH_DIR
+from lightrft.cli.main import build_parser
+from lightrft.cli.worker import run_rank
+from lightrft.strategy.config import StrategyConfig
+from lightrft.trainer import run
 
 # A launcher that starts one rank. The rank does not heed SIGTERM, as one that is stuck in a library's wait cannot.
 RANK = """
@@ -69,6 +76,35 @@ def test_a_stuck_rank_that_the_launcher_ends_goes_unless_the_user_wants_a_checkp
     finally:
         rank.kill()
         rank.wait()
+
+
+def test_a_rank_that_joins_after_the_signal_ends(tmp_path: Path) -> None:
+    """The launcher could not forward it to a process that had not told its id."""
+    (tmp_path / ASKED_FILE).touch()
+    code = "from lightrft.cli.worker import join_launcher; join_launcher()"
+    environment = {**os.environ, LAUNCH_DIR: str(tmp_path)}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, timeout=60).returncode == -signal.SIGTERM
+
+
+def test_the_launcher_of_every_node_learns_that_the_run_was_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nodes share the run's folder, but each launcher has one of its own, and an exit code that a scheduler reads."""
+
+    def stopped(config: StrategyConfig, *, on_output_dir: Callable[[str], None], **_: Any) -> run.RunResult:
+        on_output_dir(config.output_dir)
+        return run.RunResult(config.output_dir, 2, True, 1.0, {}, (), 0)
+
+    monkeypatch.setattr(run, "train", stopped)
+    for name, value in {"RANK": "8", "LOCAL_RANK": "0", LAUNCH_DIR: str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    assert run_rank(StrategyConfig(output_dir="run"), multimodal=False) == 0
+    words = ["train", "--nnodes", "2", "--node_rank", "1", "--master_addr", "first"]
+    assert launch._report(tmp_path, None, build_parser().parse_args(words)) == EXIT_INTERRUPTED
+    shown = capsys.readouterr()
+    assert "lightrft: stopped at step 2; a checkpoint was written. Continue with:" in shown.err
+    assert "--output_dir run --nnodes 2 --node_rank 1 --master_addr first" in shown.err
+    assert shown.out == "", "only rank 0 shows the report"
 
 
 def _alive(pid: int) -> bool:

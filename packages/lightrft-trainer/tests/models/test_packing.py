@@ -312,12 +312,12 @@ def test_a_variant_of_attention_that_is_not_computed_is_refused_by_name():
 
 
 def test_a_model_that_keeps_the_layout_from_its_layers_is_refused_by_name():
-    from transformers import NemotronConfig
-
-    shape = {name: getattr(tiny_config("qwen2"), name) for name in SHAPE}
-    packed = Actor(NemotronConfig(**shape, num_key_value_heads=2), packing_samples=True)
-    with pytest.raises(ValueError, match=r"NemotronAttention was not told .*drop --packing_samples and --sp_size"):
-        packed(ROWS.sequences, ROWS.attention_mask, ROWS.response_mask)
+    model = tiny_model("qwen2")
+    attention = model.model.layers[1].self_attn
+    told = attention.forward
+    attention.forward = lambda row_layout, **inputs: told(**inputs)
+    with pytest.raises(ValueError, match=r"Qwen2Attention was not told .*drop --packing_samples and --sp_size"):
+        Actor(model, packing_samples=True)(ROWS.sequences, ROWS.attention_mask, ROWS.response_mask)
 
 
 def test_a_single_token_under_a_mask_of_its_own_is_attended_to_as_transformers_does():

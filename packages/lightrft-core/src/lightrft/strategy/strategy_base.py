@@ -151,7 +151,7 @@ class StrategyBase(ABC):
         self.args = self.config if args is None else args
         self.device = local_device(self.config.local_rank)
         self.layout = RankLayout()
-        self.rank = 0
+        self.rank = self.get_rank()
         self.groups = ProcessGroups(self.layout, 0)
         self.engine_host = EngineHost(self)
         self._set_up = False

@@ -11,7 +11,10 @@ from lightrft.strategy.engine import EngineSpec, RolloutEngine
 from lightrft.strategy.registry import load_plugin
 from lightrft.strategy.strategy_base import StrategyBase
 from lightrft.testing.engine_suite import EngineContractSuite
+from lightrft.testing.strategy_claims.meta_models import KINDS
 from lightrft.testing.strategy_suite import StrategySuite, on_ranks
+
+without_memory = pytest.mark.xfail(reason="ring cannot fill models that were built without memory", strict=True)
 
 
 class TestRing(StrategySuite):
@@ -24,10 +27,37 @@ class TestRing(StrategySuite):
         strategy = get_strategy({"strategy": "ring"})
         return type(strategy)(**settings)
 
-    @pytest.mark.xfail(reason="ring cannot fill models that were built without memory", strict=True)
+    @without_memory
     @on_ranks
     def test_a_model_may_be_built_without_memory_and_filled_later(self) -> None:
         StrategySuite.test_a_model_may_be_built_without_memory_and_filled_later.claim(self)  # type: ignore[attr-defined]
+
+    @without_memory
+    @pytest.mark.parametrize("kind", KINDS)
+    @on_ranks
+    def test_a_meta_model_is_read_from_the_folder_that_its_configuration_names(self, kind: str) -> None:
+        StrategySuite.test_a_meta_model_is_read_from_the_folder_that_its_configuration_names.claim(self, kind)  # type: ignore[attr-defined]
+
+    @without_memory
+    @pytest.mark.parametrize("kind", KINDS)
+    @on_ranks
+    def test_a_meta_model_from_scratch_is_the_one_that_fake_makes(self, kind: str) -> None:
+        StrategySuite.test_a_meta_model_from_scratch_is_the_one_that_fake_makes.claim(self, kind)  # type: ignore[attr-defined]
+
+    @without_memory
+    @on_ranks
+    def test_a_meta_model_that_nothing_fills_refuses_to_run(self) -> None:
+        StrategySuite.test_a_meta_model_that_nothing_fills_refuses_to_run.claim(self)  # type: ignore[attr-defined]
+
+    @without_memory
+    @on_ranks
+    def test_a_meta_model_that_a_checkpoint_fills_runs(self) -> None:
+        StrategySuite.test_a_meta_model_that_a_checkpoint_fills_runs.claim(self)  # type: ignore[attr-defined]
+
+    @without_memory
+    @on_ranks
+    def test_an_optimizer_made_on_a_meta_model_trains_the_filled_one(self) -> None:
+        StrategySuite.test_an_optimizer_made_on_a_meta_model_trains_the_filled_one.claim(self)  # type: ignore[attr-defined]
 
 
 class TestParrot(EngineContractSuite):

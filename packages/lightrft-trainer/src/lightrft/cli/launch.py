@@ -12,9 +12,13 @@ import json
 import logging
 import os
 import shlex
+import shutil
 import signal
+import socket
 import sys
 import tempfile
+import threading
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,7 +26,7 @@ from types import FrameType
 from typing import Any
 
 from lightrft.strategy.config import FIELDS, StrategyConfig
-from lightrft.strategy.errors import ConfigError
+from lightrft.strategy.errors import ConfigError, LightRFTError
 
 from .settings import CONFIG_FILE, check_settings
 
@@ -32,6 +36,11 @@ CPU_RANKS = 2
 LAUNCH_DIR = "LIGHTRFT_LAUNCH_DIR"
 ASKED_FILE = "signal"  # in that folder: the user has asked the run to stop
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+HANDLER_SECONDS = 1.0  # in which a handler runs, unless a library waits
+
+
+class NodesApartError(LightRFTError):
+    """The launchers of a run's nodes do not reach each other."""
 
 
 def launch(config: StrategyConfig, options: argparse.Namespace, *, multimodal: bool) -> int:
@@ -51,10 +60,12 @@ def launch(config: StrategyConfig, options: argparse.Namespace, *, multimodal: b
         Path(config.output_dir).mkdir(parents=True, exist_ok=True)  # from now on --resume knows it
     with tempfile.TemporaryDirectory(prefix="lightrft-") as name:
         command = ("lightrft.cli.worker", *(["--multimodal"] if multimodal else []))
-        failures = run_ranks(
-            config, options, Path(name), command, stopping="the ranks finish their step and write a checkpoint"
-        )
-        return _report(Path(name), failures, options)
+        stopping, apart = "the ranks finish their step and write a checkpoint", None
+        try:
+            failures = run_ranks(config, options, Path(name), command, stopping=stopping)
+        except NodesApartError as error:
+            failures, apart = {}, str(error)
+        return _report(Path(name), failures, options, apart=apart)
 
 
 def run_ranks(
@@ -65,6 +76,7 @@ def run_ranks(
     :param folder: shared with the ranks, which find it in the environment variable :data:`LAUNCH_DIR`.
     :param command: the module and its flags. :param stopping: what the ranks do after Ctrl-C, for the user.
     :return: torch's ProcessFailure by rank; None if all succeeded.
+    :raises NodesApartError: another node did not come, or its launcher has ended.
     """
     ranks = ranks_on_this_node(options.nproc_per_node)
     config.to_yaml(folder / CONFIG_FILE)
@@ -75,7 +87,7 @@ def run_ranks(
         environment["DS_ACCELERATOR"] = "cpu"
     with _environment(environment):
         words = ["-m", module, str(folder / CONFIG_FILE), *flags]
-        return _run(_launch_config(options, ranks), folder, words, stopping)
+        return _run(_launch_config(options, ranks, folder), folder, words, stopping)
 
 
 def ranks_on_this_node(asked: int | None) -> int:
@@ -104,7 +116,8 @@ def thread_environment(ranks: int, cores: int) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(max(1, cores // ranks))}
 
 
-def _launch_config(options: argparse.Namespace, ranks: int) -> Any:
+def _launch_config(options: argparse.Namespace, ranks: int, folder: Path) -> Any:
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.launcher.api import LaunchConfig
 
     settings: dict[str, Any] = {
@@ -113,6 +126,7 @@ def _launch_config(options: argparse.Namespace, ranks: int) -> Any:
         "nproc_per_node": ranks,
         "max_restarts": 0,
         "monitor_interval": 0.1,
+        "logs_specs": DefaultLogsSpecs(log_dir=str(folder)),  # else each run leaves a folder of its own in /tmp
         # We handle Ctrl-C: the launcher would give the ranks 30 seconds, too few for a large checkpoint.
         "signals_to_handle": "SIGQUIT",
     }
@@ -139,20 +153,29 @@ def _launch_config(options: argparse.Namespace, ranks: int) -> Any:
 
 def _run(config: Any, folder: Path, words: Sequence[str], stopping: str) -> dict[int, Any] | None:
     """Start the ranks and wait; returns the failures by rank, None if there are none."""
+    from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous.api import RendezvousError
     from torch.distributed.launcher.api import elastic_launch
 
     # The launcher logs a table and a traceback for each rank; _report says the same in a sentence.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    with _forwarded_signals(folder, stopping):
-        try:
+    try:
+        with _forwarded_signals(folder, stopping):
             elastic_launch(config, sys.executable)(*words)
-        except ChildFailedError as error:
-            return dict(error.failures)
-        except SignalException:
-            (folder / ASKED_FILE).touch()
-            return {}
+    except ChildFailedError as error:
+        return dict(error.failures)
+    except SignalException:
+        (folder / ASKED_FILE).touch()
+        return {}
+    except (DistError, RendezvousError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise NodesApartError(
+            f"the nodes do not reach each other at {config.rdzv_endpoint}: {reason}\n"
+            f"Start the same command on all {config.max_nodes} nodes; with --master_addr, each with its own "
+            f"--node_rank, from 0 on the first to {config.max_nodes - 1}"
+        ) from error
     return None
 
 
@@ -161,7 +184,11 @@ def _forwarded_signals(folder: Path, stopping: str) -> Iterator[None]:
     """Forward SIGINT, SIGTERM and SIGHUP to the ranks, which end in their own way. A second Ctrl-C kills them.
 
     SIGHUP arrives twice, from the shell and from the terminal. If ``nohup`` ignores it, it stays ignored.
+
+    :raises SignalException: no rank has started yet; torch then starts none, or ends those that are about to.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+
     seen: list[int] = []
 
     def forward(number: int, _frame: FrameType | None) -> None:
@@ -169,21 +196,54 @@ def _forwarded_signals(folder: Path, stopping: str) -> Iterator[None]:
         if not first and number == signal.SIGHUP:
             return
         seen.append(number)
-        (folder / ASKED_FILE).touch()
-        for pid in rank_pids(folder):
+        (folder / ASKED_FILE).touch()  # before it is known which have started: the others look for it
+        pids = rank_pids(folder)
+        for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM if first else signal.SIGKILL)
-        if first:
+        if first and pids:
             with contextlib.suppress(OSError):  # the disk of a log may be full
                 sys.stderr.write(f"\nlightrft: stopping: {stopping} (press again to stop at once)\n")
+        elif first:
+            raise SignalException("no rank has started", signal.Signals(number))
 
     heeded = [n for n in FORWARDED if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
     before = {number: signal.signal(number, forward) for number in heeded}
+    told, tells = socket.socketpair()
+    tells.setblocking(False)
+    woken = signal.set_wakeup_fd(tells.fileno(), warn_on_full_buffer=False)
+    threading.Thread(target=_end_if_deaf, args=(told, seen, folder), daemon=True, name="lightrft-deaf").start()
     try:
         yield
     finally:
+        signal.set_wakeup_fd(woken)
+        tells.close()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _end_if_deaf(told: socket.socket, seen: Sequence[int], folder: Path) -> None:
+    """The thread that ends a launcher whose handlers do not run: in torch's own code it waits for other nodes, for many
+    minutes, before its ranks have started or after they have ended."""
+    with told:
+        while (word := told.recv(1)) and word[0] not in FORWARDED:
+            pass
+    if not word:
+        return
+    time.sleep(HANDLER_SECONDS)
+    if not seen and not any(map(_is_there, rank_pids(folder))):
+        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            sys.stderr.write("\nlightrft: stopped while it waited for other nodes\n")
+        os._exit(EXIT_INTERRUPTED)
+
+
+def _is_there(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def rank_pids(folder: Path) -> list[int]:
@@ -214,8 +274,13 @@ def resume_line(command: str, output_dir: str, options: argparse.Namespace) -> s
     return shlex.join(words)
 
 
-def _report(folder: Path, failures: dict[int, Any] | None, options: argparse.Namespace) -> int:
-    """Report how the ranks ended, and how to continue. Returns the exit code."""
+def _report(
+    folder: Path, failures: dict[int, Any] | None, options: argparse.Namespace, *, apart: str | None = None
+) -> int:
+    """Report how the ranks ended, and how to continue. Returns the exit code.
+
+    :param apart: why the nodes do not reach each other, if that is what ended the ranks.
+    """
     word = folder / "outcome.json"
     outcome = json.loads(word.read_text(encoding="utf-8")) if word.exists() else {}
     output_dir = outcome.get("output_dir")
@@ -235,7 +300,7 @@ def _report(folder: Path, failures: dict[int, Any] | None, options: argparse.Nam
             else f"lightrft: stopped. Continue from the last checkpoint with:\n  {resume}\n"
         )
         return EXIT_INTERRUPTED
-    sys.stderr.write(f"lightrft: {describe_failures(failures or {})}\n")
+    sys.stderr.write(f"lightrft: {apart or describe_failures(failures or {})}\n")
     if outcome.get("wrong_use"):
         return 2
     if resume is not None:

@@ -50,11 +50,12 @@ def run_rank(config: StrategyConfig, *, multimodal: bool) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     rank = int(os.environ.get("RANK", "0"))
+    tells = os.environ.get("LOCAL_RANK", "0") == "0"  # to the launcher; each node has one
     output: list[str] = []
 
     def known(output_dir: str) -> None:
         output.append(output_dir)
-        if rank == 0:  # at once: a rank that dies with its peers writes nothing more
+        if tells:  # at once: a rank that dies with its peers writes nothing more
             _leave_word({"output_dir": output_dir}, multimodal=multimodal)
 
     try:
@@ -72,9 +73,9 @@ def run_rank(config: StrategyConfig, *, multimodal: bool) -> int:
         return EXIT_FAILED
     _leave_groups()
     launched = LAUNCH_DIR in os.environ
-    if rank == 0:
-        if not result.interrupted:
-            show_result(result)
+    if rank == 0 and not result.interrupted:
+        show_result(result)
+    if tells:
         _leave_word(
             {"output_dir": result.output_dir, "interrupted": result.interrupted, "step": result.step},
             multimodal=multimodal,
@@ -116,6 +117,8 @@ def join_launcher(patience: float = ORPHAN_SECONDS) -> None:
     threading.Thread(target=_end_as_orphan, args=(launcher, patience), daemon=True, name="lightrft-orphan").start()
     if folder := os.environ.get(LAUNCH_DIR):
         (Path(folder) / f"pid.{os.getpid()}").touch()
+        if (Path(folder) / ASKED_FILE).exists():  # before the launcher knew of this rank
+            signal.raise_signal(signal.SIGTERM)
         told, tells = socket.socketpair()
         tells.setblocking(False)
         signal.set_wakeup_fd(tells.detach(), warn_on_full_buffer=False)  # works also while a library waits

@@ -111,7 +111,8 @@ class _Bar:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        if not self._progress.disable:  # rich 13 and 14 would end what they have not written by an empty line
+            self._progress.stop()
 
     def start(self, title: str, total: int) -> None:
         for task in self._progress.task_ids:

@@ -27,7 +27,7 @@ class RingStrategy(StrategyBase):
     def create_optimizer(self, model: nn.Module, **kwargs: Any) -> Optimizer:
         c = self.config
         options = {
-            "lr": c.actor_learning_rate,
+            "lr": c.critic_learning_rate if getattr(model, "is_critic", False) else c.actor_learning_rate,
             "betas": c.adam_betas,
             "eps": c.adam_eps,
             "weight_decay": c.l2,
@@ -79,7 +79,8 @@ class RingStrategy(StrategyBase):
         record.micro_steps += 1
         record.at_boundary = record.micro_steps % self.accumulated_gradient == 0 if boundary is None else boundary
         share = 1 / self.accumulated_gradient / self.world_size if scale is None else scale
-        (loss * share).backward()
+        with self.waits_for_ranks("backward"):  # what fails in there is told to the ranks that wait for this one
+            (loss * share).backward()
 
     def optimizer_step(
         self, optimizer: Optimizer, model: nn.Module, scheduler: Any = None, name: str = "model", **kwargs: Any
@@ -91,23 +92,26 @@ class RingStrategy(StrategyBase):
         if not record.at_boundary:
             return StepResult(stepped=False)
         record.at_boundary, record.micro_steps = False, 0
-        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         with self.waits_for_ranks("optimizer_step"):
-            if self.world_size > 1:
-                for gradient in gradients:
-                    dist.all_reduce(gradient)
-        norm = torch.nn.utils.get_total_norm(gradients).item()
+            norm = self._step(optimizer, model)
         finite = norm < float("inf")  # False for NaN too
-        if finite:
+        if finite and scheduler is not None:
+            scheduler.step()
+        record.skipped_steps += not finite
+        return StepResult(stepped=finite, skipped=not finite, grad_norm=norm)
+
+    def _step(self, optimizer: Optimizer, model: nn.Module) -> float:
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        if self.world_size > 1:
+            for gradient in gradients:
+                dist.all_reduce(gradient)
+        norm = torch.nn.utils.get_total_norm(gradients).item()
+        if norm < float("inf"):
             if self.config.max_norm > 0:
                 torch._foreach_mul_(gradients, min(1.0, self.config.max_norm / (norm + 1e-6)))
             optimizer.step()
-            if scheduler is not None:
-                scheduler.step()
-        else:
-            record.skipped_steps += 1
         optimizer.zero_grad()
-        return StepResult(stepped=finite, skipped=not finite, grad_norm=norm)
+        return norm
 
     def save_ckpt(self, model: Any, save_dir: str | Path, **kwargs: Any) -> None:
         checkpoint.save(self, model, Path(save_dir), **kwargs)

@@ -109,11 +109,14 @@ def _before_ranks(config: StrategyConfig, ranks: int, world: int) -> list[Findin
 
 
 def _on_ranks(config: StrategyConfig, namespace: argparse.Namespace) -> list[Finding]:
-    from ..launch import describe_failures, run_ranks
+    from ..launch import NodesApartError, describe_failures, run_ranks
     from .notebook import read_notes
 
     with tempfile.TemporaryDirectory(prefix="lightrft-doctor-") as name:
         command = ("lightrft.cli.doctor.rank",)
-        failures = run_ranks(config, namespace, Path(name), command, stopping="the examination ends")
-        end = None if failures is None else describe_failures(failures)
+        try:
+            failures = run_ranks(config, namespace, Path(name), command, stopping="the examination ends")
+            end = None if failures is None else describe_failures(failures)
+        except NodesApartError as error:
+            end = str(error)
         return gather(read_notes(Path(name)), end)
