@@ -1,4 +1,4 @@
-"""The form in which vLLM stores loaded weights."""
+"""What vLLM must leave as it is while it loads a model: the form of weights, and classes of transformers."""
 
 from __future__ import annotations
 
