@@ -61,8 +61,10 @@ SETTINGS: Mapping[str, Any] = {
     "verify_weights": "full",
     "weight_bucket_mb": 0.05,  # several buckets
 }
-# What only a long campaign adds to the table: adapters are merged before an engine sees them.
+# What only a long campaign adds to the table: adapters are merged before an engine sees them; and an engine of one rank
+# reads from ZeRO 3 what one over both ranks does.
 FULL = [(backend, engine, True) for backend in BACKENDS for engine in ENGINES if (backend, engine.size) != ("FSDP2", 1)]
+FULL.append(("ZeRO 3", Engine("vllm", 1), False))
 # One that is split over ranks shows what happens between them, and inside each what happens in one that is not.
 SPLIT = [pytest.param(engine, marks=[pytest.mark.full] if engine == ("vllm", 1) else []) for engine in ENGINES]
 SHARES = (slice(0, 4), slice(4, None))  # uneven
