@@ -226,24 +226,17 @@ def _end_if_deaf(told: socket.socket, seen: Sequence[int], folder: Path) -> None
     """The thread that ends a launcher whose handlers do not run: in torch's own code it waits for other nodes, for many
     minutes, before its ranks have started or after they have ended."""
     with told:
-        while (word := told.recv(1)) and word[0] not in FORWARDED:
-            pass
-    if not word:
-        return
+        while not set(numbers := told.recv(64)).intersection(FORWARDED):
+            if not numbers:  # all is over
+                return
+    import psutil
+
     time.sleep(HANDLER_SECONDS)
-    if not seen and not any(map(_is_there, rank_pids(folder))):
+    if not seen and not any(map(psutil.pid_exists, rank_pids(folder))):
         shutil.rmtree(folder, ignore_errors=True)
         with contextlib.suppress(OSError):
             sys.stderr.write("\nlightrft: stopped while it waited for other nodes\n")
         os._exit(EXIT_INTERRUPTED)
-
-
-def _is_there(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def rank_pids(folder: Path) -> list[int]:
