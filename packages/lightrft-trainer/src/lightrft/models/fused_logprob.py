@@ -186,7 +186,7 @@ class _StatisticsByKernels(torch.autograd.Function):
         memory = _memory(parts, hidden)
         for part in parts:
             logit_kernels.statistics(
-                _product(hidden, weight[part], None if bias is None else bias[part], memory),
+                _product(hidden, weight, bias, part, memory),
                 labels,
                 temperature=temperature,
                 logprobs=logprobs,
@@ -210,11 +210,11 @@ class _StatisticsByKernels(torch.autograd.Function):
         weight_grad = torch.empty_like(weight) if for_weight else None
         bias_grad = torch.empty_like(bias) if for_bias else None
         memory, ctx.memory = ctx.memory, None  # gradients replace the logits: a second backward pass makes them again
-        logits = None if memory is None else _shaped(memory, hidden, weight[ctx.parts[-1]])
-        memory = _memory(ctx.parts, hidden) if memory is None else memory
+        known = memory is not None
+        memory = memory if known else _memory(ctx.parts, hidden)
         for part in reversed(ctx.parts):
-            if logits is None:
-                logits = _product(hidden, weight[part], None if bias is None else bias[part], memory)
+            logits = _shaped(memory, hidden, part) if known else _product(hidden, weight, bias, part, memory)
+            known = False
             logit_kernels.gradients(
                 logits,
                 labels,
@@ -232,7 +232,6 @@ class _StatisticsByKernels(torch.autograd.Function):
                 torch.mm(logits.t(), hidden, out=weight_grad[part])
             if bias_grad is not None:
                 bias_grad[part] = logits.sum(dim=0, dtype=torch.float32)
-            logits = None
         return None if hidden_grad is None else hidden_grad.to(hidden.dtype), weight_grad, bias_grad, *([None] * 4)
 
 
@@ -251,16 +250,18 @@ def _memory(parts: list[slice], hidden: Tensor) -> Tensor:
     return torch.empty((parts[0].stop - parts[0].start) * len(hidden), dtype=hidden.dtype, device=hidden.device)
 
 
-def _shaped(memory: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
-    return memory[: len(hidden) * len(weight)].view(len(hidden), len(weight))
+def _shaped(memory: Tensor, hidden: Tensor, part: slice) -> Tensor:
+    """The logits of a part of the vocabulary in that memory."""
+    columns = part.stop - part.start
+    return memory[: len(hidden) * columns].view(len(hidden), columns)
 
 
-def _product(hidden: Tensor, weight: Tensor, bias: Tensor | None, memory: Tensor) -> Tensor:
-    """``linear(hidden, weight, bias)``, in memory that is reused by the next."""
-    out = _shaped(memory, hidden, weight)
+def _product(hidden: Tensor, weight: Tensor, bias: Tensor | None, part: slice, memory: Tensor) -> Tensor:
+    """``linear(hidden, weight, bias)`` of a part of the vocabulary, in memory that is reused by the next."""
+    out = _shaped(memory, hidden, part)
     if bias is None:
-        return torch.mm(hidden, weight.t(), out=out)
-    return torch.addmm(bias, hidden, weight.t(), out=out)
+        return torch.mm(hidden, weight[part].t(), out=out)
+    return torch.addmm(bias[part], hidden, weight[part].t(), out=out)
 
 
 def fused_token_statistics(
