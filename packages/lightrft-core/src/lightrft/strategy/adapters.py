@@ -39,13 +39,18 @@ def is_adapted(module: nn.Module) -> bool:
     return any(c.__name__ == "LoraLayer" and c.__module__.startswith("peft.") for c in type(module).__mro__)
 
 
+def count_owners(model: nn.Module) -> Counter[int]:
+    """How many modules hold each parameter, by its ``id``: more than one where a weight is shared."""
+    return Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+
+
 def find_adapters(model: nn.Module) -> dict[str, Adapter]:
     """Every adapter in ``model``, by the module name of the weight that it adds to.
 
     :raises HubLayoutError: an adapter that is not of the form ``W + scaling * B A`` of a linear layer.
     """
     found: dict[str, Adapter] = {}
-    owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    owners = count_owners(model)
     for path, module in model.named_modules():
         if not is_adapted(module):
             continue

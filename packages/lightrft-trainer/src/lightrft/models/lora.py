@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 import importlib.util
 import shutil
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
-from lightrft.strategy.adapters import is_adapted, without_adapters
+from lightrft.strategy.adapters import count_owners, is_adapted, without_adapters
 from lightrft.strategy.disk import explain_write, replace_folder
 from lightrft.strategy.errors import CheckpointError
 from lightrft.strategy.hub_layout import hub_models, unwrap
@@ -80,7 +79,7 @@ def _layers(model: Any, wanted: str) -> list[str]:
     """Full names of the linear layers that get an adapter."""
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     # A router may be a linear layer that returns more than a product; a shared weight has only one name on the hub.
-    owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    owners = count_owners(model)
     linear = [
         name
         for name, m in model.named_modules()
