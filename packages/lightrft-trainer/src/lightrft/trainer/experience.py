@@ -133,12 +133,13 @@ def join_images(samples: Sequence[Experience], device: torch.device) -> dict[str
 
 
 def _filled_up(values: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors with equal sizes along all axes but the first."""
+    """The tensors with equal sizes along all axes but the first; those that have them are not copied."""
     largest = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True)]
     filled = []
     for value in values:
-        room = [(0, most - size) for most, size in zip(largest, value.shape[1:], strict=True)]
-        filled.append(torch.nn.functional.pad(value, [n for pair in reversed(room) for n in pair]))
+        room = [most - size for most, size in zip(largest, value.shape[1:], strict=True)]
+        behind = [n for size in reversed(room) for n in (0, size)]
+        filled.append(torch.nn.functional.pad(value, behind) if any(room) else value)
     return filled
 
 
