@@ -97,10 +97,11 @@ def measure(name: str, args: argparse.Namespace) -> None:
     model.generation_config.eos_token_id = None
     prompts = prompts_of(args.prompts, args.samples, args.shortest, args.longest, config.vocab_size)
     new = args.new_tokens
+    extra = {"enforce_eager": True} if args.enforce_eager else {}
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         engine = HFEngine()
-        engine.start(EngineSpec(pretrain=folder, dtype=dtype, device=device))
+        engine.start(EngineSpec(pretrain=folder, dtype=dtype, device=device, extra=extra))
     sampling = SamplingParams(max_tokens=new, ignore_eos=True)
     requests = [GenerationRequest(prompt_token_ids=p, sampling=sampling) for p in prompts]
     batch = left_padded(prompts, device)
@@ -150,6 +151,7 @@ def main() -> None:
     parser.add_argument("--longest", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--enforce-eager", action="store_true", help="without CUDA graphs")
     parser.add_argument("--threads", type=int, default=None)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)

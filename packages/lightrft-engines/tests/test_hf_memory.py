@@ -67,7 +67,7 @@ def test_it_needs_a_model() -> None:
 
 
 def test_unknown_options_are_refused(folder: str) -> None:
-    with pytest.raises(ValueError, match="no extra options, got swap_space"):
+    with pytest.raises(ValueError, match=r"one extra option, enforce_eager .*, got swap_space"):
         started(folder, extra={"swap_space": 4})
 
 

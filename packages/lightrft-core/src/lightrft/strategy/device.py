@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+from collections.abc import Callable
 
 import torch
 
@@ -71,3 +73,36 @@ def attends_in_segments(device: torch.device, dtype: torch.dtype) -> bool:
 def replays_graphs(device: torch.device) -> bool:
     """Whether kernels can be captured and replayed there as a graph (a CUDA graph)."""
     return device.type == "cuda"
+
+
+class GraphPool:
+    """Graphs of kernels (CUDA graphs) that share one pool of memory: they are replayed one at a time."""
+
+    def __init__(self) -> None:
+        self._stream = torch.cuda.Stream()
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def record(self, launch: Callable[[], object]) -> Callable[[], None]:
+        """Capture what ``launch`` launches; the result launches it again, with the same addresses.
+
+        ``launch`` is run once before: libraries choose their kernels and take their memory at first use.
+
+        :raises RuntimeError: it waits for the device, or does something else that a graph cannot hold.
+        """
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        try:
+            with torch.cuda.stream(self._stream):
+                launch()
+                # Other threads (a collective's watchdog) go on with their own work meanwhile.
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    launch()
+                except RuntimeError:
+                    with contextlib.suppress(RuntimeError):  # it only says that the capture is broken
+                        graph.capture_end()
+                    raise
+                graph.capture_end()
+        finally:
+            current.wait_stream(self._stream)
+        return graph.replay

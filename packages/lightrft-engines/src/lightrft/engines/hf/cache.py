@@ -48,7 +48,9 @@ class SlotCache(Cache):
         super().__init__(layers=[])
         self.stores: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.rows = self.capacity = self.length = 0
-        self._starts = self._flat = torch.empty(0, dtype=torch.int64)
+        self.layout = 0  # counts how often the stores moved to other memory
+        self.asked = False  # whether a model asked for a length since this was last cleared
+        self._starts = self._places = torch.empty(0, dtype=torch.int64)
 
     @property
     def nbytes(self) -> int:
@@ -58,6 +60,7 @@ class SlotCache(Cache):
         """Free everything; returns the bytes."""
         freed = self.nbytes
         self.stores, self.rows, self.capacity = [], 0, 0
+        self.layout += 1
         return freed
 
     def reserve(self, rows: int, capacity: int, living: int) -> None:
@@ -68,6 +71,7 @@ class SlotCache(Cache):
         self.rows = max(rows, old_rows if living else 0)
         self.capacity = _round_up(max(capacity, old_capacity if living else 0))
         self._starts = torch.empty(0, dtype=torch.int64)
+        self.layout += 1
         old, self.stores = self.stores, []
         if living:
             old.reverse()
@@ -99,29 +103,34 @@ class SlotCache(Cache):
             keys[holes, :length] = keys[movers, :length]
             values[holes, :length] = values[movers, :length]
 
-    def aim(self, slots: torch.Tensor, length: int) -> None:
-        """Before a step: row i writes slot ``slots[i]`` (int64 ``[rows]``), attention sees ``length`` slots."""
+    def places(self, slots: torch.Tensor) -> torch.Tensor:
+        """Slot ``slots[i]`` of row i, counted over all rows (int64 ``[rows]`` each)."""
         if self._starts.numel() != slots.numel():
             self._starts = torch.arange(slots.numel(), device=slots.device) * self.capacity
-        self._flat = self._starts + slots
-        self.length = length
+        return self._starts + slots
+
+    def aim(self, places: torch.Tensor, length: int) -> None:
+        """Before a step: where each row writes (:meth:`places`); attention sees ``length`` slots."""
+        self._places, self.length = places, length
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         keys, values = self.stores[layer_idx]
         rows = key_states.shape[0]
-        keys.view(-1, *keys.shape[2:]).index_copy_(0, self._flat, key_states.squeeze(2))
-        values.view(-1, *values.shape[2:]).index_copy_(0, self._flat, value_states.squeeze(2))
+        keys.view(-1, *keys.shape[2:]).index_copy_(0, self._places, key_states.squeeze(2))
+        values.view(-1, *values.shape[2:]).index_copy_(0, self._places, value_states.squeeze(2))
         return keys[:rows, : self.length].transpose(1, 2), values[:rows, : self.length].transpose(1, 2)
 
     def __bool__(self) -> bool:
         return True  # ``layers`` is empty, and a model may ask whether there is a cache
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
+        self.asked = True
         return self.length - 1
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        self.asked = True
         return self.length, 0
 
 

@@ -19,6 +19,8 @@ from ..processed_prompts import Prompt
 from ..sampling import RowSampling, SamplingShape, draw, noise_ahead, noise_stream, tokens_ahead
 from .batching import group_equal, prefill_buckets, swap_remove, worth_compacting
 from .cache import Prefill, SlotCache
+from .step import DecoderModel, StepInputs, decode, forward
+from .step_graphs import GraphShape, StepGraphs
 
 # Columns of a row's integers and floats.
 _SAMPLE, _LENGTH, _SHIFT, _TOKEN, _INDEX, _LIMIT, _MINIMUM, _SEED, _TOP_K = range(9)
@@ -49,34 +51,17 @@ class Response:
     finish_reason: Literal["stop", "length"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class DecoderModel:
-    """A causal language model, with what the loop must know about it.
-
-    :param cache_argument: name under which its forward takes the cache.
-    :param plain: all layers keep keys and values by position, so rows of any lengths share a batch.
-    :param window: sliding window of the layers that have one. :param mixed: other layers have none.
-    """
-
-    model: Any
-    device: torch.device
-    dtype: torch.dtype
-    cache_argument: str = "past_key_values"
-    plain: bool = True
-    window: int | None = None
-    mixed: bool = False
-
-
 class Decoder:
     """Decodes samples with one model.
 
-    :param max_rows: most rows decoded at once.
+    :param max_rows: most rows decoded at once. :param graphs: replays its steps, on a device that can.
     """
 
-    def __init__(self, model: DecoderModel, memory: SlotCache, max_rows: int) -> None:
+    def __init__(self, model: DecoderModel, memory: SlotCache, max_rows: int, graphs: StepGraphs | None = None) -> None:
         self.m = model
         self.memory = memory
         self.max_rows = max_rows
+        self.graphs = graphs
 
     @torch.inference_mode()
     def run(self, samples: Sequence[Sample], deadline: float | None = None) -> list[Response]:
@@ -89,7 +74,7 @@ class Decoder:
         # Longest prompts first: memory has its final size from the start, and neighbours have similar lengths.
         order = [i for group in group_equal([s.prompt for s in samples]) for i in group]
         order.sort(key=lambda i: -len(samples[i].prompt.ids))
-        batch = _Batch(self.m, self.memory, samples, rows=min(self.max_rows, len(samples)))
+        batch = _Batch(self.m, self.memory, samples, min(self.max_rows, len(samples)), self.graphs)
         position = 0
         while position < len(order) or batch.rows:
             room = batch.max_rows - batch.rows
@@ -107,8 +92,10 @@ class Decoder:
 class _Batch:
     """The rows being decoded."""
 
-    def __init__(self, m: DecoderModel, memory: SlotCache, samples: Sequence[Sample], rows: int) -> None:
-        self.m, self.memory, self.samples, self.max_rows = m, memory, samples, rows
+    def __init__(
+        self, m: DecoderModel, memory: SlotCache, samples: Sequence[Sample], rows: int, graphs: StepGraphs | None
+    ) -> None:
+        self.m, self.memory, self.samples, self.max_rows, self.graphs = m, memory, samples, rows, graphs
         device = m.device
         self.rows = 0
         self.width = max(1, max(len(s.stops) for s in samples))
@@ -131,6 +118,7 @@ class _Batch:
         self.used = 0
         self.any_minimum = self.any_stop = self.all_stop = self.any_images = False
         self.longest_row = 0
+        self.graph_shape: GraphShape | None = None
         self.lockstep: Any = None  # transformers' own cache, for models with which ours does not work
         self.mask = torch.empty(0)
 
@@ -325,42 +313,56 @@ class _Batch:
 
     def step(self) -> None:
         """One token for every row."""
-        n, length = self.rows, self.longest_row + 1
-        positions = self.slots
-        if self.any_images:
-            positions = (positions + self.ints[:n, _SHIFT].unsqueeze(1)).expand(3, -1, -1)
-        if self.m.plain:
-            if length > self.memory.capacity:
-                self._grow(max(length, self.memory.capacity * 3 // 2), n)
-                self.row_mask = self.mask[:n]
-            self.row_mask.scatter_(1, self.slots, 0.0)
-            self.memory.aim(self.length, length)
-            cache, mask = self.memory, self._attention_mask(length)
-        else:
-            cache, mask = self.lockstep, None
-        out = self.m.model(
-            input_ids=self.inputs,
-            position_ids=positions,
-            attention_mask=mask,
-            use_cache=True,
-            logits_to_keep=1,
-            **{self.m.cache_argument: cache},
-        )
+        self.longest_row += 1
+        logits = self._slotted_logits() if self.m.plain else self._lockstep_logits()
         self.length += 1 if self.quiet else ~self.row_done
-        self.longest_row = length
-        self._take(0, out.logits[:, -1])
+        self._take(0, logits)
 
-    def _attention_mask(self, length: int) -> Any:
-        full = self.row_mask[:, :length]
+    def _lockstep_logits(self) -> torch.Tensor:
+        return decode(self.m, self.lockstep, self.inputs, self._positions(self.rows, self.slots), None)
+
+    def _slotted_logits(self) -> torch.Tensor:
+        n, length = self.rows, self.longest_row
+        if length > self.memory.capacity:
+            self._grow(max(length, self.memory.capacity * 3 // 2), n)
+            self.row_mask = self.mask[:n]
+        if self.graphs is not None and self.graphs.usable:
+            most = (self.max_rows, self.memory.capacity)
+            shape = GraphShape.next(self.graph_shape, rows=n, slots=length, most=most, left=self.left)
+            self.graph_shape = shape
+            logits = self.graphs.logits(self._step_inputs(shape.rows, shape.slots)) if shape.worth else None
+            if logits is not None:
+                return logits[:n]
+        return forward(self.m, self.memory, self._step_inputs(n, length))
+
+    def _step_inputs(self, rows: int, length: int) -> StepInputs:
+        """The inputs of the first ``rows`` rows, which may be more than the unfinished ones."""
+        slots, ids, mask = self.slots, self.inputs, self.row_mask
+        if rows != self.rows:
+            slots, ids, mask = self.ints[:rows, _LENGTH, None], self.ints[:rows, _TOKEN, None], self.mask[:rows]
+        mask.scatter_(1, slots, 0.0)
+        return StepInputs(
+            ids=ids,
+            positions=self._positions(rows, slots),
+            places=self.memory.places(slots.squeeze(1)),
+            masks=self._masks(mask[:, :length], slots),
+        )
+
+    def _positions(self, rows: int, slots: torch.Tensor) -> torch.Tensor:
+        if not self.any_images:
+            return slots
+        return (slots + self.ints[:rows, _SHIFT].unsqueeze(1)).expand(3, -1, -1)
+
+    def _masks(self, full: torch.Tensor, slots: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """For layers without and with a sliding window, as far as the model has them."""
         if self.m.window is None:
-            return full[:, None, None]
+            return (full,)
         near = full
-        if length > self.m.window:
-            slots = torch.arange(length, device=full.device)
-            near = full.masked_fill(slots <= (self.length - self.m.window).unsqueeze(1), -torch.inf)
-        if not self.m.mixed:
-            return near[:, None, None]
-        return {"full_attention": full[:, None, None], "sliding_attention": near[:, None, None]}
+        if full.shape[1] > self.m.window:
+            near = full.masked_fill(
+                torch.arange(full.shape[1], device=full.device) <= slots - self.m.window, -torch.inf
+            )
+        return (full, near) if self.m.mixed else (near,)
 
     def _take(self, first: int, logits: torch.Tensor) -> None:
         """Draw a token for each row from ``first`` on, store it, and note which are finished."""
@@ -380,6 +382,8 @@ class _Batch:
         self.flat_tokens.index_copy_(0, place, token)
         self.flat_logprobs.index_copy_(0, place, logprob)
         part(self.token).copy_(token)
+        if not first:
+            self.left -= 1
         if self.quiet:
             self.quiet -= 1
             index += 1
@@ -407,7 +411,6 @@ class _Batch:
                 return None
             self.noise, self.used = noise_ahead(self.sampling.stream, self.index, vocabulary, count), 0
         self.used += 1
-        self.left -= 1
         return self.noise[:, self.used - 1]
 
     def responses(self) -> list[Response]:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from lightrft.strategy.batch_engine import BatchEngine
-from lightrft.strategy.device import empty_cache
+from lightrft.strategy.device import GraphPool, empty_cache, replays_graphs
 from lightrft.strategy.engine import (
     EngineCapabilities,
     EngineSpec,
@@ -51,6 +51,7 @@ class HFEngine(BatchEngine):
         self._reader: Any = None
         self._weights: Any = None
         self._memory: Any = None
+        self._graphs: Any = None
         self._ends: tuple[int, ...] = ()
         self._context: int | None = None
 
@@ -61,12 +62,16 @@ class HFEngine(BatchEngine):
         from ..processed_prompts import PromptReader, from_hub
         from . import attention
         from .cache import SlotCache, attention_windows
-        from .decoding import Decoder, DecoderModel
+        from .decoding import Decoder
+        from .step import DecoderModel
+        from .step_graphs import StepGraphs
         from .weights import WeightMemory
 
         require_model(self.name, spec)
-        if spec.extra:
-            raise ValueError(f'engine "hf" has no extra options, got {", ".join(sorted(spec.extra))}: remove them')
+        if unknown := sorted(set(spec.extra) - {"enforce_eager"}):
+            raise ValueError(
+                f'engine "hf" has one extra option, enforce_eager (no CUDA graphs), got {", ".join(unknown)}: remove it'
+            )
         model, generation = loading.load_model(spec)
         attention.install(model)
         if spec.dtype != torch.float32:
@@ -77,19 +82,18 @@ class HFEngine(BatchEngine):
         self._ends = end_tokens(model.config, generation)
         self._context = context_length(model.config, spec.max_model_len)
         rows = spec.max_batch_size or (_ROWS_ON_CPU if spec.device.type == "cpu" else _ROWS_ON_ACCELERATOR)
-        self._decoder = Decoder(
-            DecoderModel(
-                model=model,
-                device=spec.device,
-                dtype=spec.dtype,
-                cache_argument=loading.cache_argument(model),
-                plain=plain,
-                window=window,
-                mixed=mixed,
-            ),
-            self._cache,
-            rows,
+        decoded = DecoderModel(
+            model=model,
+            device=spec.device,
+            dtype=spec.dtype,
+            cache_argument=loading.cache_argument(model),
+            plain=plain,
+            window=window,
+            mixed=mixed,
         )
+        if replays_graphs(spec.device) and not spec.extra.get("enforce_eager"):
+            self._graphs = StepGraphs(decoded, self._cache, GraphPool().record)
+        self._decoder = Decoder(decoded, self._cache, rows, self._graphs)
         self._reader = PromptReader(
             type(model).__name__,
             load_tokenizer=lambda: from_hub(spec, "AutoTokenizer"),
@@ -171,6 +175,8 @@ class HFEngine(BatchEngine):
 
     # ---- memory -----------------------------------------------------------------------------------------------------
     def _release(self, what: Resource, keep: bool) -> int:
+        if self._graphs is not None:
+            self._graphs.clear()
         if what == "kv_cache":
             freed = self._cache.drop()
         else:
