@@ -44,7 +44,15 @@ def test_known_shapes() -> None:
     assert rates("constant_with_warmup", 4, 0.5) == pytest.approx([1 / 3, 2 / 3, 1, 1])
     assert rates("linear", 4, 0.0) == pytest.approx([1, 0.75, 0.5, 0.25])
     assert rates("cosine", 4, 0.0) == pytest.approx([1, 0.853553, 0.5, 0.146447], rel=1e-5)
-    assert min(rates("cosine_with_min_lr", 200, 0.03)) > 0.1, "down to a tenth of the peak"
+    tenth_and_up = [0.1 + 0.9 * rate for rate in (1, 0.853553, 0.5, 0.146447)]
+    assert rates("cosine_with_min_lr", 4, 0.0) == pytest.approx(tenth_and_up, rel=1e-5), "down to a tenth of the peak"
+
+
+def test_the_way_down_begins_where_warming_up_ends() -> None:
+    falls = {"linear": [1, 0.75, 0.5, 0.25], "cosine": [1, 0.853553, 0.5, 0.146447]}
+    falls["cosine_with_min_lr"] = [0.1 + 0.9 * rate for rate in falls["cosine"]]
+    for name, fall in falls.items():
+        assert rates(name, 6, 1 / 3) == pytest.approx([1 / 3, 2 / 3, *fall], rel=1e-5)
 
 
 def test_a_schedule_of_transformers_works_by_its_name() -> None:
