@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 
 import pytest
 import torch
@@ -28,6 +29,16 @@ def test_running_moments_come_back_from_json_to_the_bit() -> None:
     moments.update(torch.rand(7))
     other.load_state_dict(json.loads(json.dumps(moments.state_dict())))
     assert vars(other) == vars(moments)
+
+
+@pytest.mark.parametrize("minus_mean", [False, True])
+def test_the_running_norm_divides_and_subtracts_the_mean_where_asked(minus_mean: bool) -> None:
+    moments = RunningMoments()
+    moments.update(torch.tensor([6.0]))
+    shaping = RewardShaping(running_norm=True, minus_mean=minus_mean)
+    shaped = shaping.apply(torch.tensor([1.0, 3.0]), torch.ones(2), moments)
+    shift, std = (10 / 3 if minus_mean else 0.0), statistics.stdev([6.0, 1.0, 3.0])
+    assert shaped.tolist() == pytest.approx([(1.0 - shift) / std, (3.0 - shift) / std])
 
 
 def test_constant_rewards_are_not_divided_by_zero() -> None:
