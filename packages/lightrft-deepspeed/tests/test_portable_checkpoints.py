@@ -146,6 +146,7 @@ def save_raw(folder: str, stage: int, bf16: bool) -> State:
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=torch.optim.AdamW(groups, lr=1e-3),
+        lr_scheduler=torch.optim.lr_scheduler.LinearLR,
         dist_init_required=False,
         config={
             "train_micro_batch_size_per_gpu": 2,
@@ -182,11 +183,14 @@ def test_what_deepspeeds_engine_saved_is_read_whole(ranks: Any, tmp_path: Path, 
     tiny_model("qwen2_tied").save_pretrained(tmp_path / "base")
     with pytest.raises(CheckpointError, match=r"scale is .* there, absent here"):
         convert(tmp_path, tmp_path / "hub", pretrain=tmp_path / "base")
-    done = convert(tmp_path, tmp_path / "portable", to="fsdp", verify=True)
-    assert done.read == "deepspeed"
     strategy = FakeStrategy()
     model = strategy.prepare(Wrapped(9))
     optimizer = strategy.create_optimizer(model)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer)
+    strategy.load_ckpt(model, tmp_path, scheduler=scheduler)
+    assert scheduler.last_epoch == 3
+    done = convert(tmp_path, tmp_path / "portable", to="fsdp", verify=True)
+    assert done.read == "deepspeed"
     strategy.load_ckpt(model, tmp_path / "portable")
     assert_same(state_of(strategy, model, optimizer), expected)
 
