@@ -96,9 +96,10 @@ class PreparingClaims(StrategyClaims):
     @on_ranks
     def test_what_is_not_trainable_is_frozen(self) -> None:
         strategy = self.strategy()
-        actor, reference = self.model(), self.model(seed=1)
-        actor, reference = strategy.prepare(actor, reference, trainable=[actor])
-        assert any(p.requires_grad for p in actor.parameters())
+        actor, critic, reference = (self.model(seed=seed) for seed in range(3))
+        actor, critic, reference = strategy.prepare(actor, critic, reference, trainable=[actor, critic])
+        for model in (actor, critic):
+            assert any(p.requires_grad for p in model.parameters())
         assert not any(p.requires_grad for p in reference.parameters())
         assert not reference.training
 

@@ -278,7 +278,7 @@ class TrainingClaims(StrategyClaims):
     def test_the_moving_average_of_a_16_bit_run_keeps_updates_that_16_bit_would_lose(self) -> None:
         strategy = self.strategy(bf16=True)
         model = strategy.prepare(self.model())
-        average = strategy.prepare_average(self.model())
+        average = strategy.prepare_average(self.model().bfloat16())
         optimizer = strategy.create_optimizer(model)
         start = weights_of(strategy, average)
         self.train(strategy, model, optimizer)
