@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification
 
 from lightrft.data.tasks import build_default_model, build_tokenizer
 from lightrft.models import RewardModel
-from lightrft.rewards import RewardError
+from lightrft.rewards import CheckedReward, CombinedReward, RewardError
 from lightrft.strategy.fake_strategy import FakeStrategy
 from lightrft.strategy.registry import register_scoring_engine
 from lightrft.strategy.scoring import ScoringEngine
@@ -86,6 +86,16 @@ def test_a_reward_sees_of_each_sample_what_is_its_own() -> None:
         ("2=", "4444", "2=2=", "length", 4, ["2="]),
     ]
     assert grades.rewards == [1.0, 2.0, 3.0, 4.0]
+
+
+def test_right_is_what_the_first_part_says_whatever_its_weight_and_the_others() -> None:
+    right = CheckedReward(lambda prompts, responses, labels: [1.0, 0.0], name="right")
+    form = CheckedReward(lambda prompts, responses, labels: [0.0, 1.0], name="form")
+    samples = [Experience(i, i, torch.tensor([3, 4]), response_length=1) for i in range(2)]
+    prompts = [SimpleNamespace(prompt="", label=None, images=None)] * 2
+    for parts, rewards in (([(right, 0.5), (form, 2.0)], [0.5, 2.0]), ([(right, 0.5)], [0.5, 0.0])):
+        grades = Grader(FakeStrategy(), build_tokenizer(), [CombinedReward(parts)])(prompts, samples, 1, 0)
+        assert (grades.rewards, grades.right) == (rewards, [1.0, 0.0])
 
 
 def test_a_score_that_is_no_number_names_its_sample(folder: str) -> None:

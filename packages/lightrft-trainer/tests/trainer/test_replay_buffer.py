@@ -115,9 +115,11 @@ def test_a_buffer_is_restored_on_any_number_of_ranks(before: int, after: int) ->
 
 def test_holes_that_dynamic_sampling_leaves_are_skipped() -> None:
     buffer = ReplayBuffer()
-    samples = [sample(index) for index in (0, 1, 6, 7)]
+    samples = [sample(index, response=index % 3) for index in (0, 1, 6, 7)]
     buffer.fill(samples, {s.index: SampleRecord(0, s.length, s.response_length) for s in samples})
-    assert sorted(index for step in plan(buffer) for index in step.indices) == [0, 1, 6, 7]
+    steps = plan(buffer)
+    assert sorted(index for step in steps for index in step.indices) == [0, 1, 6, 7]
+    assert [(step.tokens, step.sequences) for step in steps] == [(2, 2)], "two have a response, of one token each"
 
 
 def test_an_empty_buffer_has_no_optimizer_steps() -> None:
