@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -292,6 +293,7 @@ class CheckpointClaims(StrategyClaims):
     @on_ranks
     def test_state_moves_to_and_from_the_reference_by_name(self) -> None:
         strategy, model, optimizer, _ = self.fresh()
+        untrained = list(strategy.iter_state(model, optimizer))
         self.train(strategy, model, optimizer, steps=2)
         items = list(strategy.iter_state(model, optimizer))
         reference = self.reference()
@@ -308,6 +310,8 @@ class CheckpointClaims(StrategyClaims):
         self.train(back, resumed, its_optimizer, first=3)
         self.train(reference, plain, plain_optimizer, first=3)
         self.assert_same_weights(weights_of(back, resumed), weights_of(reference, plain))
+        reference.load_state(plain, plain_optimizer, untrained)
+        assert not moments_of(reference, plain, plain_optimizer), "what had not stepped has no moments"
 
     @on_ranks
     def test_state_of_another_model_is_refused(self) -> None:
@@ -315,6 +319,9 @@ class CheckpointClaims(StrategyClaims):
         items = list(strategy.iter_state(model, optimizer))
         with refused(CheckpointError, saying=[items[-1].name]):
             strategy.load_state(model, optimizer, items[:-1])
+        narrow = replace(items[0], weight=items[0].weight[:1])  # which a copy would repeat for each row
+        with refused(CheckpointError, saying=[items[0].name, "in the checkpoint"]):
+            strategy.load_state(model, optimizer, [narrow, *items[1:]])
 
     # ---- killed while saving -----------------------------------------------------------------------------------------
     @pytest.mark.parametrize("share", [pytest.param(0.3, marks=pytest.mark.full), 0.95])
