@@ -56,9 +56,12 @@ ALGORITHMS: Mapping[str, Mapping[str, Any]] = {
 # Dynamic sampling drops the groups of prompts that always earn nothing, or always everything: not equally many on each
 # rank.
 REWARD = """
+from lightrft.rewards import RewardOutput
+
 def odd(prompts, responses, labels, **extras):
     share = [sum(c in '13579' for c in response) / max(1, len(response)) for response in responses]
-    return [0.0 if label in "0369" else 1.0 if label == "1" else part for label, part in zip(labels, share)]
+    earned = [0.0 if label in "0369" else 1.0 if label == "1" else part for label, part in zip(labels, share)]
+    return RewardOutput(earned, {"share": share})
 """
 
 
