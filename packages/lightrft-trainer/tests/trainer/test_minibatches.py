@@ -93,6 +93,12 @@ def test_packed_rows_are_nearly_full() -> None:
     assert [sum(lengths[index] for index in batch.indices) for batch in cut] == [100] * 4
 
 
+def test_padded_micro_batches_are_filled_up_to_the_limit() -> None:
+    lengths = dict.fromkeys(range(4), 5)
+    (cut,) = cut_microbatches(list(lengths), dict.fromkeys(lengths, 0), lengths, world_size=1, size=1, max_tokens=10)
+    assert [batch.indices for batch in cut] == [(0, 1), (2, 3)]
+
+
 def test_a_sample_above_the_limit_is_named_with_its_length() -> None:
     with pytest.raises(SampleTooLongError, match=r"max_tokens_per_micro_batch 10: sample 1 of this step has 12 tokens"):
         cut_microbatches([0, 1], {0: 0, 1: 1}, {0: 3, 1: 12}, world_size=2, size=1, max_tokens=10)
