@@ -98,6 +98,8 @@ def test_a_hub_folder_made_of_a_checkpoint_is_what_save_pretrained_writes(
         assert done.tensors == len(found.keys())
         for name in expected.keys():  # noqa: SIM118 - not a dict
             assert torch.equal(found.get_tensor(name), expected.get_tensor(name)), name
+    header = int.from_bytes((tmp_path / "hub" / "model.safetensors").read_bytes()[:8], "little")
+    assert header % 8 == 0, "a reader that maps the file finds its tensors aligned"
     again = type(inner).from_pretrained(tmp_path / "hub")
     rows = torch.arange(7, 15).view(1, 8)
     with torch.no_grad():
@@ -131,6 +133,18 @@ def test_a_checkpoint_of_the_other_kind_goes_on_bit_for_bit(
         other, resumed, its_optimizer = trained(seed=9)
         assert other.load_ckpt(resumed, tmp_path / made).client_state == {"step": 2}
         assert_same(state_of(other, resumed, its_optimizer), state_of(strategy, model, optimizer))
+
+
+def test_the_newest_checkpoint_is_converted_unless_a_tag_names_another(
+    tmp_path: Path, saved: tuple[Path, FakeStrategy, Any, Any]
+) -> None:
+    folder, strategy, model, _ = saved
+    model.lm_head.weight.data.zero_()
+    strategy.save_ckpt(model, folder.parent, client_state={"step": 3})
+    for tag, empty in ((None, True), ("step_2", False)):
+        convert(folder.parent, tmp_path / f"hub of {tag}", tag=tag)
+        with safe_open(tmp_path / f"hub of {tag}" / "model.safetensors", "pt") as found:
+            assert found.get_tensor("lm_head.weight").any() != empty
 
 
 def test_a_hub_folder_survives_the_way_through_every_other_format(tmp_path: Path) -> None:
