@@ -55,16 +55,19 @@ class ScoringClaims(StrategyClaims):
         """With an engine per rank, or one of all ranks; ranks may have different numbers of sequences, or none."""
         strategy = self.strategy(engine_tp_size=self.world_size if shared else 1)
         register_scoring_engine("weighing", WeighingEngine)
-        engine = strategy.setup_reward_engine("rm", "weighing")
+        engine: Any = strategy.setup_reward_engine("rm", "weighing")
         assert WeighingEngine.started[-1].pretrain == "rm"
         mine = [[strategy.rank + 1, number] for number in range(2 * strategy.rank)]
         for _ in range(2):  # it slept in between
             assert engine.score(mine) == [float(strategy.rank + 1 + number) for number in range(2 * strategy.rank)]
+            assert engine._engine.asleep, "it has memory only while it scores"
 
     @on_ranks
     def test_a_lost_score_is_an_error(self) -> None:
+        engine = self.reward_engine(enable_engine_sleep=False)
         with refused(RolloutError, saying=["1 scores for 2 samples"]):
-            self.reward_engine().score([[1], [404]])
+            engine.score([[1], [404]])
+        assert not engine._engine.asleep, "nothing told it to sleep"
 
     @on_ranks
     def test_what_cannot_serve_a_reward_model_is_refused(self) -> None:
