@@ -50,8 +50,9 @@ ALGORITHMS: Mapping[str, Mapping[str, Any]] = {
         "dynamic_sampling": True,
         "high_entropy_token_ratio": 0.5,
         "loss_agg_mode": "seq-mean-token-mean",
+        "packing_samples": True,
     },
-    "critic": {"advantage_estimator": "gae", "packing_samples": True},
+    "critic, shared sequences": {"advantage_estimator": "gae", "sp_size": 2},
 }
 # Dynamic sampling drops the groups of prompts that always earn nothing, or always everything: not equally many on each
 # rank.
@@ -90,7 +91,7 @@ def test_two_ranks_make_of_a_step_what_one_makes_of_it(ranks: RankPool, tmp_path
         questions = [{"input": f"{i * i}=", "label": str(i)} for i in range(count)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
     settings = ALGORITHMS[algorithm]
-    (alone,), evaluation = one_step({**settings, "strategy": "fake"}, tmp_path, tmp_path / "one")
+    (alone,), evaluation = one_step({**settings, "strategy": "fake", "sp_size": 1}, tmp_path, tmp_path / "one")
     (shared,), evaluations = ranks.run(one_step, {**settings, "fsdp": True}, tmp_path, tmp_path / "two")[0]
     assert shared.pop("sample_versions") == alone.pop("sample_versions")
     measured = [key for key in alone if not key.startswith(("seconds", "tokens_per_second"))]
