@@ -19,6 +19,7 @@ from torch import nn
 
 from lightrft.strategy import checkpoint_folders
 from lightrft.strategy.checkpoint_folders import MANIFEST, whole_checkpoints
+from lightrft.strategy.conversion import convert
 from lightrft.strategy.errors import CheckpointError
 from lightrft.strategy.fake_strategy import FakeStrategy
 from lightrft.strategy.sealed_file import SealedFile
@@ -199,10 +200,12 @@ def test_every_file_is_flushed_before_the_folder_gets_its_name(tmp_path: Path, m
         pytest.skip("needs /proc to see which file a handle is: run on Linux")
     monkeypatch.setattr(os, "fsync", note)
     saved(tmp_path)
-    partial = tmp_path / ".step_1.partial"
-    for path in (tmp_path / "step_1").rglob("*"):  # whole: what is still in a buffer is not on the disk
-        assert flushed[str(partial / path.relative_to(tmp_path / "step_1"))] == path.stat().st_size, path
-    assert {str(partial), str(tmp_path)} <= flushed.keys()
+    convert(tmp_path / "step_1", tmp_path / "dcp", to="fsdp")
+    for name in ("step_1", "dcp"):
+        partial = tmp_path / f".{name}.partial"
+        for path in (tmp_path / name).rglob("*"):  # whole: what is still in a buffer is not on the disk
+            assert flushed[str(partial / path.relative_to(tmp_path / name))] == path.stat().st_size, path
+        assert {str(partial), str(tmp_path)} <= flushed.keys()
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
