@@ -175,6 +175,19 @@ def test_too_much_drift_stops_the_run(make: Make) -> None:
         setup.fit()
 
 
+def test_a_step_s_figures_are_means_over_its_optimizer_steps(make: Make) -> None:
+    setup, steps = make(max_steps=1, max_epochs=2, advantage_estimator="gae"), []
+    step = setup.trainer.training_step
+    setup.trainer.training_step = lambda *arguments: steps.append(step(*arguments)) or steps[-1]
+    setup.fit()
+    (line,) = lines(setup)
+    assert len(steps) == 4
+    for name in steps[0]:
+        values = [figures[name] for figures in steps]
+        expected = max(values) if name.endswith("_max") else sum(values) / (1 if name == "skipped" else 4)
+        assert line[name] == pytest.approx(expected), name
+
+
 def test_a_loss_that_is_not_a_number_moves_nothing(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """The existing trainer announces that it skips a NaN loss, and then backpropagates it."""
     plain = update_module.policy_loss
