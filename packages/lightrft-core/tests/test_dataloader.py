@@ -59,13 +59,14 @@ def test_a_saved_position_fits_another_world_size(count: int, world_size: int, d
     assert rest[: len(whole) - taken * world_size] == whole[taken * world_size :]
 
 
-@given(count=st.integers(2, 60), world_size=st.integers(1, 4), epochs=st.integers(0, 3))
-def test_consumed_samples_count_over_epochs(count: int, world_size: int, epochs: int) -> None:
-    per_epoch = count - count % world_size
+@given(count=st.integers(2, 60), world_size=st.integers(1, 4), epochs=st.integers(0, 3), drop_last=st.booleans())
+def test_consumed_samples_count_over_epochs(count: int, world_size: int, epochs: int, drop_last: bool) -> None:
+    per_epoch = (count // world_size if drop_last else -(-count // world_size)) * world_size
     if not per_epoch:
         return
-    skipped = sampler(count, 0, world_size, consumed_samples=epochs * per_epoch + world_size)
-    followed = sampler(count, 0, world_size)
+    consumed = epochs * per_epoch + world_size
+    skipped = sampler(count, 0, world_size, drop_last=drop_last, consumed_samples=consumed)
+    followed = sampler(count, 0, world_size, drop_last=drop_last)
     followed.set_epoch(epochs, consumed_samples=world_size % per_epoch)
     if per_epoch == world_size:
         followed.set_epoch(epochs + 1)
