@@ -206,16 +206,16 @@ def test_a_loss_that_is_not_a_number_moves_nothing(make: Make, monkeypatch: pyte
     assert (line["skipped"], line["loss"], line["grad_norm"]) == (2, None, None)
 
 
-@pytest.mark.parametrize("micro", [1, 2, 8])
 @pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"])
-def test_the_micro_batch_size_does_not_matter(make: Make, mode: str, micro: int) -> None:
+def test_the_micro_batch_size_does_not_matter(make: Make, mode: str) -> None:
     weights = []
-    for size in (4, micro):
+    for size in (4, 1, 2, 8):
         setup = make(loss_agg_mode=mode, micro_train_batch_size=size, max_steps=1, actor_learning_rate=1e-3)
         setup.fit()
         weights.append(setup.weights())
     # Adam amplifies rounding where a gradient is nearly zero; a different weighting of tokens would show at 1e-3.
-    assert max((weights[0][name] - weights[1][name]).abs().max() for name in weights[0]) < 5e-5
+    for other in weights[1:]:
+        assert max((weights[0][name] - other[name]).abs().max() for name in other) < 5e-5
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
