@@ -172,12 +172,14 @@ def test_untitled_saves_are_numbered(tmp_path: Path) -> None:
     assert set(whole_checkpoints(tmp_path)) == {"save_0", "save_1"}
 
 
-def test_a_manifest_of_another_program_is_no_checkpoint(tmp_path: Path) -> None:
+def test_what_another_program_or_a_killed_run_left_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "web").mkdir()
     (tmp_path / "web" / MANIFEST).write_text(json.dumps({"name": "a web page"}))
     assert whole_checkpoints(tmp_path) == []
     strategy, model = saved(tmp_path, steps=2, max_num=1)
     assert (tmp_path / "web" / MANIFEST).exists()
+    shutil.copytree(tmp_path / "step_2", tmp_path / ".step_1.old")  # a run was killed while it removed it
+    assert whole_checkpoints(tmp_path) == ["step_2"]
     (tmp_path / "latest").write_text("web")
     assert strategy.load_ckpt(model, tmp_path).path.name == "step_2"
 

@@ -40,10 +40,11 @@ def test_what_is_no_prompt_is_named() -> None:
 
 def test_images_come_one_list_a_prompt_or_flat_with_counts() -> None:
     texts = ["a", "b", "c"]
-    expected = [("x",), (), ("y", "z")]
-    assert images_of(make_prompts(None, texts, ["x", None, ["y", "z"]], None)) == expected
-    assert images_of(make_prompts(None, texts, ["x", "y", "z"], [1, 0, 2])) == expected
-    assert images_of(make_prompts(None, texts, [["x"], [], ("y", "z")], [1, 0, 2])) == expected
+    x, y, z = "x.png", "y.png", "z.png"
+    expected = [(x,), (), (y, z)]
+    assert images_of(make_prompts(None, texts, [x, None, [y, z]], None)) == expected
+    assert images_of(make_prompts(None, texts, [x, y, z], [1, 0, 2])) == expected
+    assert images_of(make_prompts(None, texts, [[x], [], (y, z)], [1, 0, 2])) == expected
     assert images_of(make_prompts(None, texts, None, None)) == [()] * 3
 
 

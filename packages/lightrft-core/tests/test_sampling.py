@@ -57,6 +57,8 @@ def test_what_an_engines_own_object_sets_and_we_cannot_carry_is_refused() -> Non
     untouched = Foreign(temperature=0.5, stop=[], skip_special_tokens=False)
     for carried in (untouched, WithoutDefaults(0.5)):
         assert SamplingParams.coerce(carried) == SamplingParams(temperature=0.5)
+    ends = Foreign(stop_token_ids=[7], eos_token_id=2)
+    assert SamplingParams.coerce(ends).stop_token_ids == (7, 2)
 
 
 def test_a_models_own_generation_config_is_read() -> None:
