@@ -134,11 +134,12 @@ def reference(logits: torch.Tensor, top_k: int, top_p: float, min_p: float) -> t
     top_k=st.sampled_from([0, 1, 7, 50, 10_000]),
     top_p=st.sampled_from([1.0, 0.95, 0.5, 0.01]),
     min_p=st.sampled_from([0.0, 0.02, 0.5, 1.0]),
+    spread=st.sampled_from([0.3, 3.0]),  # of which the smaller spreads the probability over most of the vocabulary
 )
 def test_truncation_keeps_what_the_definitions_keep(
-    seed: int, vocabulary: int, top_k: int, top_p: float, min_p: float
+    seed: int, vocabulary: int, top_k: int, top_p: float, min_p: float, spread: float
 ) -> None:
-    logits = torch.randn(4, vocabulary, generator=torch.Generator().manual_seed(seed)) * 3
+    logits = torch.randn(4, vocabulary, generator=torch.Generator().manual_seed(seed)) * spread
     shape = SamplingShape(min_p=min_p > 0, top_p=top_p < 1, max_top_k=top_k)
     values, ids = truncate(logits.clone(), rows(4, top_k=top_k, top_p=top_p, min_p=min_p), shape)
     for row in range(4):

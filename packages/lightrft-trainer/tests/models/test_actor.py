@@ -50,6 +50,8 @@ def test_without_a_response_mask_every_token_but_the_first_has_its_logprob():
     with torch.no_grad():
         everything = actor(ROWS.sequences, ROWS.attention_mask)
         responses = actor(ROWS.sequences, ROWS.attention_mask, ROWS.response_mask)
+        full = ROWS.attention_mask.bool().all(dim=1)  # the longest row, which needs no mask at all
+        assert torch.allclose(actor(ROWS.sequences[full]), everything[full], atol=1e-6)
     assert torch.allclose(everything[ROWS.response_mask], responses[ROWS.response_mask], atol=1e-6)
     assert (everything[:, 0] == 0).all()
     assert (everything[:, 1:][ROWS.attention_mask[:, 1:].bool()] < 0).all()
