@@ -212,6 +212,13 @@ def test_small_changes_of_the_logits_rarely_change_the_token() -> None:
     assert int((tokens != shaken).sum()) <= 3
 
 
+def test_logprobs_over_a_large_vocabulary_are_as_good_as_over_a_small_one() -> None:
+    logits = 3 * torch.randn(4, 151_936, generator=torch.Generator().manual_seed(0))
+    tokens, logprobs = draw(logits, torch.zeros(4, dtype=torch.int64), rows(4), SamplingShape())
+    exact = logits.double().log_softmax(-1).gather(-1, tokens.unsqueeze(1)).squeeze(1)
+    assert (logprobs - exact).abs().max() < 2e-6
+
+
 def test_logits_of_low_precision_are_sampled_in_float32() -> None:
     logits = torch.randn(8, 100).to(torch.bfloat16)
     index = torch.zeros(8, dtype=torch.int64)

@@ -109,9 +109,20 @@ def test_plain_numbers_are_compared_without_the_helper(answer: str, reference: s
     assert answers_equal(answer, reference, worker=NoWorker()) is equal
 
 
-def test_a_gsm8k_response_is_graded_by_its_number():
+class NeverEqual(MathWorker):
+    def equal(self, answer: str, reference: str) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("answer", ["18 thousand", "18 million dollars", "18 percent", "18 dozen eggs."])
+def test_a_word_that_changes_the_number_is_no_unit(answer: str):
+    assert not answers_equal(answer, "18", worker=NeverEqual())
+
+
+def test_a_gsm8k_response_is_graded_by_its_number(caplog: pytest.LogCaptureFixture):
     responses = ["48 / 2 = 24, and 48 + 24 = 72\n#### 72", "The answer is \\boxed{72}", "It is 71", "I do not know"]
     assert numeric_answer(["q"] * 4, responses, [GSM8K_LABEL] * 4) == [1.0, 1.0, 0.0, 0.0]
+    assert not caplog.records
 
 
 class SlowHelper:
