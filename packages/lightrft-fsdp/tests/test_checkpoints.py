@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 from lightrft.fsdp import FSDPV2Strategy
 from lightrft.strategy.dcp_files import METADATA
 from lightrft.strategy.errors import CheckpointError
+from lightrft.strategy.weights import UpdatePlan
 from lightrft.testing import tiny_model
 from lightrft.testing.faults import cut
 
@@ -151,7 +153,7 @@ def test_an_asynchronous_save_holds_the_state_it_was_called_with(ranks: Any, tmp
             assert torch.equal(found[name], value), name
 
 
-def weights_alone(folder: str) -> None:
+def under_masters(folder: str) -> None:
     strategy, model, optimizer = prepared(bf16=True, use_mp_opt=True)
     train(strategy, model, optimizer, range(2))
     strategy.save_ckpt(model, folder, tag="two")
@@ -159,7 +161,14 @@ def weights_alone(folder: str) -> None:
     loads = (
         lambda: strategy.load_ckpt(other, folder, tag="two", load_module_only=True),
         lambda: strategy.load_state(other, None, strategy.iter_state(model)),
+        lambda: strategy.import_weights(other, hub_weights()),
     )
+
+    def hub_weights() -> Iterator[tuple[str, torch.Tensor]]:
+        plan = UpdatePlan(version=1, specs=tuple(strategy.export_spec(model)))
+        for bucket in strategy.export_weights(model, plan):
+            yield from bucket.tensors.items()
+
     for load in loads:
         other = strategy.prepare(tiny_model("qwen2_tied", seed=9))
         other_optimizer = strategy.create_optimizer(other, lr=0.0)
@@ -168,10 +177,13 @@ def weights_alone(folder: str) -> None:
         train(strategy, other, other_optimizer, range(1))  # at lr 0 the masters must not bring the old weights back
         for name, value in state_of(strategy, other, None).items():
             assert torch.equal(value, expected[name]), name
+        strategy.load_state(other, other_optimizer, strategy.iter_state(model, optimizer))
+        copied = state_of(strategy, other, other_optimizer)
+        assert all(torch.equal(copied[name], value) for name, value in state_of(strategy, model, optimizer).items())
 
 
-def test_weights_alone_can_be_loaded_under_an_optimizer_with_masters(ranks: Any, tmp_path: Path) -> None:
-    ranks.run(weights_alone, str(tmp_path))
+def test_masters_follow_what_is_loaded_with_an_optimizer_or_without(ranks: Any, tmp_path: Path) -> None:
+    ranks.run(under_masters, str(tmp_path))
 
 
 def write_raw(folder: str) -> None:
