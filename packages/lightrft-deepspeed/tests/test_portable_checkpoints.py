@@ -16,6 +16,7 @@ from lightrft.deepspeed.native_files import open_native
 from lightrft.strategy import FakeStrategy
 from lightrft.strategy.conversion import convert
 from lightrft.strategy.errors import CheckpointError
+from lightrft.strategy.weights import UpdatePlan
 from lightrft.testing import tiny_model
 from lightrft.testing.faults import cut
 from lightrft.testing.ranks import RankFailure
@@ -202,6 +203,28 @@ def test_a_run_of_the_raw_engine_goes_on_here_at_another_number_of_ranks(
     expected = rank_pools(2).run(save_raw, str(tmp_path), stage, False)[0]
     (found,) = rank_pools(1).run(load, str(tmp_path), {"zero_stage": 5 - stage})
     assert_same(found, expected)
+
+
+def imported_in_training() -> list[str]:
+    """What is no longer what was imported after a step at a learning rate of 0."""
+    strategy, model, optimizer = prepared(zero_stage=3, bf16=True)
+    train(strategy, model, optimizer, range(2))
+
+    def weights_of(one: Any) -> State:
+        plan = UpdatePlan(version=1, specs=tuple(strategy.export_spec(one)))
+        buckets = strategy.export_weights(one, plan)
+        return {name: tensor.clone() for bucket in buckets for name, tensor in bucket.tensors.items()}
+
+    other, expected = strategy.prepare(Wrapped(9)), weights_of(model)
+    its_optimizer = strategy.create_optimizer(other, lr=0.0)
+    train(strategy, other, its_optimizer, range(1))
+    strategy.import_weights(other, iter(expected.items()))
+    train(strategy, other, its_optimizer, range(1))
+    return [name for name, tensor in weights_of(other).items() if not torch.equal(tensor, expected[name])]
+
+
+def test_masters_follow_imported_weights(ranks: Any) -> None:
+    assert ranks.run(imported_in_training) == [[], []]
 
 
 class Bomb:
