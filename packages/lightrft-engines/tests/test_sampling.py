@@ -154,20 +154,22 @@ def test_truncation_keeps_what_the_definitions_keep(
 
 
 @settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 10_000))
-def test_rows_that_truncate_differently_share_a_batch(seed: int) -> None:
+@given(seed=st.integers(0, 10_000), greedy=st.booleans())
+def test_rows_that_truncate_differently_share_a_batch(seed: int, greedy: bool) -> None:
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(3, 400, generator=generator) * 2
+    top_p = 1.0 if greedy else 0.95  # a greedy row keeps all; else each row has a top_p, and one a top_k
     mixed = RowSampling(
-        temperature=torch.tensor([1.0, 0.5, 0.0]),
+        temperature=torch.tensor([1.0, 0.5, 0.0 if greedy else 0.7]),
         top_k=torch.tensor([0, 5, 0]),
-        top_p=torch.tensor([0.9, 1.0, 1.0]),
+        top_p=torch.tensor([0.9, top_p, top_p]),
         min_p=torch.tensor([0.0, 0.1, 0.0]),
         stream=torch.tensor([11, 12, 13]),
     )
     index = torch.tensor([0, 3, 9])
-    together = draw(logits, index, mixed, SamplingShape(any_greedy=True, min_p=True, top_p=True, max_top_k=-1))
-    shapes = [SamplingShape(top_p=True), SamplingShape(min_p=True, max_top_k=5), SamplingShape(all_greedy=True)]
+    together = draw(logits, index, mixed, SamplingShape(any_greedy=greedy, min_p=True, top_p=True, max_top_k=-1))
+    limited = SamplingShape(min_p=True, top_p=not greedy, max_top_k=5)
+    shapes = [SamplingShape(top_p=True), limited, SamplingShape(all_greedy=greedy, top_p=not greedy)]
     for row, shape in enumerate(shapes):
         alone = RowSampling(**{name: value[row : row + 1] for name, value in vars(mixed).items()})
         token, logprob = draw(logits[row : row + 1], index[row : row + 1], alone, shape)
