@@ -3,6 +3,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import types
 import typing
 from pathlib import Path
 from types import SimpleNamespace
@@ -232,6 +233,39 @@ class Slotted:
         self.seed = 3
 
 
+class OnTheClass:
+    seed, mine = 3, "kept"
+    strategy = None
+
+    def resume(self) -> None: ...
+
+
+class Derived(OnTheClass):
+    @property
+    def fsdp(self) -> bool:
+        return True
+
+
+class WithKeys:
+    """A configuration library's own mapping: what dict() takes."""
+
+    values = types.MappingProxyType({"seed": 3, "mine": "kept"})
+
+    def keys(self) -> Any:
+        return self.values.keys()
+
+    def __getitem__(self, key: str) -> Any:
+        return self.values[key]
+
+    def __repr__(self) -> str:
+        return repr(self.values)
+
+
+def with_another(args: Any) -> Any:
+    args.fsdp = True
+    return args
+
+
 @pytest.mark.parametrize(
     "args",
     [
@@ -240,8 +274,13 @@ class Slotted:
         Arguments(),
         SimpleNamespace(seed=3, mine="kept"),
         StrategyConfig(seed=3, extra_args={"mine": "kept"}),
+        OnTheClass(),
+        OnTheClass,
+        Derived(),
+        WithKeys(),
+        SimpleNamespace(seed=3, mine="kept", extra_args="a script's own"),
     ],
-    ids=["namespace", "dict", "dataclass", "object", "config"],
+    ids=str,
 )
 def test_settings_come_from_any_object(args: Any) -> None:
     before = repr(args)
@@ -254,6 +293,22 @@ def test_settings_come_from_any_object(args: Any) -> None:
 
 def test_an_object_without_a_dict_is_read_by_attribute() -> None:
     assert StrategyConfig.from_args(Slotted()).seed == 3
+
+
+@pytest.mark.parametrize("args", [Derived(), with_another(Arguments()), with_another(OnTheClass())], ids=str)
+def test_a_setting_is_read_wherever_an_object_has_it(args: Any) -> None:
+    config = StrategyConfig.from_args(args)
+    assert (config.fsdp, config.seed, config.resume) == (True, 3, False)
+
+
+def test_a_setting_of_ours_is_an_extra_one_for_a_script_that_does_not_know_it() -> None:
+    assert StrategyConfig.from_args({"temperature": 0.5}).get_extra_arg("temperature", 1.0) == 0.5
+
+
+def test_a_path_is_text() -> None:
+    config = StrategyConfig.from_args(argparse.Namespace(output_dir=Path("a/b"), log_dir=Path("c"), pretrain=Path("d")))
+    assert (config.output_dir, config.log_dir, config.pretrain) == ("a/b", "c", "d")
+    assert StrategyConfig(output_dir=Path("a/b")).checked().output_dir == "a/b"  # type: ignore[arg-type]
 
 
 def test_no_arguments_are_the_defaults() -> None:

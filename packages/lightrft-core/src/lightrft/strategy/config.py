@@ -461,8 +461,10 @@ class StrategyConfig:
         clean, problems = config_checks.convert(cls, {name: value for name, value in given.items() if name in FIELDS})
         if problems:
             raise ConfigError([*problems.values()])
-        extra = {name: value for name, value in given.items() if name not in FIELDS and name != "extra_args"}
-        return cls(**clean, extra_args={**given.get("extra_args", {}), **extra})
+        # A config's own, also after dataclasses.asdict; a script's flag of that name may hold anything.
+        nested = extra if isinstance(extra := given.get("extra_args"), Mapping) else {}
+        extra = {name: value for name, value in given.items() if name not in FIELDS and value is not nested}
+        return cls(**clean, extra_args={**nested, **extra})
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> StrategyConfig:
@@ -491,8 +493,11 @@ class StrategyConfig:
         return {name: getattr(self, name) for name in FIELDS}
 
     def get_extra_arg(self, name: str, default: Any = None) -> Any:
-        """A setting that this class does not have, from the object that ``from_args`` read."""
-        return self.extra_args.get(name, default)
+        """A setting that this class does not have, from the object that ``from_args`` read; else one that it has.
+
+        A script need not know which settings are ours, and keeps its value if a later version makes it one.
+        """
+        return self.extra_args.get(name, getattr(self, name) if name in FIELDS else default)
 
     # ---- what follows from the settings ------------------------------------------------------------------------------
     @property
@@ -578,21 +583,30 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def _as_dict(args: Any) -> dict[str, Any]:
+    """What a mapping or an object holds; an object's class may hold it too, settings also as properties or slots."""
     if args is None:
         return {}
-    if isinstance(args, Mapping):
-        return {str(key): value for key, value in args.items()}
-    if dataclasses.is_dataclass(args) and not isinstance(args, type):
-        return {spec.name: getattr(args, spec.name) for spec in dataclasses.fields(args)}
-    try:
-        return dict(vars(args))
-    except TypeError:
-        known = {name: getattr(args, name) for name in FIELDS if hasattr(args, name)}
-        if known:
-            return known
+    if all(hasattr(type(args), name) for name in ("keys", "__getitem__")):  # what dict() takes for a mapping
+        return {str(key): value for key, value in dict(args).items()}
+    kind = args if isinstance(args, type) else type(args)
+    given: dict[str, Any] = {}
+    for base in reversed(kind.__mro__):
+        given |= {name: value for name, value in vars(base).items() if name[0] != "_" and not _is_code(value)}
+    given |= {name: value for name in FIELDS if not _is_code(value := getattr(args, name, None)) and value is not None}
+    if dataclasses.is_dataclass(args):
+        given |= {spec.name: getattr(args, spec.name) for spec in dataclasses.fields(args) if hasattr(args, spec.name)}
+    if kind is not args:
+        given |= getattr(args, "__dict__", {})
+    if not given and not hasattr(args, "__dict__"):
         raise TypeError(
             f"settings from {type(args).__name__}: give a Namespace, a dict, a StrategyConfig or an object with fields"
-        ) from None
+        )
+    return given
+
+
+def _is_code(value: Any) -> bool:
+    """Whether a class has this to be called: a method, a property, a class within."""
+    return callable(value) or hasattr(type(value), "__get__")
 
 
 def _plain(value: Any) -> Any:

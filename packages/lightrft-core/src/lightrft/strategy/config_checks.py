@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Collection, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -222,7 +223,7 @@ def convert(cls: type[StrategyConfig], values: Mapping[str, Any]) -> tuple[dict[
     """Values converted to their fields' types, and a sentence for each that cannot be (it is left out)."""
     from pydantic import ValidationError
 
-    clean = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    clean = {key: _simple(value) for key, value in values.items()}
     problems: dict[str, str] = {}
     adapter = _adapter(cls)
     try:
@@ -234,6 +235,11 @@ def convert(cls: type[StrategyConfig], values: Mapping[str, Any]) -> tuple[dict[
     clean = {key: value for key, value in clean.items() if key not in problems}
     validated = adapter.validate_python(clean)
     return {name: getattr(validated, name) for name in clean}, problems
+
+
+def _simple(value: Any) -> Any:
+    """A list as a tuple, a path as text."""
+    return tuple(value) if isinstance(value, list) else os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 @cache
