@@ -125,6 +125,29 @@ def test_files_of_weights_may_be_read_by_whoever_may_read_the_others(tmp_path: P
     assert set(modes.values()) == {modes["plain"]}, modes
 
 
+def test_a_model_goes_into_a_folder_beside_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of the user's may be the working directory, a mount, or hold a tokenizer that was saved before."""
+    strategy, model = FakeStrategy(), nn.Linear(2, 2)
+    target = tmp_path / "model"
+    (target / "checkpoints").mkdir(parents=True)
+    older = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"]
+    for name in (*older, "tokenizer.json", "checkpoints/latest", "adapter_model.safetensors"):
+        (target / name).write_text("mine")
+    monkeypatch.chdir(target)
+    for _ in range(2):
+        strategy.save_model(model, None, ".")
+        assert sorted(path.name for path in Path.cwd().iterdir()) == [
+            "adapter_model.safetensors",
+            "checkpoints",
+            "model.safetensors",
+            "tokenizer.json",
+        ]
+    assert (target / "checkpoints/latest").read_text() == "mine"
+    with pytest.raises(CheckpointError, match="Not a directory"):
+        strategy.save_model(model, None, "tokenizer.json")
+    assert (target / "tokenizer.json").read_text() == "mine"
+
+
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.uint16, torch.float8_e8m0fnu, torch.bool])
 def test_rank_states_come_back_in_any_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
     state = {"mine": torch.arange(6).view(2, 3).to(dtype), "number": torch.tensor(1).to(dtype)}
@@ -163,6 +186,35 @@ def test_latest_names_the_newest_and_may_be_missing(tmp_path: Path) -> None:
     assert strategy.load_ckpt(model, tmp_path).client_state == {"step": 3}
     (tmp_path / "latest").write_text("step_99")
     assert strategy.load_ckpt(model, tmp_path).client_state == {"step": 3}
+
+
+@pytest.mark.parametrize("tag", ["../out", "a/b", "..", ".hidden", "latest"])
+def test_a_tag_is_the_name_of_a_folder_within(tmp_path: Path, tag: str) -> None:
+    strategy, model = FakeStrategy(), nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="must be the name of a folder within"):
+        strategy.save_ckpt(model, tmp_path / "checkpoints", tag=tag)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_number_is_a_tag(tmp_path: Path) -> None:
+    strategy, model = FakeStrategy(), nn.Linear(2, 2)
+    strategy.save_ckpt(model, tmp_path, tag=0)
+    strategy.save_ckpt(model, tmp_path, tag=1)
+    assert strategy.load_ckpt(model, tmp_path, tag=0).path == tmp_path / "0"
+
+
+def test_what_is_no_checkpoint_is_not_replaced_by_one(tmp_path: Path) -> None:
+    strategy, model = FakeStrategy(), nn.Linear(2, 2)
+    (tmp_path / "mine").mkdir()
+    strategy.save_ckpt(model, tmp_path, tag="mine")  # nothing is lost with an empty folder
+    strategy.save_ckpt(model, tmp_path, tag="mine")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for tag in ("notes", "file"):
+        with pytest.raises(CheckpointError, match="is there already, and no checkpoint; pass another tag"):
+            strategy.save_ckpt(model, tmp_path, tag=tag)
+    assert (tmp_path / "notes" / "a.txt").read_text() == (tmp_path / "file").read_text() == "mine"
 
 
 def test_untitled_saves_are_numbered(tmp_path: Path) -> None:

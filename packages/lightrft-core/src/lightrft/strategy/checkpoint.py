@@ -119,7 +119,8 @@ def save(
     :param rank_state: this rank's own tensors by name, such as its part of a rollout buffer.
     :param tokenizer: a tokenizer or processor to keep beside the configuration, for ``lightrft convert``.
     :param asynchronous: return once the state is copied; ``finish_checkpoint`` completes it (as the next save does).
-    :raises ValueError: max_num below 1, or a client_state that is not JSON.
+    :raises ValueError: max_num below 1, a tag that is no folder's name, or a client_state that is not JSON.
+    :raises CheckpointError: what is there by that name is no checkpoint, or one rank could not write.
     """
     if max_num is not None and max_num < 1:
         raise ValueError(
@@ -127,6 +128,8 @@ def save(
         )
     if max_mem is not None and max_mem <= 0:
         raise ValueError(f"save_ckpt: max_mem = {max_mem} GB: must be above 0; None sets no limit")
+    if tag is not None and not folders.is_tag(tag := str(tag)):
+        raise ValueError(f"save_ckpt: tag = {tag!r}: must be the name of a folder within {save_dir}, such as step_100")
     client_text = _to_json(client_state or {})
     strategy.setup_distributed()
     finish(strategy)
@@ -138,7 +141,11 @@ def save(
                 key,
                 record.micro_steps,
             )
-    name = str(strategy.all_gather_object(tag or folders.default_tag(save_dir, client_state))[0])
+    with strategy.together("save_ckpt", CheckpointError):
+        tag = tag or folders.default_tag(save_dir, client_state)
+        if strategy.is_rank_0() and folders.is_foreign(save_dir / tag):
+            raise CheckpointError(f"save_ckpt: {save_dir / tag} is there already, and no checkpoint; pass another tag")
+    name = strategy.all_gather_object(tag)[0]
     pending = PendingSave(
         staging=save_dir / f".{name}.partial",
         final=save_dir / name,
@@ -277,6 +284,7 @@ def load(
     finish(strategy)
     records = _records(strategy, model, optimizer, scheduler)
     skipped: list[str] = []
+    tag = None if tag is None else str(tag)
     if tag is None and folders.is_ours(load_dir):
         load_dir, tag = load_dir.parent, load_dir.name
     with strategy.together("load_ckpt", CheckpointError):

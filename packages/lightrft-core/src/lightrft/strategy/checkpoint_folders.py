@@ -64,6 +64,18 @@ def is_ours(folder: Path) -> bool:
         return False
 
 
+def is_foreign(path: Path) -> bool:
+    """Whether something is there that no save replaces: a file, or files without a manifest."""
+    if not path.is_dir():
+        return path.exists()
+    return any(path.iterdir()) and not (path / MANIFEST).exists()
+
+
+def is_tag(name: str) -> bool:
+    """Whether a checkpoint may have this name: one folder's, which is not hidden and not that of our other file."""
+    return Path(name).name == name and not name.startswith(".") and name != LATEST
+
+
 def default_tag(folder: Path, client_state: Mapping[str, Any] | None) -> str:
     """``step_N`` of the caller's step, else the next free ``save_N``."""
     if client_state and "step" in client_state:

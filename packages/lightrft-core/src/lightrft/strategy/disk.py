@@ -1,11 +1,11 @@
-"""Folders on a disk: replacing one by another, and explaining a full disk."""
+"""Folders on a disk: putting a new one in its place, and explaining a full disk."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from .blame import is_lost_peer
@@ -68,6 +68,35 @@ def replace_folder(staging: Path, target: Path) -> None:
         target.rename(old)
     staging.rename(target)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def staging_for(target: Path) -> Path:
+    """Where to write what :func:`settle` will put at ``target``.
+
+    Within a folder that exists, since it may be a mount or the working directory; else beside it.
+    """
+    return target / ".partial" if target.is_dir() else target.with_name(f".{target.name}.partial")
+
+
+def settle(staging: Path, target: Path, *, stale: Iterable[str], last: str) -> None:
+    """Put the new folder in its place. In a folder that exists, files of other names stay.
+
+    :param stale: patterns of files that are removed as well: an older one's, which would be read with the new ones.
+    :param last: the file that comes last, without which nobody reads the others.
+    """
+    if not target.exists():
+        staging.rename(target)
+        return
+    new = sorted(staging.iterdir(), key=lambda path: path.name == last)
+    outdated = {target / path.name for path in new}.union(*(target.glob(pattern) for pattern in stale))
+    for path in sorted(outdated, key=lambda path: path.name != last):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    for path in new:
+        path.rename(target / path.name)
+    staging.rmdir()
 
 
 def folder_size(folder: Path) -> int:

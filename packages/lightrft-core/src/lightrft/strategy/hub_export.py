@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .disk import explain_write, replace_folder
+from .disk import explain_write, settle, staging_for
 from .errors import CheckpointError
 from .hub_files import shard_names, write_shard_index
 from .hub_layout import hub_models, unwrap
@@ -19,6 +19,9 @@ from .weights import DEFAULT_BUCKET_BYTES, TensorSpec, UpdatePlan, WeightBucket,
 
 if TYPE_CHECKING:
     from .strategy_base import StrategyBase
+
+# Weights that an older model may have left, in other files than the new one's.
+MODEL_FILES = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
 
 
 def save_hub_model(
@@ -30,7 +33,7 @@ def save_hub_model(
     bucket_bytes: int = DEFAULT_BUCKET_BYTES,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """See :meth:`StrategyBase.save_model`. The folder appears only when complete.
+    """See :meth:`StrategyBase.save_model`. The folder appears only when complete; other files of an existing one stay.
 
     :raises CheckpointError: rank 0 could not write it; raised on every rank.
     """
@@ -39,7 +42,7 @@ def save_hub_model(
     buckets = plan_buckets(plan)
     names = shard_names(len(buckets))
     output_dir = output_dir.resolve()
-    staging = output_dir.with_name(f".{output_dir.name}.partial")
+    staging = staging_for(output_dir)
     writer = strategy.is_rank_0()
     needed = sum(spec.nbytes for spec in specs)
 
@@ -59,7 +62,7 @@ def save_hub_model(
             for bucket in strategy.export_weights(model, plan):
                 write(_write_bucket, bucket, staging / names[bucket.index])
             write(_write_rest, model, tokenizer, staging, names, buckets)
-            write(replace_folder, staging, output_dir)
+            write(settle, staging, output_dir, stale=MODEL_FILES, last="config.json")
             if problems:
                 raise problems[0]
     except Exception:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lightrft.strategy.adapters import count_owners, is_adapted, without_adapters
-from lightrft.strategy.disk import explain_write, replace_folder
+from lightrft.strategy.disk import explain_write, settle, staging_for
 from lightrft.strategy.errors import CheckpointError
 from lightrft.strategy.hub_layout import hub_models, unwrap
 from lightrft.strategy.tensor_files import write_tensors
@@ -160,7 +160,7 @@ class WithoutAdapters:
 def save_adapter(strategy: StrategyBase, model: nn.Module, folder: str | Path) -> None:
     """Write a model's adapters for ``PeftModel.from_pretrained(base, folder)``. Every rank calls.
 
-    The folder appears only when complete.
+    The folder appears only when complete; other files of an existing one stay.
 
     :param model: prepared by ``strategy``.
     :raises ValueError: it has no adapters.
@@ -170,7 +170,7 @@ def save_adapter(strategy: StrategyBase, model: nn.Module, folder: str | Path) -
     if not specs:
         raise ValueError("save_adapter: the model has no LoRA adapters; use save_model")
     folder = Path(folder).resolve()
-    staging = folder.with_name(f".{folder.name}.partial")
+    staging = staging_for(folder)
     plan = UpdatePlan(version=0, kind="adapter", specs=specs)
     tensors: dict[str, torch.Tensor] = {}
     with strategy.together("save_adapter", CheckpointError):
@@ -184,7 +184,7 @@ def save_adapter(strategy: StrategyBase, model: nn.Module, folder: str | Path) -
                     staging.mkdir(parents=True)
                     write_tensors(staging / "adapter_model.safetensors", tensors, metadata={"format": "pt"})
                     _peft_config(model).save_pretrained(str(staging))
-                    replace_folder(staging, folder)
+                    settle(staging, folder, stale=(), last="adapter_config.json")
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
 
