@@ -384,7 +384,8 @@ class EngineHost:
     def _require(self, what: str) -> None:
         self.strategy.setup_distributed()
         if not self._there:
-            raise EngineStateError(f"{what}: no engine is set up; call strategy.setup_inference_engine(args) first")
+            call = "strategy.setup_inference_engine(args, engine_type=args.engine_type)"
+            raise EngineStateError(f"{what}: no engine is set up; call {call} first")
 
     def _is_leader(self) -> bool:
         return self.strategy.layout.engine_leader(self.strategy.rank) == self.strategy.rank

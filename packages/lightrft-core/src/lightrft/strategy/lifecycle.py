@@ -154,7 +154,7 @@ class Lifecycle:
     def _require_phase(self, move: str, phase: Phase) -> None:
         if self.state.phase is not phase:
             hint = {
-                Phase.ABSENT: "start it first: strategy.setup_inference_engine(args)",
+                Phase.ABSENT: "start it first: strategy.setup_inference_engine(args, engine_type=args.engine_type)",
                 Phase.SYNCING: "a weight update is under way: finish it or abort it",
                 Phase.FAILED: "it failed and must be shut down and set up again",
                 Phase.READY: "call begin_update first",

@@ -310,10 +310,10 @@ class StrategyBase(ABC):
         """True on the rank that prints and writes; works before set-up."""
         return self.get_rank() == 0
 
-    def print(self, *message: Any) -> None:
-        """Print on rank 0 only; works before set-up."""
+    def print(self, *message: Any, **options: Any) -> None:
+        """Print on rank 0 only, with the options of Python's print; works before set-up."""
         if self.is_rank_0():
-            print(*message, flush=True)  # noqa: T201 - the one place that prints
+            print(*message, **{"flush": True, **options})  # noqa: T201 - the one place that prints
 
     @contextlib.contextmanager
     def waits_for_ranks(self, operation: str) -> Iterator[None]:
@@ -704,6 +704,7 @@ class StrategyBase(ABC):
         """Start a rollout engine; it is awake afterwards. Without an actor it loads ``--pretrain``.
 
         :param args: settings of the engine; None takes this strategy's. :param actor: sync its weights at once.
+        :param engine_type: the engine, whatever ``args.engine_type`` says.
         :return: the engine (None on ranks that have none).
         """
         return self.engine_host.setup(args, engine_type, actor)

@@ -167,8 +167,8 @@ class InterfaceClaims(StrategyClaims):
         strategy.setup_distributed()
         written = io.StringIO()
         with contextlib.redirect_stdout(written):
-            strategy.print("a", 1, {"b": 2})
-        assert written.getvalue() == ("a 1 {'b': 2}\n" if strategy.get_rank() == 0 else "")
+            strategy.print("a", 1, {"b": 2}, end="!\n", flush=False)
+        assert written.getvalue() == ("a 1 {'b': 2}!\n" if strategy.get_rank() == 0 else "")
 
     @on_ranks
     def test_ranks_agree_on_the_seeded_random_state(self) -> None:
