@@ -82,6 +82,14 @@ def test_a_flag_that_the_script_has_already_is_left_alone() -> None:
     assert parser.parse_args([]).zero_stage == 2
 
 
+@pytest.mark.parametrize("flag", ["--disable_engine_sleep", "--no_fsdp"])
+def test_a_switchs_other_half_that_the_script_has_already_is_left_alone(flag: str) -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument(flag, dest="mine", action="store_true")
+    args = add_arguments(parser).parse_args([flag, "--enable_engine_sleep", "--fsdp"])
+    assert (args.mine, args.enable_engine_sleep, args.fsdp) == (True, True, True)
+
+
 def test_a_value_of_another_type_is_refused_by_the_parser(capsys: pytest.CaptureFixture[str]) -> None:
     for words in (["--seed", "x"], ["--kl_estimator", "k9"], ["--adam_betas", "0.9"]):
         with pytest.raises(SystemExit):

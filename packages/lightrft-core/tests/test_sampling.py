@@ -72,6 +72,14 @@ def test_a_models_own_generation_config_is_read() -> None:
         SamplingParams.coerce(transformers.GenerationConfig(num_beams=4))
 
 
+def test_a_dict_may_name_what_an_engines_own_object_may() -> None:
+    about_outputs = {"skip_special_tokens": False, "include_stop_str_in_output": True}
+    assert SamplingParams.coerce({"max_tokens": 3, **about_outputs}) == SamplingParams(max_tokens=3)
+    assert SamplingParams.coerce(about_outputs) == SamplingParams()
+    greedy = SamplingParams.coerce({"do_sample": False, "eos_token_id": 2, "stop_token_ids": [7]})
+    assert greedy == SamplingParams(temperature=0.0, stop_token_ids=(7, 2))
+
+
 def test_ours_and_nothing_pass_through() -> None:
     mine = SamplingParams(n=3)
     assert SamplingParams.coerce(mine) is mine

@@ -80,6 +80,8 @@ def all_gather_object(data: Any, group: Group = None) -> list[Any]:
 def _reduce_into(
     data: Any, op: str, group: Group, put: Callable[[Any, Any], None], key: Any, numbers: list[Any]
 ) -> None:
+    if getattr(data, "shape", None) == () and not isinstance(data, torch.Tensor):  # a number of numpy's
+        data = data.item()
     if isinstance(data, Mapping):
         filled: dict[Any, Any] = dict.fromkeys(data)  # keeps the order, since numbers are filled in later
         put(key, filled)

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 # Other names of our fields, in an engine's own object or an older script.
@@ -101,16 +102,16 @@ class SamplingParams:
         if isinstance(value, SamplingParams):
             return value
         names = {field.name for field in dataclasses.fields(cls)}
+        spelled = {**{name: name for name in names}, **ALIASES}
         if isinstance(value, Mapping):
-            given = {ALIASES.get(str(key), str(key)): item for key, item in value.items()}
-            unknown = sorted(set(given) - names)
-            if unknown:
+            if unknown := sorted(set(map(str, value)) - {*spelled, *_BESIDES}):
                 raise ValueError(
                     f"sampling parameters: unknown {', '.join(unknown)}; known are {', '.join(sorted(names))}"
                 )
+            value = SimpleNamespace(**value)
+            given = _named(value, spelled)
         else:
-            spelled = {**{name: name for name in names}, **ALIASES}
-            given = {ours: getattr(value, theirs) for theirs, ours in spelled.items() if hasattr(value, theirs)}
+            given = _named(value, spelled)
             if not given:
                 raise ValueError(
                     f"sampling parameters: {type(value).__name__} has none of {', '.join(sorted(names))}; "
@@ -121,17 +122,22 @@ class SamplingParams:
                     f"sampling parameters: {type(value).__name__} sets {', '.join(lost)}, which would be lost; set "
                     f"only {', '.join(sorted(names))}"
                 )
-            if getattr(value, "do_sample", None) is False:
-                given["temperature"] = 0.0
-            if (ends := getattr(value, "eos_token_id", None)) is not None:
-                ends = [ends] if isinstance(ends, int) else ends
-                given["stop_token_ids"] = [*(given.get("stop_token_ids") or ()), *ends]
+        if getattr(value, "do_sample", None) is False:
+            given["temperature"] = 0.0
+        if (ends := getattr(value, "eos_token_id", None)) is not None:
+            ends = [ends] if isinstance(ends, int) else ends
+            given["stop_token_ids"] = [*(given.get("stop_token_ids") or ()), *ends]
         given = {key: item for key, item in given.items() if item is not None}
         if "stop_token_ids" in given:
             given["stop_token_ids"] = tuple(int(token) for token in given["stop_token_ids"])
         if "logprobs" in given:  # vLLM's 0 means "the sampled token's", so only False turns it off
             given["logprobs"] = given["logprobs"] is not False
         return cls(**given)
+
+
+def _named(value: Any, spelled: Mapping[str, str]) -> dict[str, Any]:
+    """Attributes by our names."""
+    return {ours: getattr(value, theirs) for theirs, ours in spelled.items() if hasattr(value, theirs)}
 
 
 def _settings_besides(value: Any, known: Container[str]) -> list[str]:

@@ -19,16 +19,16 @@ def add_arguments(parser: argparse.ArgumentParser, *, suppress_defaults: bool = 
     :return: the parser.
     """
     hints = typing.get_type_hints(StrategyConfig)
-    taken = set(parser._option_string_actions)
+    taken = frozenset(parser._option_string_actions)
     for title, names in field_groups().items():
         group = parser.add_argument_group(title)
         for name in names:
             if f"--{name}" not in taken:
-                _add(group, name, hints[name], suppress_defaults)
+                _add(group, name, hints[name], suppress_defaults, taken)
     return parser
 
 
-def _add(group: Any, name: str, hint: Any, suppress: bool) -> None:
+def _add(group: Any, name: str, hint: Any, suppress: bool, taken: frozenset[str]) -> None:
     spec = FIELDS[name]
     default = argparse.SUPPRESS if suppress else spec.default
     text = _help(name)
@@ -36,7 +36,8 @@ def _add(group: Any, name: str, hint: Any, suppress: bool) -> None:
     if kind is bool:
         negative = NEGATIVES.get(name, f"--no_{name}")
         group.add_argument(f"--{name}", action="store_true", default=default, help=text)
-        group.add_argument(negative, action="store_false", dest=name, default=default, help=argparse.SUPPRESS)
+        if negative not in taken:
+            group.add_argument(negative, action="store_false", dest=name, default=default, help=argparse.SUPPRESS)
         return
     if nargs is not None:
         group.add_argument(f"--{name}", type=kind, nargs=nargs, default=default, help=text, metavar="N")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy
 import pytest
 import torch
 
@@ -53,6 +54,8 @@ class CollectiveClaims(StrategyClaims):
         assert type(tenth) is float
         assert tenth == 0.1  # not its neighbour in fp32
         assert strategy.all_reduce(strategy.rank == 0, "max") == 1
+        half = strategy.all_reduce(numpy.float32(0.5), "mean")
+        assert (type(half), half) == (float, 0.5)
         # A sum over nothing is an int; what is NaN on one rank is NaN.
         assert strategy.all_reduce(0 if strategy.rank else 0.5, "sum") == 0.5
         assert math.isnan(strategy.all_reduce(math.inf if strategy.rank else math.nan, "max"))
