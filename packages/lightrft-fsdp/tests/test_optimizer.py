@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lightrft.fsdp import ShardedAdamW
+from lightrft.fsdp.optimizer import supported_options
 
 OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
@@ -104,6 +105,13 @@ def test_a_rank_without_rows_counts_its_steps() -> None:
     parameter.grad = torch.empty(0, 3)
     optimizer.step()
     assert optimizer.state[parameter]["step"] == 1
+
+
+def test_the_choice_of_a_kernel_is_its_own_and_what_it_lacks_is_refused() -> None:
+    given = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "fused": False, "foreach": True}
+    ShardedAdamW(parameters(), **supported_options(given))
+    with pytest.raises(TypeError, match=r"not amsgrad, learning_rate; make another optimizer first"):
+        supported_options({**given, "amsgrad": True, "learning_rate": 1.0})
 
 
 def test_an_lr_scheduler_takes_it() -> None:

@@ -10,12 +10,28 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .checkpoint import import_by_name
+from .errors import CheckpointError
 from .hub_layout import HubLayout, hub_sources
 from .state_source import WEIGHT, Fragment, TensorEntry, share_of
 from .training_state import StateItem, receive_items
 from .weights import TensorSpec
 
 STEP = "step"
+
+
+def moments_of(name: str, state: Mapping[str, Any], shape: Sequence[int]) -> dict[str, torch.Tensor]:
+    """A parameter's optimizer states, which have an element for each of its own, besides the step.
+
+    :raises CheckpointError: there is another, which would be lost: of NAdam, for example, or of Adafactor.
+    """
+    moments = {kind: value for kind, value in state.items() if isinstance(value, torch.Tensor) and kind != STEP}
+    for kind, value in moments.items():
+        if tuple(value.shape) != tuple(shape):
+            raise CheckpointError(
+                f"{name}: the optimizer's {kind} is {list(value.shape)}, the parameter {list(shape)}: checkpoints hold "
+                "only states of the parameter's shape; use an optimizer with such ones, as AdamW and SGD are"
+            )
+    return moments
 
 
 @torch.no_grad()
@@ -41,11 +57,7 @@ def iter_state(model: nn.Module, optimizer: Optimizer | None = None) -> Iterator
     """See :meth:`StrategyBase.iter_state`. Tensors are copies on the CPU."""
     for name, tensor in hub_sources(model):
         state = optimizer.state.get(tensor, {}) if optimizer is not None else {}
-        moments = {
-            k: _copy(v)
-            for k, v in state.items()
-            if isinstance(v, torch.Tensor) and v.shape == tensor.shape and k != STEP
-        }
+        moments = {kind: _copy(value) for kind, value in moments_of(name, state, tensor.shape).items()}
         yield StateItem(name=name, weight=_copy(tensor), moments=moments, step=int(state.get(STEP, 0)))
 
 
@@ -74,9 +86,8 @@ def local_state(model: nn.Module, optimizer: Optimizer | None, index: int = 0, r
         share = share_of(tensor.numel(), index, replicas)
         yield Fragment(name=name, kind=WEIGHT, start=0, values=tensor.detach(), owned=share)
         state = optimizer.state.get(tensor, {}) if optimizer is not None else {}
-        for kind, value in state.items():
-            if kind != STEP and isinstance(value, torch.Tensor) and value.shape == tensor.shape:
-                yield Fragment(name=name, kind=kind, start=0, values=value, owned=share)
+        for kind, value in moments_of(name, state, tensor.shape).items():
+            yield Fragment(name=name, kind=kind, start=0, values=value, owned=share)
 
 
 def state_entries(model: nn.Module, optimizer: Optimizer | None) -> dict[str, tuple[Sequence[int], int]]:

@@ -15,7 +15,7 @@ from torch import nn
 from lightrft.strategy.adapters import merge, merge_flat
 from lightrft.strategy.errors import CheckpointError
 from lightrft.strategy.hub_layout import HubLayout, hub_sources
-from lightrft.strategy.plain_state import step_count
+from lightrft.strategy.plain_state import moments_of, step_count
 from lightrft.strategy.state_source import WEIGHT, Fragment, TensorEntry, share_of
 from lightrft.strategy.training_state import StateItem, receive_items
 from lightrft.strategy.weights import TensorSpec, UpdatePlan, WeightBucket, plan_buckets
@@ -174,12 +174,13 @@ def iter_state(model: nn.Module, zero: Any) -> Iterator[StateItem]:
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     step = adam_step(zero)
+    kinds = kinds_of_state(zero)
     link_states(zero)
     for name, tensor in hub_sources(model):
         if zero is None or not tensor.requires_grad:
             yield StateItem(name=name, weight=_gather({name: tensor}, None)[name].to("cpu", copy=True))
             continue
-        moments = {key: safe_get_full_optimizer_state(tensor, key) for key in MOMENTS} if step else {}
+        moments = {key: safe_get_full_optimizer_state(tensor, key) for key in kinds}
         yield StateItem(
             name=name,
             weight=_on_host(safe_get_full_fp32_param(tensor)),
@@ -209,7 +210,7 @@ def load_state(model: nn.Module, zero: Any, items: Iterable[StateItem], *, with_
         if with_optimizer and not item.moments:
             zero.optimizer.state.clear()  # saved before the first step
         if with_optimizer and item.moments:
-            _make_states(zero, item.step)
+            _make_states(zero, item.step, item.moments)
             for key, moment in item.moments.items():
                 safe_set_full_optimizer_state(tensor, moment.float(), key)
 
@@ -228,15 +229,28 @@ def flat_partitions(zero: Any) -> list[torch.Tensor]:
     raise AssertionError(f"{type(zero).__name__}: no flat partition found")
 
 
-def _make_states(zero: Any, step: int) -> None:
-    """Create the inner optimizer's moments, as its first step would, so that values can be set."""
+def kinds_of_state(zero: Any) -> list[str]:
+    """Names of the inner optimizer's states, the same on every rank; none before its first step.
+
+    :raises CheckpointError: there is one that no checkpoint can hold.
+    """
+    if zero is None:
+        return []
+    states = [(zero.optimizer.state.get(flat, {}), flat.shape) for flat in flat_partitions(zero)]
+    return sorted({kind for state, shape in states for kind in moments_of("this rank's weights", state, shape)})
+
+
+def _make_states(zero: Any, step: int, kinds: Iterable[str]) -> None:
+    """Create the inner optimizer's states, as its first step would, so that values can be set."""
     inner = zero.optimizer
     for flat in flat_partitions(zero):
         state = inner.state[flat]
-        if "exp_avg" not in state:
-            state.update({key: torch.zeros_like(flat) for key in MOMENTS})
-        # DeepSpeedCPUAdam counts in a plain number.
-        state["step"] = step_count(inner, flat, step) if isinstance(inner, torch.optim.AdamW) else step
+        for kind in kinds:
+            if kind not in state:
+                state[kind] = torch.zeros_like(flat)
+        if step:  # DeepSpeed's own optimizers count in a plain number, SGD does not count
+            own = type(inner).__module__.startswith("deepspeed.")
+            state["step"] = step if own else step_count(inner, flat, step)
     link_states(zero)
 
 
@@ -260,6 +274,8 @@ def local_state(model: nn.Module, zero: Any, rank: int, ranks: int, *, with_opti
     :param zero: the engine's ZeRO optimizer, or None for a frozen model.
     """
     link_states(zero)
+    if with_optimizer:
+        kinds_of_state(zero)
     for name, tensor in hub_sources(model):
         trained = zero is not None and tensor.requires_grad
         for start, values, replicas, index in _computed_with(tensor, rank, ranks):
@@ -324,17 +340,26 @@ def state_entries(model: nn.Module, zero: Any) -> dict[str, tuple[Sequence[int],
 def make_states(model: nn.Module, zero: Any, entries: Mapping[str, TensorEntry]) -> None:
     """See :meth:`StrategyBase.make_states`. A ZeRO optimizer has one step count for all parameters.
 
-    :raises CheckpointError: a state that Adam does not use.
+    :raises CheckpointError: a state that this optimizer does not use.
     """
     trained = {name: entries[name] for name, tensor in hub_sources(model) if tensor.requires_grad}
+    known = _adams_kinds(zero.optimizer)
     for name, entry in trained.items():
-        if strange := set(entry.moments) - set(MOMENTS):
+        if known and (strange := set(entry.moments) - known):
             lacking = ", ".join(sorted(strange))
             raise CheckpointError(f"{name}: the checkpoint has {lacking}, which this optimizer does not use")
     if any(entry.moments for entry in trained.values()):
-        _make_states(zero, max(entry.step for entry in trained.values()))
+        kinds = sorted({kind for entry in trained.values() for kind in entry.moments})
+        _make_states(zero, max(entry.step for entry in trained.values()), kinds)
     else:
         zero.optimizer.state.clear()  # saved before the first step
+
+
+def _adams_kinds(optimizer: Any) -> set[str]:
+    """Names of the states of torch's or DeepSpeed's Adam; none for another optimizer, which may have any."""
+    if not isinstance(optimizer, torch.optim.Adam) and not type(optimizer).__module__.startswith("deepspeed.ops.adam"):
+        return set()
+    return {*MOMENTS, *("max_exp_avg_sq" for group in optimizer.param_groups if group.get("amsgrad"))}
 
 
 def renew_secondary_shards(model: nn.Module) -> None:

@@ -20,7 +20,7 @@ from lightrft.strategy.hub_layout import hub_sources
 from lightrft.strategy.sealed_file import Seals
 
 from .shards import like, local
-from .state import MASTER, STEP
+from .state import MASTER, STEP, rows_of
 
 
 def write(model: nn.Module, optimizer: Optimizer | None, folder: Path) -> Seals:
@@ -53,11 +53,11 @@ def _rows(
     wholes: dict[str, torch.Tensor | None] = {}
     for name, tensor in hub_sources(model):
         state = optimizer.state.get(tensor, {}) if optimizer is not None else {}
-        held = {"weight": state.get(MASTER, tensor), **state}
+        held = {"weight": local(state.get(MASTER, tensor)), **rows_of(name, state, local(tensor))}
         for kind, value in held.items():
-            if isinstance(value, torch.Tensor) and kind != MASTER:
-                key = f"{kind}/{name}"
-                rows[key], wholes[key] = local(value).detach(), None if kind == STEP else tensor
+            rows[f"{kind}/{name}"], wholes[f"{kind}/{name}"] = value.detach(), tensor
+        if isinstance(step := state.get(STEP), torch.Tensor):
+            rows[f"{STEP}/{name}"], wholes[f"{STEP}/{name}"] = step, None
     return rows, wholes
 
 

@@ -31,7 +31,7 @@ from lightrft.strategy.weights import TensorSpec, UpdatePlan, WeightBucket
 from . import checkpoints, state
 from .export import export_buckets, with_dtypes
 from .gradients import global_norm, widen
-from .optimizer import ShardedAdamW
+from .optimizer import ShardedAdamW, supported_options
 from .sharding import Unit, cast_trainable, finish_sharding, make_mesh, plan_units, shard, sharded_modules
 from .shards import local
 
@@ -117,6 +117,7 @@ class FSDPV2Strategy(NativeStrategy):
 
     def _make_optimizer(self, groups: list[dict[str, Any]], options: dict[str, Any]) -> Optimizer:
         on_host = self._optimizer_lives_on_host
+        options = supported_options(options)
         return ShardedAdamW(groups, master_weights=self.config.use_mp_opt, on_host=on_host, **options)
 
     @property

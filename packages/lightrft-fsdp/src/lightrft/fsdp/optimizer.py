@@ -10,6 +10,20 @@ from torch.optim.adamw import AdamW, adamw
 from .shards import local
 
 
+def supported_options(given: dict[str, Any]) -> dict[str, Any]:
+    """Options of ``create_optimizer`` for :class:`ShardedAdamW`, without the choice of a kernel: it has its own.
+
+    :raises TypeError: an option that it does not have; says what to do instead.
+    """
+    options = {name: value for name, value in given.items() if name not in ("fused", "foreach")}
+    if unknown := sorted(options.keys() - {"lr", "betas", "eps"}):
+        raise TypeError(
+            f"create_optimizer: FSDP2's AdamW takes lr, betas, eps and weight_decay, not {', '.join(unknown)}; make "
+            "another optimizer first, and prepare((model, optimizer, scheduler))"
+        )
+    return options
+
+
 class ShardedAdamW(AdamW):
     """``torch.optim.AdamW``, which is elementwise and so the same on shards; its states are plain tensors of this
     rank's rows.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from torch.optim import Optimizer
 
 from lightrft.strategy.errors import CheckpointError
 from lightrft.strategy.hub_layout import HubLayout, hub_sources
+from lightrft.strategy.plain_state import moments_of
 from lightrft.strategy.state_source import WEIGHT, Fragment, TensorEntry, share_of
 from lightrft.strategy.training_state import StateItem, receive_items
 
@@ -27,11 +29,8 @@ def iter_state(model: nn.Module, optimizer: Optimizer | None, device: torch.devi
     """
     for name, tensor in hub_sources(model):
         state = optimizer.state.get(tensor, {}) if optimizer is not None else {}
-        moments = {
-            kind: whole(tensor, local(value), device).cpu()
-            for kind, value in sorted(state.items())
-            if isinstance(value, torch.Tensor) and kind not in (MASTER, STEP)
-        }
+        mine = sorted(rows_of(name, state, local(tensor)).items())
+        moments = {kind: whole(tensor, rows, device).cpu() for kind, rows in mine}
         weight = whole(tensor, local(state.get(MASTER, tensor)), device).cpu()
         yield StateItem(name=name, weight=weight.detach(), moments=moments, step=int(state.get(STEP, 0)))
 
@@ -84,9 +83,14 @@ def local_state(model: nn.Module, optimizer: Optimizer | None, rank: int, ranks:
         if MASTER in state:
             yield Fragment(name=name, kind=WEIGHT, start=start, values=rows, owned=slice(0))
         yield Fragment(name=name, kind=WEIGHT, start=start, values=state.get(MASTER, rows), owned=share)
-        for kind, value in state.items():
-            if isinstance(value, torch.Tensor) and kind not in (MASTER, STEP):
-                yield Fragment(name=name, kind=kind, start=start, values=local(value), owned=share)
+        for kind, values in rows_of(name, state, rows).items():
+            yield Fragment(name=name, kind=kind, start=start, values=values, owned=share)
+
+
+def rows_of(name: str, state: Mapping[str, Any], rows: torch.Tensor) -> dict[str, torch.Tensor]:
+    """This rank's rows of a parameter's optimizer states, without the master weights."""
+    mine = {kind: local(value) if isinstance(value, torch.Tensor) else value for kind, value in state.items()}
+    return {kind: value for kind, value in moments_of(name, mine, rows.shape).items() if kind != MASTER}
 
 
 def _place_among_replicas(tensor: torch.Tensor, rank: int, ranks: int) -> tuple[int, int]:

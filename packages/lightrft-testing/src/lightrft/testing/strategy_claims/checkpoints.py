@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 import signal
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,30 @@ class CheckpointClaims(StrategyClaims):
         self.assert_same_weights(
             moments_of(other, resumed, its_optimizer), moments_of(strategy, model, optimizer), exact=True
         )
+
+    @on_ranks
+    def test_an_optimizer_of_the_users_own_resumes_or_cannot_be_saved(self) -> None:
+        of_ones_own: dict[str, Callable[[Any], Any]] = {
+            "Adam": lambda model: torch.optim.Adam(model.parameters(), lr=1e-2, amsgrad=True),
+            "SGD": lambda model: torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9),
+            "NAdam": lambda model: torch.optim.NAdam(model.parameters(), lr=1e-2),  # has a state that is one number
+        }
+        for name, make in of_ones_own.items():
+            made = []
+            for seed in (0, 9):
+                strategy, model = self.strategy(), self.model(seed=seed)
+                made.append((strategy, *strategy.prepare((model, make(model)))))
+            (strategy, model, optimizer), (other, resumed, its_optimizer) = made
+            self.train(strategy, model, optimizer, steps=2)
+            if name == "NAdam":
+                with refused(CheckpointError, saying=["mu_product"]):
+                    strategy.save_ckpt(model, self.folder, tag=name)
+                continue
+            strategy.save_ckpt(model, self.folder, tag=name)
+            self.train(strategy, model, optimizer, first=2)
+            other.load_ckpt(resumed, self.folder, tag=name)
+            self.train(other, resumed, its_optimizer, first=2)
+            self.assert_same_weights(weights_of(other, resumed), weights_of(strategy, model), exact=True)
 
     @on_ranks
     def test_several_models_are_saved_together(self) -> None:
