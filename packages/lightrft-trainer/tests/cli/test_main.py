@@ -73,6 +73,22 @@ def test_all_faults_of_a_command_line_are_named_at_once_without_a_screen_of_usag
     assert any("did you mean --temperature?" in text for text in said)
 
 
+@pytest.mark.parametrize("command", ["train", "doctor"])
+def test_a_flag_that_there_is_not_is_named_with_the_nearest(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--engin_type", "hf"]) == EXIT_WRONG_USE
+    assert "--engin_type: unknown flag; did you mean --engine_type" in capsys.readouterr().err
+
+
+def test_a_switch_with_a_value_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--fsdp", "False"]) == EXIT_WRONG_USE
+    assert "'False': unexpected argument; a switch takes no value" in capsys.readouterr().err
+
+
+def test_an_output_folder_that_cannot_be_made_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--output_dir", "/proc/nowhere"]) == EXIT_WRONG_USE
+    assert "--output_dir '/proc/nowhere': " in capsys.readouterr().err
+
+
 def test_what_argparse_refuses_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     for typed in (["trian"], ["train", "--top_p"], ["convert"]):
         with pytest.raises(SystemExit) as left:

@@ -137,6 +137,8 @@ def test_all_faults_come_at_once(tmp_path: Path) -> None:
         (("--overlong_buffer",), "below --generate_max_len"),
         (("--overlong_buffer", "--generate_max_len", "1024"), "penalized from its first token"),
         (("--eval_data", "org/data"), "works only with --prompt_data"),
+        (("--label_key", "answer"), "--label_key 'answer': works only with --pretrain and --prompt_data"),
+        (("--preset", "gsm8k"), "--apply_chat_template: works only with --pretrain and --prompt_data"),
         (("--pretrain", "./nowhere"), "no such folder"),
         (("--reward", "exact"), "Did you mean exact_match?"),
         (("--reward", "exact_match=much"), "is not a weight"),
@@ -167,7 +169,7 @@ def test_shares_are_right_where_the_data_takes_them(text: str) -> None:
 @given(template=st.none() | st.text("{}a", max_size=4), system=st.none() | st.just("Be brief."), chat=st.booleans())
 def test_a_prompts_form_is_right_where_the_data_takes_it(template: str | None, system: str | None, chat: bool) -> None:
     form: dict[str, Any] = {"input_template": template, "system_prompt": system, "apply_chat_template": chat}
-    config = StrategyConfig(**form)
+    config = StrategyConfig(**form, pretrain="org/model", prompt_data="org/data", reward="exact_match")
     try:
         PromptFormat(**form)
     except DataError:
@@ -191,6 +193,7 @@ def test_every_wrong_text_is_named_at_once() -> None:
     assert {fault.split()[0] for fault in caught.value.problems} == set(typed.split()[::2])
 
 
+DATA = "--prompt_data org/data --pretrain org/model --reward exact_match"
 PARENTS = {
     "--lambd 0.9": "--advantage_estimator gae",
     "--value_clip 0.5": "--advantage_estimator gae",
@@ -203,7 +206,11 @@ PARENTS = {
     "--dynamic_sampling_max_rounds 2": "--dynamic_sampling",
     "--num_trajectories_to_save 2": "--save_trajectories",
     "--initial_model_shard_size 1": "--init_kl_coef 0.1",
-    "--system_prompt Hello": "--apply_chat_template",
+    "--system_prompt Hello": f"--apply_chat_template {DATA}",
+    "--input_key question": DATA,
+    "--label_key answer": DATA,
+    "--input_template Q:{}": DATA,
+    "--apply_chat_template": DATA,
     "--rm_engine_cudagraph": "--rm_use_engine --reward_pretrain org/rm",
 }
 

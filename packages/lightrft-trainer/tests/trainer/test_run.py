@@ -163,3 +163,17 @@ def test_a_text_model_is_not_trained_as_one_that_sees(tmp_path: Path) -> None:
     config = StrategyConfig(pretrain=str(tmp_path))
     with pytest.raises(ConfigError, match=r"takes no images; `lightrft train` trains it"):
         load_tokenizer(config, multimodal=True)
+
+
+@pytest.mark.parametrize("multimodal", [False, True])
+def test_a_model_without_a_tokenizer_is_named_with_its_flag(tmp_path: Path, multimodal: bool) -> None:
+    what = "processor" if multimodal else "tokenizer"
+    build_model(layers=1, width=64).config.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=rf"--pretrain {tmp_path}: its {what} cannot be loaded: "):
+        load_tokenizer(StrategyConfig(pretrain=str(tmp_path)), multimodal=multimodal)
+
+
+def test_a_name_that_is_no_folder_is_said_to_be_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match=r"--pretrain modell: there is no such folder, and as a name on the hub, its"):
+        load_tokenizer(StrategyConfig(pretrain="modell"), multimodal=False)

@@ -57,7 +57,10 @@ def launch(config: StrategyConfig, options: argparse.Namespace, *, multimodal: b
     ranks = ranks_on_this_node(options.nproc_per_node)
     config = check_settings(config, multimodal=multimodal, world_size=ranks * options.nnodes)
     if config.output_dir != FIELDS["output_dir"].default:
-        Path(config.output_dir).mkdir(parents=True, exist_ok=True)  # from now on --resume knows it
+        try:
+            Path(config.output_dir).mkdir(parents=True, exist_ok=True)  # from now on --resume knows it
+        except OSError as error:
+            raise ConfigError([f"--output_dir {config.output_dir!r}: {error.strerror}"]) from error
     with tempfile.TemporaryDirectory(prefix="lightrft-") as name:
         command = ("lightrft.cli.worker", *(["--multimodal"] if multimodal else []))
         stopping, apart = "the ranks finish their step and write a checkpoint", None

@@ -83,7 +83,10 @@ def unknown_flags(given: Iterable[str], parser: argparse.ArgumentParser) -> list
         near = difflib.get_close_matches(flag, known, n=3, cutoff=0.75)
         hint = f"did you mean {', '.join(near)}?" if near else f"see {parser.prog} --help"
         problems.append(f"{flag}: unknown flag; {hint}")
-    return problems or [f"{text!r}: unexpected argument" for text in given]
+    hint = "; a switch takes no value: --bf16 turns it on, --no_bf16 off"
+    return problems or [
+        f"{text!r}: unexpected argument{hint if text.lower() in ('true', 'false') else ''}" for text in given
+    ]
 
 
 def add_launch_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -124,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     outlive_reader()
     parser = build_parser()
     namespace, rest = parser.parse_known_args(argv)
-    if namespace.command not in ("train", "train-vl"):
+    if namespace.command not in ("train", "train-vl", "doctor"):
         namespace = parser.parse_args(argv)  # which refuses what it does not know
     if namespace.command is None:
         parser.print_help()
@@ -133,9 +136,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run_convert(namespace)
     if namespace.list_presets:
         return list_presets()
-    if namespace.command == "doctor":
-        return run_doctor(namespace)
     problems = unknown_flags(rest, _command(parser, namespace.command)) if rest else []
+    if namespace.command == "doctor":
+        return run_doctor(namespace, problems)
     return run_command(namespace, multimodal=namespace.command == "train-vl", problems=problems)
 
 

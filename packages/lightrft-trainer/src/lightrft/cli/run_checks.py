@@ -32,6 +32,12 @@ ONLY_WITH: tuple[tuple[str, str, Callable[[StrategyConfig], bool], str], ...] = 
         lambda c: c.init_kl_coef > 0 and not c.lora_rank,
         "a reference model: --init_kl_coef above 0 and no --lora_rank",
     ),
+    (
+        "input_key label_key input_template apply_chat_template",
+        "prompt_data",
+        lambda c: c.prompt_data is not None,
+        "--pretrain and --prompt_data; the built-in task has its own form",
+    ),
     ("system_prompt", "apply_chat_template", lambda c: c.apply_chat_template, "--apply_chat_template"),
     ("rm_engine_cudagraph", "rm_use_engine", lambda c: c.rm_use_engine, "--rm_use_engine"),
 )

@@ -239,22 +239,21 @@ def built_in_task(strategy: StrategyBase, config: StrategyConfig, output_dir: Pa
 def load_tokenizer(config: StrategyConfig, *, multimodal: bool) -> tuple[Any, Any]:
     """Tokenizer and, for a vision-language model, processor. A missing padding token is replaced by the end token.
 
-    :raises ConfigError: a vision-language model was asked for, and this one takes no images.
+    :raises ConfigError: there is none, or a vision-language model was asked for, and this one takes no images.
     """
     import transformers
 
-    processor = None
-    if multimodal:
-        processor = transformers.AutoProcessor.from_pretrained(
-            config.pretrain, trust_remote_code=config.trust_remote_code
-        )
-        if getattr(processor, "image_processor", None) is None:
-            raise ConfigError([f"--pretrain {config.pretrain}: takes no images; `lightrft train` trains it"])
-        tokenizer = processor.tokenizer
-    else:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            config.pretrain, trust_remote_code=config.trust_remote_code
-        )
+    loader, what = (
+        (transformers.AutoProcessor, "processor") if multimodal else (transformers.AutoTokenizer, "tokenizer")
+    )
+    try:
+        loaded: Any = loader.from_pretrained(config.pretrain, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError) as error:
+        place = "" if Path(str(config.pretrain)).is_dir() else "there is no such folder, and as a name on the hub, "
+        raise ConfigError([f"--pretrain {config.pretrain}: {place}its {what} cannot be loaded: {error}"]) from error
+    if multimodal and getattr(loaded, "image_processor", None) is None:
+        raise ConfigError([f"--pretrain {config.pretrain}: takes no images; `lightrft train` trains it"])
+    tokenizer, processor = (loaded.tokenizer, loaded) if multimodal else (loaded, None)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer, processor

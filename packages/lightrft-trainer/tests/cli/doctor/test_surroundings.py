@@ -118,6 +118,11 @@ def test_what_the_engine_cannot_do_is_refused_before_a_rank_starts() -> None:
     assert "engine 'hf' runs on one rank only" in finding.text
 
 
+def test_a_presets_form_of_data_needs_none_here() -> None:
+    form = {"input_key": "question", "apply_chat_template": True, "system_prompt": "Be brief."}
+    assert surroundings.settings(config(**form), 1, "cpu").status == "ok"
+
+
 def test_a_model_without_data_is_examined_and_one_that_is_not_there_is_named(tmp_path: Path) -> None:
     assert surroundings.settings(config(pretrain=str(tmp_path)), 1, "cpu").status == "ok"
     finding = surroundings.settings(config(pretrain=str(tmp_path / "none")), 1, "cpu")

@@ -8,12 +8,12 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightrft.strategy.config import FIELDS, StrategyConfig
-from lightrft.strategy.errors import LightRFTError
+from lightrft.strategy.errors import ConfigError, LightRFTError
 from lightrft.utils import add_arguments
 
 from .findings import BEFORE_RANKS, ON_RANKS, Finding, Report, gather
@@ -48,12 +48,17 @@ def add_doctor_arguments(parser: argparse.ArgumentParser, add_launch: Callable[[
     return add_arguments(parser, suppress_defaults=True)
 
 
-def run_doctor(namespace: argparse.Namespace) -> int:
-    """Examine and report; returns the exit code."""
+def run_doctor(namespace: argparse.Namespace, problems: Sequence[str] = ()) -> int:
+    """Examine and report; returns the exit code.
+
+    :param problems: faults found on the command line.
+    """
     from ..settings import load_settings
 
     begun = time.monotonic()
     try:
+        if problems:
+            raise ConfigError(list(problems))
         config = load_settings(namespace)
         ranks, world = _ranks(namespace)
     except LightRFTError as error:

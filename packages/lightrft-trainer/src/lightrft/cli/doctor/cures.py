@@ -36,7 +36,8 @@ def diagnose(error: BaseException, check: str, config: StrategyConfig) -> tuple[
     """(layer at fault, what to do)."""
     layer, engine = layer_of(check, config), config.engine_type
     names = " ".join(kind.__name__ for kind in type(error).__mro__)
-    if isinstance(error, ConfigError):
+    unreadable = check == "model" and isinstance(error.__cause__, (OSError, ValueError))
+    if isinstance(error, ConfigError) and not unreadable:
         return "the settings", "change the flags that the message names"
     if isinstance(error, PluginError):
         return "the installation", "install or remove what the message names"

@@ -182,6 +182,9 @@ def settings(config: StrategyConfig, ranks: int, device_type: str) -> Finding:
     neutral: dict[str, Any] = {"output_dir": FIELDS["output_dir"].default, "resume": False}
     if config.pretrain is not None and config.prompt_data is None:
         neutral |= {"prompt_data": "task:reverse_digits", "reward": "exact_match"}
+    elif config.prompt_data is None:  # a preset's form of data, whose run names them
+        form = "input_key label_key input_template apply_chat_template system_prompt"
+        neutral |= {name: FIELDS[name].default for name in form.split()}
     try:
         check_settings(dataclasses.replace(config, **neutral), multimodal=False, world_size=ranks)
     except ConfigError as error:
