@@ -222,6 +222,15 @@ def test_a_bare_dcp_folder_is_converted_with_a_configuration_from_elsewhere(tmp_
     assert torch.equal(other.model.lm_head.weight, model.lm_head.weight)
 
 
+def test_a_module_that_is_none_of_transformers_becomes_its_weights(tmp_path: Path) -> None:
+    strategy, model = FakeStrategy(), nn.Linear(3, 2)
+    strategy.save_ckpt(model, tmp_path / "in")
+    convert(tmp_path / "in", tmp_path / "out", verify=True)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.safetensors"]
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        assert torch.equal(file.get_tensor("weight"), model.weight)
+
+
 def test_a_hub_folder_can_be_loaded_as_a_checkpoint(tmp_path: Path) -> None:
     tiny_model("qwen3_moe", seed=4).save_pretrained(tmp_path / "hub")
     strategy, model, _ = trained("qwen3_moe", wrapped=True)

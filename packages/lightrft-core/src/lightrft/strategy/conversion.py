@@ -288,7 +288,8 @@ def _to_hub(
         whole=partial(record.whole, source),
     )
     copy_companions(given.companions[name], staging)
-    _name_dtype(staging / hub_files.CONFIG, source, dtype)
+    if (staging / hub_files.CONFIG).is_file():  # a module that is none of transformers' has only weights
+        _name_dtype(staging / hub_files.CONFIG, source, dtype)
     if verify:
         progress.start("comparing", sum(sizes.values()))
         _verify_hub(source, record, staging, dtype, progress)
