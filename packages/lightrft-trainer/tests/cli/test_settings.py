@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib.machinery
 import importlib.util
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -399,6 +401,32 @@ def test_a_folder_that_may_not_be_written_is_refused_before_a_rank_starts(
     monkeypatch.setattr(settings.os, "access", lambda path, mode: path != tmp_path)  # root may write anywhere
     run = tmp_path / "a" / "run"
     assert f"{flag} {str(run)!r}: nothing may be written into {tmp_path}; name another folder" in faults(flag, str(run))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("x" * 300, os.strerror(errno.ENAMETOOLONG).lower()), ("l\udce9", "is no text in")]
+)
+@pytest.mark.parametrize("flag", ["--output_dir", "--log_dir"])
+def test_a_folder_that_no_disk_or_library_takes_is_refused(tmp_path: Path, flag: str, name: str, said: str) -> None:
+    (found,) = faults(flag, str(tmp_path / name))
+    assert found.startswith(flag) and said in found and "name another folder" in found
+
+
+@pytest.mark.parametrize("flag", ["--output_dir", "--pretrain", "--prompt_data"])
+def test_a_folder_that_may_not_be_entered_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str) -> None:
+    path, stat = tmp_path / "closed" / "it.jsonl", os.stat
+
+    def refuse(asked: Any, **options: Any) -> os.stat_result:  # root may enter anywhere
+        if str(asked).startswith(str(path)):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(asked))
+        return stat(asked, **options)
+
+    path.parent.mkdir()
+    monkeypatch.setattr(os, "stat", refuse)
+    monkeypatch.setattr(os, "access", lambda place, mode: place != path.parent)
+    assert any(
+        str(path) in fault and re.search("permission denied|nothing may be", fault) for fault in faults(flag, str(path))
+    )
 
 
 def test_the_home_folder_may_be_written_as_a_tilde_wherever_a_setting_comes_from(

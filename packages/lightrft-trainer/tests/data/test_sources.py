@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -138,6 +139,14 @@ def test_a_path_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.csv").write_text("input\n1\n")
     with pytest.raises(DataError, match=message):
+        read(name)
+
+
+@pytest.mark.parametrize("name", ["pipe.jsonl", "./pipe"])
+def test_a_pipe_is_refused_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo(name)
+    with pytest.raises(DataError, match="no regular file, and every rank has to read it; write it to one first"):
         read(name)
 
 

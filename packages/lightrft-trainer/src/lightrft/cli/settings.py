@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
+import sys
 from collections.abc import Mapping
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from lightrft.data.paths import fault_of_file, fault_of_folder
 from lightrft.strategy.config import FIELDS, StrategyConfig, read_yaml
 from lightrft.strategy.errors import ConfigError
 
@@ -114,11 +117,10 @@ def _at_home(given: Mapping[str, Any]) -> dict[str, Any]:
 def _resumed(merged: Mapping[str, Any], *, typed: Mapping[str, Any], file: Mapping[str, Any]) -> dict[str, Any]:
     """The saved run's settings, overridden by what is given now; a run that ended early may have saved none."""
     folder = Path(merged.get("output_dir", FIELDS["output_dir"].default))
-    if not folder.is_dir():
-        raise ConfigError(
-            [f"--resume: {folder} does not exist; name a run's folder with --output_dir, or drop --resume"]
-        )
-    if (folder / CONFIG_FILE).is_file():
+    if (fault := fault_of_folder(folder)) is not None:
+        said = "does not exist" if fault == "no such folder" else f"cannot be read: {fault}"
+        raise ConfigError([f"--resume: {folder} {said}; name a run's folder with --output_dir, or drop --resume"])
+    if os.path.isfile(folder / CONFIG_FILE):
         merged = merge_settings(typed=typed, file=file, preset={}, saved=read_yaml(folder / CONFIG_FILE))
     return {**merged, "output_dir": str(folder), "resume": True}
 
@@ -174,14 +176,14 @@ def _file_faults(config: StrategyConfig) -> list[str]:
     models = [("pretrain", config.pretrain), ("critic_pretrain", config.critic_pretrain)]
     for flag, value in [*models, *(("reward_pretrain", name) for name in config.reward_names)]:
         looks_local = value is not None and (value.startswith((".", "/", "~")) or value.count("/") > 1)
-        if value == "" or (value is not None and looks_local and not Path(value).expanduser().is_dir()):
-            problems.append(
-                f"--{flag} {value!r}: no such folder; give a model's folder or a hub name such as org/model"
-            )
+        fault = fault_of_folder(os.path.expanduser(value)) if value is not None and (looks_local or not value) else None
+        if fault is not None:
+            problems.append(f"--{flag} {value!r}: {fault}; give a model's folder or a hub name such as org/model")
     for flag in ("prompt_data", "eval_data"):
         for source in map(str.strip, (getattr(config, flag) or "").split(",")):
-            if source.endswith((".json", ".jsonl", ".parquet")) and not Path(source).expanduser().is_file():
-                problems.append(f"--{flag} {source!r}: no such file")
+            fault = fault_of_file(os.path.expanduser(source))
+            if fault is not None and source.endswith((".json", ".jsonl", ".parquet")):
+                problems.append(f"--{flag} {source!r}: {fault}")
     return problems
 
 
@@ -201,14 +203,27 @@ def _reward_faults(config: StrategyConfig) -> list[str]:
 
 def _output_faults(config: StrategyConfig) -> list[str]:
     given = {"output_dir": config.output_dir, "log_dir": config.log_dir}
-    problems = []
-    for name, path in ((name, Path(path)) for name, path in given.items() if path is not None):
-        there = next(place for place in (path, *path.parents) if place.exists())
-        if not there.is_dir():
-            problems.append(f"--{name} {str(there)!r}: is a file; name a folder")
-        elif not os.access(there, os.W_OK):
-            problems.append(f"--{name} {str(path)!r}: nothing may be written into {there}; name another folder")
+    found = {name: _output_fault(Path(path)) for name, path in given.items() if path is not None}
+    problems = [f"--{name} {fault}" for name, fault in found.items() if fault is not None]
     own = config.output_dir != FIELDS["output_dir"].default and not config.resume
-    if own and (Path(config.output_dir) / CONFIG_FILE).exists():
+    if own and os.path.exists(Path(config.output_dir) / CONFIG_FILE):
         problems.append(f"--output_dir {config.output_dir!r}: {TAKEN}")
     return problems
+
+
+def _output_fault(path: Path) -> str | None:
+    try:
+        str(path).encode()
+        os.stat(path)
+    except UnicodeEncodeError:  # TensorBoard and YAML take only text
+        encoding = sys.getfilesystemencoding()
+        return f"{str(path)!r}: is no text in {encoding}; name another folder, or set LC_ALL=C.UTF-8 if it is in UTF-8"
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            return f"{str(path)!r}: {os.strerror(error.errno).lower()}; name another folder"
+    there = next((place for place in (path, *path.parents) if os.path.exists(place)), Path())
+    if not os.path.isdir(there):
+        return f"{str(there)!r}: is a file; name a folder"
+    if not os.access(there, os.W_OK):
+        return f"{str(path)!r}: nothing may be written into {there}; name another folder"
+    return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -10,6 +11,7 @@ from itertools import islice
 from typing import Any
 from urllib.parse import parse_qsl
 
+from .paths import fault_of_file, fault_of_folder
 from .reasoning_gym import import_reasoning_gym
 from .records import TRAINING_FLAGS, DataError, DataFlags, Record, raise_faults
 from .tasks import reverse_digits
@@ -51,13 +53,16 @@ def read_source(
     elif spec.startswith(REASONING_GYM_PREFIX):
         records = _reasoning_gym(spec, split, flags, input_key, label_key, limit, seed)
     else:
-        path = pathlib.Path(spec).expanduser()
+        path = pathlib.Path(os.path.expanduser(spec))
+        fault = fault_of_file(path)
         if path.suffix in _FILE_READERS:
-            if not path.is_file():
-                raise DataError(f"{asked}: no such file (from {pathlib.Path.cwd()})")
+            if fault is not None:
+                raise DataError(f"{asked}: {fault} (from {pathlib.Path.cwd()})")
             records = _FILE_READERS[path.suffix](path, limit, asked)
-        elif path.is_file():
+        elif fault is None:
             raise DataError(f"{asked}: a {path.suffix or 'nameless'} file; supported are {', '.join(_FILE_READERS)}")
+        elif fault_of_folder(path) is not None and os.path.exists(path):
+            raise DataError(f"{asked}: {fault}")
         else:
             records = _hugging_face(spec, path, split, flags)
     found = list(islice(records, limit))
@@ -116,7 +121,7 @@ def _hugging_face(spec: str, path: pathlib.Path, split: str, flags: DataFlags) -
     import datasets
 
     asked = f"{flags.data} {spec}"
-    if path.is_dir():
+    if fault_of_folder(path) is None:
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             loaded: Any = datasets.load_from_disk(str(path))
         else:
