@@ -41,3 +41,18 @@ def test_output_without_a_reader_is_left_alone(
             monkeypatch.setattr(sys, "stdout", stream)
             outlive_reader()
             assert sys.stdout is stream
+
+
+@pytest.mark.parametrize("opened", [os.openpty, None])
+def test_what_cannot_be_encoded_is_written_in_another_way(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, opened: Any
+) -> None:
+    reader, ours = opened() if opened else (os.open(tmp_path / "log", os.O_RDONLY | os.O_CREAT), None)
+    stream = os.fdopen(ours, "w", encoding="ascii") if opened else (tmp_path / "log").open("w", encoding="ascii")
+    with stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        outlive_reader()
+        sys.stdout.write("é")
+        sys.stdout.flush()
+        assert os.read(reader, 100) == rb"\xe9"
+    os.close(reader)

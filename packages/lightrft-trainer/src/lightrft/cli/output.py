@@ -29,7 +29,9 @@ class _Watched(io.FileIO):
 
 
 def outlive_reader() -> None:
-    """Let standard output and error go on without an error when their terminal is closed, or ``tee`` has ended."""
+    """Let standard output and error go on without an error when their terminal is closed, or ``tee`` has ended; a
+    character that they cannot encode, such as one of an answer in the locale C, is written as ``\\xe9``.
+    """
     sys.stdout, sys.stderr = _outliving(sys.stdout), _outliving(sys.stderr)
 
 
@@ -38,6 +40,8 @@ def _outliving(stream: TextIO) -> TextIO:
         mode = os.fstat(stream.fileno()).st_mode
     except (AttributeError, OSError, ValueError):  # no stream, no descriptor, or closed
         return stream
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")
     if not (stream.isatty() or stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
         return stream
     stream.flush()
