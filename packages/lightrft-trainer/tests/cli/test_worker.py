@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import errno
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -105,6 +108,28 @@ def test_the_launcher_of_every_node_learns_that_the_run_was_stopped(
     assert "lightrft: stopped at step 2; a checkpoint was written. Continue with:" in shown.err
     assert "--output_dir run --nnodes 2 --node_rank 1 --master_addr first" in shown.err
     assert shown.out == "", "only rank 0 shows the report"
+
+
+@pytest.mark.parametrize("raised", [OSError(errno.ENOSPC, "No space left on device"), ValueError("\udce9 is no text")])
+def test_an_error_reaches_the_launcher_though_nothing_can_be_written_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raised: Exception
+) -> None:
+    lost = tmp_path / "file" / "run"  # a folder that cannot be made, as on a full disk
+
+    def fail(config: StrategyConfig, *, on_output_dir: Callable[[str], None], **_: Any) -> None:
+        on_output_dir(str(lost))
+        raise raised
+
+    lost.parent.touch()
+    monkeypatch.setattr(run, "train", fail)
+    environment = {"RANK": "0", "TORCHELASTIC_ERROR_FILE": str(tmp_path / "error"), LAUNCH_DIR: str(tmp_path)}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert run_rank(StrategyConfig(output_dir=str(lost), log_dir=str(tmp_path)), multimodal=False) == EXIT_FAILED
+    told = json.loads((tmp_path / "error").read_text())["message"]["message"]
+    assert told.startswith(f"{type(raised).__name__}: {raised}") and "in fail" in told
+    full = isinstance(raised, OSError)
+    assert bool(re.search(f"there is room for .* in {tmp_path}, .*; free some, then continue", told)) == full
 
 
 def _alive(pid: int) -> bool:

@@ -10,9 +10,11 @@ import ctypes
 import json
 import logging
 import os
+import shutil
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -69,7 +71,7 @@ def run_rank(config: StrategyConfig, *, multimodal: bool) -> int:
         from lightrft.strategy.journal import note_departure
 
         note_departure(error)  # ranks that wait for this one name it
-        _report_error(error, rank, output[-1] if output else None, multimodal=multimodal)
+        _report_error(error, rank, output[-1] if output else None, log_dir=config.log_dir, multimodal=multimodal)
         return EXIT_FAILED
     _leave_groups()
     launched = LAUNCH_DIR in os.environ
@@ -152,20 +154,29 @@ def _end_with_peers(told: socket.socket, launcher: int, folder: Path) -> None:
         os._exit(EXIT_FAILED)
 
 
-def _report_error(error: Exception, rank: int, output_dir: str | None, *, multimodal: bool) -> None:
+def _report_error(
+    error: Exception, rank: int, output_dir: str | None, *, log_dir: str | None, multimodal: bool
+) -> None:
     """One sentence for the launcher, the traceback into the run's folder."""
+    from lightrft.strategy.disk import is_full
+
     wrong_use = isinstance(error, (ConfigError, PluginError))
     text = str(error) if isinstance(error, LightRFTError) else f"{type(error).__name__}: {error}"
     trace = "".join(traceback.format_exception(error))
     told = isinstance(error, LightRFTError) and error.of_another_rank  # the text begins with that rank
     if output_dir is not None:
+        if is_full(error) and not isinstance(error, LightRFTError):
+            text += f": {_room(output_dir, log_dir or output_dir, tempfile.gettempdir())}; free some, then continue"
         path = Path(output_dir) / "errors" / f"rank{rank}.txt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(trace, encoding="utf-8")
-        text += f"\n(the traceback is in {path})"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(trace, encoding="utf-8", errors="backslashreplace")
+            text += f"\n(the traceback is in {path})"
+        except OSError:  # the folder may be what is full or gone
+            text += f"\n{trace}"
     elif not wrong_use:
         text += f"\n{trace}"
-    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    error_file, told_here = os.environ.get("TORCHELASTIC_ERROR_FILE"), False
     if error_file:
         content: dict[str, Any] = {
             "message": {
@@ -178,11 +189,23 @@ def _report_error(error: Exception, rank: int, output_dir: str | None, *, multim
                 },
             }
         }
-        Path(error_file).write_text(json.dumps(content), encoding="utf-8")
-    if LAUNCH_DIR not in os.environ:
+        try:
+            Path(error_file).write_text(json.dumps(content), encoding="utf-8")
+        except OSError:  # the launcher's own disk is full: the user still has to see it
+            told_here = True
+    if told_here or LAUNCH_DIR not in os.environ:
         sys.stderr.write(f"lightrft: rank {rank}: {text}\n")
     elif output_dir is not None or wrong_use:
         _leave_word({"output_dir": output_dir, "wrong_use": wrong_use}, multimodal=multimodal)
+
+
+def _room(*folders: str) -> str:
+    """The space that is left where a run writes: the error of a full disk names no folder."""
+    from lightrft.strategy.disk import human_bytes
+
+    there = [folder for folder in dict.fromkeys(folders) if os.path.isdir(folder)]
+    rooms = [f"{human_bytes(shutil.disk_usage(folder).free)} in {folder}" for folder in there]
+    return f"there is room for {', '.join(rooms)}"
 
 
 def _leave_word(word: dict[str, Any], *, multimodal: bool) -> None:
