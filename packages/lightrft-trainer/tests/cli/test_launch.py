@@ -4,9 +4,11 @@ import argparse
 import errno
 import json
 import os
+import shlex
 import signal
 import socket
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +17,8 @@ import pytest
 
 from lightrft.cli import launch
 from lightrft.cli.main import build_parser
-from lightrft.strategy.errors import ConfigError
+from lightrft.strategy.config import StrategyConfig
+from lightrft.strategy.errors import ConfigError, LightRFTError
 
 NOBODY = 2**22 + 1  # Linux gives no process that number
 
@@ -110,6 +113,42 @@ def test_a_failed_run_names_a_checkpoint_only_where_there_is_one(
 def test_a_run_is_resumed_on_as_many_ranks_as_it_was_started_on(given: str, told: str) -> None:
     line = launch.resume_line("train", "my runs/first", options(*given.split()))
     assert line == f"lightrft train --resume --output_dir 'my runs/first'{told}"
+
+
+def test_a_run_in_a_folder_that_looks_like_a_flag_is_resumed_as_the_line_says() -> None:
+    line = shlex.split(launch.resume_line("train", "-my runs/first", options()))
+    assert build_parser().parse_args(line[1:]).output_dir == "-my runs/first"
+
+
+@pytest.mark.parametrize("rank", ["0", ""])
+def test_a_rank_that_no_launcher_has_started_is_told_what_makes_it_one(rank: str) -> None:
+    whole = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    assert launch.is_rank(whole)
+    assert not launch.is_rank({**dict(list(whole.items())[1:])})
+    with pytest.raises(ConfigError, match=r"RANK=.* MASTER_PORT (is|are) not set; `unset RANK` to start ranks here"):
+        launch.is_rank({**whole, "RANK": rank, "MASTER_PORT": ""})
+
+
+def test_a_machine_without_room_for_temporary_files_is_told_which_variable_names_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", refuse)
+    with pytest.raises(LightRFTError, match=r"No usable temporary .*/tmp.*set TMPDIR"), launch.launch_folder("x-"):
+        pass
+
+
+def test_a_folder_that_cannot_be_made_is_refused_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(launch, "check_settings", lambda config, **_: config)
+    monkeypatch.setattr(Path, "mkdir", full)
+    with pytest.raises(ConfigError, match=r"--output_dir .*cannot be made: No space left on device; name another"):
+        launch.launch(StrategyConfig(output_dir=str(tmp_path / "run")), options(), multimodal=False)
 
 
 def test_a_signal_is_forwarded_though_the_disk_of_the_log_is_full(

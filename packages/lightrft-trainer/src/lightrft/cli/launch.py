@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -35,6 +35,7 @@ EXIT_INTERRUPTED = 128 + signal.SIGINT
 CPU_RANKS = 2
 LAUNCH_DIR = "LIGHTRFT_LAUNCH_DIR"
 ASKED_FILE = "signal"  # in that folder: the user has asked the run to stop
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # which torch reads
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 HANDLER_SECONDS = 1.0  # in which a handler runs, unless a library waits
 
@@ -50,7 +51,7 @@ def launch(config: StrategyConfig, options: argparse.Namespace, *, multimodal: b
 
     :raises ConfigError: settings that do not fit the number of ranks.
     """
-    if "RANK" in os.environ:
+    if is_rank(os.environ):
         from .worker import run_rank
 
         return run_rank(config, multimodal=multimodal)
@@ -60,15 +61,46 @@ def launch(config: StrategyConfig, options: argparse.Namespace, *, multimodal: b
         try:
             Path(config.output_dir).mkdir(parents=True, exist_ok=True)  # from now on --resume knows it
         except OSError as error:
-            raise ConfigError([f"--output_dir {config.output_dir!r}: {error.strerror}"]) from error
-    with tempfile.TemporaryDirectory(prefix="lightrft-") as name:
+            text = f"--output_dir {config.output_dir!r}: cannot be made: {error.strerror}; name another folder"
+            raise ConfigError([text]) from error
+    with launch_folder("lightrft-") as folder:
         command = ("lightrft.cli.worker", *(["--multimodal"] if multimodal else []))
         stopping, apart = "the ranks finish their step and write a checkpoint", None
         try:
-            failures = run_ranks(config, options, Path(name), command, stopping=stopping)
+            failures = run_ranks(config, options, folder, command, stopping=stopping)
         except NodesApartError as error:
             failures, apart = {}, str(error)
-        return _report(Path(name), failures, options, apart=apart)
+        return _report(folder, failures, options, apart=apart)
+
+
+def is_rank(environment: Mapping[str, str]) -> bool:
+    """Whether a launcher such as torchrun has started this process as one of its ranks.
+
+    :raises ConfigError: ``RANK`` alone says so, as where a shell or a cluster has left it behind.
+    """
+    if "RANK" not in environment:
+        return False
+    missing = [name for name in RANK_VARIABLES if not environment.get(name)]
+    if missing:
+        text = f"RANK={environment['RANK']} in the environment: makes this process a rank, but {', '.join(missing)} "
+        text += f"{'is' if len(missing) == 1 else 'are'} not set; `unset RANK` to start ranks here, or use torchrun"
+        raise ConfigError([text])
+    return True
+
+
+@contextlib.contextmanager
+def launch_folder(prefix: str) -> Iterator[Path]:
+    """A folder for the launcher and its ranks while they run.
+
+    :raises LightRFTError: no folder for temporary files can be written.
+    """
+    try:
+        made = tempfile.TemporaryDirectory(prefix=prefix)
+    except OSError as error:
+        text = f"no folder for temporary files: {error.strerror}; free space there, or set TMPDIR to one with space"
+        raise LightRFTError(text) from error
+    with made as name:
+        yield Path(name)
 
 
 def run_ranks(
@@ -263,7 +295,9 @@ def resume_line(command: str, output_dir: str, options: argparse.Namespace) -> s
     flags = ["nproc_per_node"]
     if options.nnodes > 1:
         flags += ["nnodes", "node_rank", "master_addr", "master_port", "rdzv_endpoint", "rdzv_id"]
-    words = ["lightrft", command, "--resume", "--output_dir", output_dir]
+    # A flag does not take a next word that looks like another flag.
+    place = [f"--output_dir={output_dir}"] if output_dir.startswith("-") else ["--output_dir", output_dir]
+    words = ["lightrft", command, "--resume", *place]
     for flag in flags:
         if (value := getattr(options, flag)) is not None:
             words += [f"--{flag}", str(value)]

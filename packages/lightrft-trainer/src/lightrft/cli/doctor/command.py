@@ -6,10 +6,8 @@ import argparse
 import dataclasses
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from lightrft.strategy.config import FIELDS, StrategyConfig
@@ -92,9 +90,9 @@ def _deadlines(config: StrategyConfig) -> dict[str, float]:
 
 def _ranks(namespace: argparse.Namespace) -> tuple[int, int]:
     """Ranks on this node and in all; under the user's own launcher, as the environment says."""
-    from ..launch import ranks_on_this_node
+    from ..launch import is_rank, ranks_on_this_node
 
-    if "RANK" in os.environ:
+    if is_rank(os.environ):
         return int(os.environ.get("LOCAL_WORLD_SIZE", "1")), int(os.environ.get("WORLD_SIZE", "1"))
     ranks = ranks_on_this_node(namespace.nproc_per_node)
     return ranks, ranks * namespace.nnodes
@@ -114,14 +112,17 @@ def _before_ranks(config: StrategyConfig, ranks: int, world: int) -> list[Findin
 
 
 def _on_ranks(config: StrategyConfig, namespace: argparse.Namespace) -> list[Finding]:
-    from ..launch import NodesApartError, describe_failures, run_ranks
+    from ..launch import NodesApartError, describe_failures, launch_folder, run_ranks
     from .notebook import read_notes
 
-    with tempfile.TemporaryDirectory(prefix="lightrft-doctor-") as name:
-        command = ("lightrft.cli.doctor.rank",)
-        try:
-            failures = run_ranks(config, namespace, Path(name), command, stopping="the examination ends")
-            end = None if failures is None else describe_failures(failures)
-        except NodesApartError as error:
-            end = str(error)
-        return gather(read_notes(Path(name)), end)
+    try:
+        with launch_folder("lightrft-doctor-") as folder:
+            command = ("lightrft.cli.doctor.rank",)
+            try:
+                failures = run_ranks(config, namespace, folder, command, stopping="the examination ends")
+                end = None if failures is None else describe_failures(failures)
+            except NodesApartError as error:
+                end = str(error)
+            return gather(read_notes(folder), end)
+    except LightRFTError as error:  # no rank could be started
+        return gather({}, str(error))
