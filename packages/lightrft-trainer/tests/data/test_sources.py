@@ -64,6 +64,14 @@ def test_bytes_that_are_no_utf8_are_named(tmp_path: Path):
         read(path)
 
 
+def test_a_text_that_was_cut_within_a_character_is_named(tmp_path: Path):
+    lines = [r'{"input": "whole \ud83d\ude00 \\ud83d"}', r'{"input": "cut \ud83d"}', r'{"a": ["\uDE00"], "input": "1"}']
+    with pytest.raises(DataError, match=r"2 faults") as caught:
+        read(write_jsonl(tmp_path / "a.jsonl", lines))
+    assert r"a.jsonl:2: '\ud83d' is half of a character, which no tokenizer takes" in str(caught.value)
+    assert r"a.jsonl:3: '\ude00' is half" in str(caught.value)
+
+
 def test_the_limit_stops_the_reading_before_what_comes_after(tmp_path: Path):
     path = write_jsonl(tmp_path / "a.jsonl", [*LINES[:2], "{broken"])
     assert values(read(path, limit=2)) == LINES[:2]

@@ -94,9 +94,21 @@ def _jsonl(path: pathlib.Path, limit: int, asked: str) -> Iterator[Record]:
                     f'{path}:{number}: a {type(values).__name__}; each line must be an object, {{"input": …}}'
                 )
                 continue
+            if rb"\ud" in line.lower() and (half := _half_character(values)):
+                faults.append(f"{path}:{number}: {half} is half of a character, which no tokenizer takes")
+                continue
             records.append(Record(values, f"{path}:{number}", folder))
     raise_faults(faults, asked)
     return iter(records)
+
+
+def _half_character(values: Any) -> str | None:
+    """What a text has left that was cut within an escaped emoji, or None."""
+    try:
+        json.dumps(values, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        return ascii(error.object[error.start])
+    return None
 
 
 def _parquet(path: pathlib.Path, limit: int, asked: str) -> Iterator[Record]:
