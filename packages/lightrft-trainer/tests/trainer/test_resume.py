@@ -170,6 +170,18 @@ def test_a_finished_run_resumes_to_nothing_and_to_more_steps(make: Make, tmp_pat
     assert make(max_steps=3).fit(resume=True).step == 3
 
 
+@pytest.mark.parametrize("changed", [False, True])
+def test_prompts_that_have_changed_since_the_checkpoint_are_told(
+    make: Make, capsys: pytest.CaptureFixture[str], changed: bool
+) -> None:
+    make(max_steps=1).fit()
+    again = make(max_steps=1)
+    if changed:
+        again.prompts._prompts.reverse()
+    again.fit(resume=True)
+    assert ("the prompts are not those of the checkpoint" in capsys.readouterr().out) == changed
+
+
 def test_a_resumed_run_takes_the_settings_that_it_is_given(make: Make) -> None:
     make(init_kl_coef=0.1, max_steps=1, lr_scheduler="linear").fit()
     given = {"actor_learning_rate": 1e-3, "adam_betas": (0.8, 0.9), "l2": 0.1, "init_kl_coef": 0.5}

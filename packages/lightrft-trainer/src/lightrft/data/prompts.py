@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -146,6 +148,14 @@ class PromptDataset(Dataset[Prompt]):
             return dataclasses.replace(prompt, images=[open_image(reference) for reference in prompt.images])
         except DataError as error:
             raise DataError(f"{prompt.origin}: {error}") from error
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of the prompts in their order, to notice that a resumed run has others."""
+        found = hashlib.blake2b(digest_size=16)
+        for prompt in self._prompts:
+            found.update(prompt.prompt.encode() + b"\0")
+        return found.hexdigest()
 
     @staticmethod
     def collate_fn(items: list[Prompt]) -> list[Prompt]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 
@@ -42,11 +42,18 @@ class PromptStream:
             self.episode, self.batches, self._iterator = self.episode + 1, 0, None
         return None
 
-    def state_dict(self) -> dict[str, int]:
-        """The position, valid on any number of ranks."""
-        return {"episode": self.episode, "consumed_samples": self.batches * self.batch_size}
+    def state_dict(self) -> dict[str, Any]:
+        """The position, valid on any number of ranks, and a digest of the prompts if they have one."""
+        position = {"episode": self.episode, "consumed_samples": self.batches * self.batch_size}
+        return position if self.digest is None else {**position, "prompts": self.digest}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    @property
+    def digest(self) -> str | None:
+        """Of all prompts; None if the loader's dataset has none."""
+        found = getattr(getattr(self.loader, "dataset", None), "digest", None)
+        return found if isinstance(found, str) else None
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go to a position."""
         self.episode = state["episode"]
         self.batches = state["consumed_samples"] // self.batch_size

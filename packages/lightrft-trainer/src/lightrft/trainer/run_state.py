@@ -38,7 +38,7 @@ class RunState:
     skipped_steps: int = 0
     sums: dict[str, float] = field(default_factory=dict)
     figures: dict[str, Any] = field(default_factory=dict)
-    stream: dict[str, int] = field(default_factory=dict)
+    stream: dict[str, Any] = field(default_factory=dict)
     evaluation: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:

@@ -661,6 +661,11 @@ class SPMDPPOTrainer:
         version["weight_version"] = max(0, version["weight_version"] - 1)
         self.strategy.engine_host.load_state_dict(version)
         stream.load_state_dict(self.state.stream)
+        if stream.digest is not None and self.state.stream.get("prompts", stream.digest) != stream.digest:
+            self.strategy.print(
+                "warning: --prompt_data: the prompts are not those of the checkpoint; the run goes on at the same "
+                "place among the new ones, some of which it may have seen"
+            )
         if self.state.training:
             # Ranks that shared a sequence saved the same samples.
             states = loaded.rank_states[:: saved.get("sp_size", 1)]
