@@ -96,6 +96,15 @@ def test_pruning_comes_after_success(tmp_path: Path) -> None:
     assert strategy.load_ckpt(model, tmp_path).client_state == {"step": 1}
 
 
+def test_a_clock_that_is_set_back_makes_no_old_checkpoint_the_newest(tmp_path: Path) -> None:
+    strategy, model = saved(tmp_path)
+    tomorrow = (tmp_path / "step_1").stat().st_mtime + 86400
+    os.utime(tmp_path / "step_1", (tomorrow, tomorrow))
+    for step in (2, 3):
+        strategy.save_ckpt(model, tmp_path, client_state={"step": step}, max_num=2)
+    assert whole_checkpoints(tmp_path) == ["step_3", "step_2"]
+
+
 def test_a_disk_too_full_for_a_folder_is_explained(tmp_path: Path) -> None:
     strategy, model = saved(tmp_path)
 
