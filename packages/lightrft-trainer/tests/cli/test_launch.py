@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import tempfile
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -172,6 +173,19 @@ def test_a_launcher_without_ranks_starts_none_after_a_signal(tmp_path: Path) -> 
     assert (tmp_path / launch.ASKED_FILE).exists(), "ranks that are about to start look for it"
 
 
+def test_a_second_signal_is_taken_without_a_word_from_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Python writes each into a socket, and complains on the terminal if nobody reads there any more."""
+    monkeypatch.setattr(launch, "HANDLER_SECONDS", 0.0)
+    monkeypatch.setattr(launch, "rank_pids", lambda folder: [NOBODY])
+    with launch._forwarded_signals(tmp_path, "the ranks stop"):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.2)
+    assert capfd.readouterr().err == "\nlightrft: stopping: the ranks stop (press again to stop at once)\n"
+
+
 @pytest.mark.parametrize(
     ("heard", "rank", "ends"),
     [(False, None, True), (False, NOBODY, True), (True, None, False), (False, os.getpid(), False)],
@@ -185,10 +199,10 @@ def test_a_launcher_that_waits_for_nodes_in_a_library_is_ended_by_a_signal(
     monkeypatch.setattr(launch, "HANDLER_SECONDS", 0.0)
     told, tells = socket.socketpair()
     tells.send(bytes([signal.SIGCHLD, signal.SIGTERM]))
+    tells.close()
     if rank is not None:
         (tmp_path / f"pid.{rank}").touch()
     launch._end_if_deaf(told, [signal.SIGTERM] if heard else [], tmp_path)
-    tells.close()
     assert codes == ([130] if ends else [])
     assert tmp_path.exists() != ends
 

@@ -260,18 +260,18 @@ def _forwarded_signals(folder: Path, stopping: str) -> Iterator[None]:
 def _end_if_deaf(told: socket.socket, seen: Sequence[int], folder: Path) -> None:
     """The thread that ends a launcher whose handlers do not run: in torch's own code it waits for other nodes, for many
     minutes, before its ranks have started or after they have ended."""
-    with told:
-        while not set(numbers := told.recv(64)).intersection(FORWARDED):
-            if not numbers:  # all is over
-                return
     import psutil
 
-    time.sleep(HANDLER_SECONDS)
-    if not seen and not any(map(psutil.pid_exists, rank_pids(folder))):
-        shutil.rmtree(folder, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            sys.stderr.write("\nlightrft: stopped while it waited for other nodes\n")
-        os._exit(EXIT_INTERRUPTED)
+    with told:  # until all is over, that is while a signal may still be written into it
+        while numbers := told.recv(64):
+            if not set(numbers).intersection(FORWARDED):
+                continue
+            time.sleep(HANDLER_SECONDS)
+            if not seen and not any(map(psutil.pid_exists, rank_pids(folder))):
+                shutil.rmtree(folder, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    sys.stderr.write("\nlightrft: stopped while it waited for other nodes\n")
+                os._exit(EXIT_INTERRUPTED)
 
 
 def rank_pids(folder: Path) -> list[int]:

@@ -147,11 +147,13 @@ def _end_with_peers(told: socket.socket, launcher: int, folder: Path) -> None:
 
     Not if the user has asked for a checkpoint, nor if the launcher itself has died: ranks can still write one.
     """
-    while signal.SIGTERM not in told.recv(64):
-        pass
-    time.sleep(FAREWELL_SECONDS)
-    if os.getppid() == launcher and not (folder / ASKED_FILE).exists():
-        os._exit(EXIT_FAILED)
+    with told:  # as long as Python may write a signal into it
+        while numbers := told.recv(64):
+            if signal.SIGTERM not in numbers:
+                continue
+            time.sleep(FAREWELL_SECONDS)
+            if os.getppid() == launcher and not (folder / ASKED_FILE).exists():
+                os._exit(EXIT_FAILED)
 
 
 def _report_error(
