@@ -692,7 +692,7 @@ class StrategyBase(ABC):
     def save_model(self, model: nn.Module, tokenizer: Any, output_dir: str | Path, **kwargs: Any) -> None:
         """Write a folder that ``from_pretrained`` loads: safetensors by hub name, configuration, tokenizer.
 
-        Streams bucket by bucket: no rank's device ever holds the whole model.
+        Streams bucket by bucket: no rank's device ever holds the whole model. Other files of an existing folder stay.
 
         :param tokenizer: a tokenizer or processor, or None.
         :param kwargs: ``bucket_bytes`` (size limit of a file), ``dtype``.
