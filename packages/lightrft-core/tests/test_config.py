@@ -280,7 +280,7 @@ def with_another(args: Any) -> Any:
         WithKeys(),
         SimpleNamespace(seed=3, mine="kept", extra_args="a script's own"),
     ],
-    ids=str,
+    ids=["namespace", "dict", "dataclass", "object", "config", "instance", "class", "derived", "keys", "own"],
 )
 def test_settings_come_from_any_object(args: Any) -> None:
     before = repr(args)
@@ -295,7 +295,11 @@ def test_an_object_without_a_dict_is_read_by_attribute() -> None:
     assert StrategyConfig.from_args(Slotted()).seed == 3
 
 
-@pytest.mark.parametrize("args", [Derived(), with_another(Arguments()), with_another(OnTheClass())], ids=str)
+@pytest.mark.parametrize(
+    "args",
+    [Derived(), with_another(Arguments()), with_another(OnTheClass())],
+    ids=["property", "beside a dataclass's fields", "beside the class's"],
+)
 def test_a_setting_is_read_wherever_an_object_has_it(args: Any) -> None:
     config = StrategyConfig.from_args(args)
     assert (config.fsdp, config.seed, config.resume) == (True, 3, False)
