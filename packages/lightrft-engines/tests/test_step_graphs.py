@@ -27,6 +27,9 @@ class Recorder:
 
     recorded = replayed = 0
 
+    def __init__(self, device: torch.device) -> None:
+        assert device == torch.device("cpu"), "the engine's"
+
     def record(self, launch: Callable[[], object]) -> Callable[[], object]:
         launch()
         launch()

@@ -76,10 +76,13 @@ def replays_graphs(device: torch.device) -> bool:
 
 
 class GraphPool:
-    """Graphs of kernels (CUDA graphs) that share one pool of memory: they are replayed one at a time."""
+    """Graphs of kernels (CUDA graphs) that share one pool of memory: they are replayed one at a time.
 
-    def __init__(self) -> None:
-        self._stream = torch.cuda.Stream()
+    :param device: where the kernels run, which need not be the current device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._stream = device, torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
 
     def record(self, launch: Callable[[], object]) -> Callable[[], None]:
@@ -89,7 +92,7 @@ class GraphPool:
 
         :raises RuntimeError: it waits for the device, or does something else that a graph cannot hold.
         """
-        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         try:
             with torch.cuda.stream(self._stream):

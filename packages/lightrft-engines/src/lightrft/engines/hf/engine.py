@@ -92,7 +92,7 @@ class HFEngine(BatchEngine):
             mixed=mixed,
         )
         if replays_graphs(spec.device) and not spec.extra.get("enforce_eager"):
-            self._graphs = StepGraphs(decoded, self._cache, GraphPool().record)
+            self._graphs = StepGraphs(decoded, self._cache, GraphPool(spec.device).record)
         self._decoder = Decoder(decoded, self._cache, rows, self._graphs)
         self._reader = PromptReader(
             type(model).__name__,
