@@ -157,6 +157,26 @@ def test_a_model_goes_into_a_folder_beside_what_is_there(tmp_path: Path, monkeyp
     assert (target / "tokenizer.json").read_text() == "mine"
 
 
+def test_a_model_that_cannot_be_put_in_its_place_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strategy = FakeStrategy()
+    strategy.save_model(nn.Linear(2, 2), None, tmp_path / "model")
+    (tmp_path / "model" / "model-00001-of-00002.safetensors").write_text("stale")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    original = Path.rename
+
+    def refuse(self: Path, target: Path) -> Path:
+        if self.parent.name == ".partial" and self.suffix == ".safetensors":
+            raise OSError("no more renames")
+        return original(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(CheckpointError, match=r"no more renames\. What was there before is unchanged"):
+        strategy.save_model(nn.Linear(2, 2), None, tmp_path / "model")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
+
+
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.uint16, torch.float8_e8m0fnu, torch.bool])
 def test_rank_states_come_back_in_any_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
     state = {"mine": torch.arange(6).view(2, 3).to(dtype), "number": torch.tensor(1).to(dtype)}

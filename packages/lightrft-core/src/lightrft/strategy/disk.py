@@ -79,7 +79,7 @@ def staging_for(target: Path) -> Path:
 
 
 def settle(staging: Path, target: Path, *, stale: Iterable[str], last: str) -> None:
-    """Put the new folder in its place. In a folder that exists, files of other names stay.
+    """Put the new folder in its place. In a folder that exists, files of other names stay; all do if that fails.
 
     :param stale: patterns of files that are removed as well: an older one's, which would be read with the new ones.
     :param last: the file that comes last, without which nobody reads the others.
@@ -88,15 +88,21 @@ def settle(staging: Path, target: Path, *, stale: Iterable[str], last: str) -> N
         staging.rename(target)
         return
     new = sorted(staging.iterdir(), key=lambda path: path.name == last)
-    outdated = {target / path.name for path in new}.union(*(target.glob(pattern) for pattern in stale))
-    for path in sorted(outdated, key=lambda path: path.name != last):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-    for path in new:
-        path.rename(target / path.name)
-    staging.rmdir()
+    replaced = {place for path in new if (place := target / path.name).exists()}
+    outdated = sorted(replaced.union(*(target.glob(pattern) for pattern in stale)), key=lambda path: path.name != last)
+    old = staging / ".old"
+    moves = [*((path, old / path.name) for path in outdated), *((path, target / path.name) for path in new)]
+    done: list[tuple[Path, Path]] = []
+    try:
+        old.mkdir()
+        for source, place in moves:
+            source.rename(place)
+            done.append((source, place))
+    except OSError:
+        for source, place in reversed(done):
+            place.rename(source)
+        raise
+    shutil.rmtree(staging, ignore_errors=True)
 
 
 def folder_size(folder: Path) -> int:
