@@ -109,19 +109,19 @@ class SamplingParams:
                     f"sampling parameters: unknown {', '.join(unknown)}; known are {', '.join(sorted(names))}"
                 )
             value = SimpleNamespace(**value)
-            given = _named(value, spelled)
-        else:
-            given = _named(value, spelled)
-            if not given:
-                raise ValueError(
-                    f"sampling parameters: {type(value).__name__} has none of {', '.join(sorted(names))}; "
-                    "pass SamplingParams, a dict with those names, or the engine's own object"
-                )
-            if lost := _settings_besides(value, {*spelled, *_BESIDES}):
-                raise ValueError(
-                    f"sampling parameters: {type(value).__name__} sets {', '.join(lost)}, which would be lost; set "
-                    f"only {', '.join(sorted(names))}"
-                )
+        elif not any(hasattr(value, name) for name in spelled):
+            raise ValueError(
+                f"sampling parameters: {type(value).__name__} has none of {', '.join(sorted(names))}; "
+                "pass SamplingParams, a dict with those names, or the engine's own object"
+            )
+        elif lost := _settings_besides(value, {*spelled, *_BESIDES}):
+            raise ValueError(
+                f"sampling parameters: {type(value).__name__} sets {', '.join(lost)}, which would be lost; set "
+                f"only {', '.join(sorted(names))}"
+            )
+        given: dict[str, Any] = {
+            ours: getattr(value, theirs) for theirs, ours in spelled.items() if hasattr(value, theirs)
+        }
         if getattr(value, "do_sample", None) is False:
             given["temperature"] = 0.0
         if (ends := getattr(value, "eos_token_id", None)) is not None:
@@ -133,11 +133,6 @@ class SamplingParams:
         if "logprobs" in given:  # vLLM's 0 means "the sampled token's", so only False turns it off
             given["logprobs"] = given["logprobs"] is not False
         return cls(**given)
-
-
-def _named(value: Any, spelled: Mapping[str, str]) -> dict[str, Any]:
-    """Attributes by our names."""
-    return {ours: getattr(value, theirs) for theirs, ours in spelled.items() if hasattr(value, theirs)}
 
 
 def _settings_besides(value: Any, known: Container[str]) -> list[str]:
