@@ -262,16 +262,24 @@ def _end_if_deaf(told: socket.socket, seen: Sequence[int], folder: Path) -> None
     minutes, before its ranks have started or after they have ended."""
     import psutil
 
-    with told:  # until all is over, that is while a signal may still be written into it
+    for _ in each_signal(told, FORWARDED):
+        time.sleep(HANDLER_SECONDS)
+        if not seen and not any(map(psutil.pid_exists, rank_pids(folder))):
+            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                sys.stderr.write("\nlightrft: stopped while it waited for other nodes\n")
+            os._exit(EXIT_INTERRUPTED)
+
+
+def each_signal(told: socket.socket, wanted: Sequence[int]) -> Iterator[None]:
+    """Waits at the other end of Python's wake-up descriptor, and yields when a wanted signal has come.
+
+    It reads until that descriptor is closed: Python complains of a signal that it cannot write.
+    """
+    with told:
         while numbers := told.recv(64):
-            if not set(numbers).intersection(FORWARDED):
-                continue
-            time.sleep(HANDLER_SECONDS)
-            if not seen and not any(map(psutil.pid_exists, rank_pids(folder))):
-                shutil.rmtree(folder, ignore_errors=True)
-                with contextlib.suppress(OSError):
-                    sys.stderr.write("\nlightrft: stopped while it waited for other nodes\n")
-                os._exit(EXIT_INTERRUPTED)
+            if not set(numbers).isdisjoint(wanted):
+                yield
 
 
 def rank_pids(folder: Path) -> list[int]:

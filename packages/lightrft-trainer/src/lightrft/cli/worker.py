@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from lightrft.strategy.config import StrategyConfig
 from lightrft.strategy.errors import ConfigError, LightRFTError, PluginError, RankTimeoutError
 
-from .launch import ASKED_FILE, EXIT_FAILED, EXIT_INTERRUPTED, LAUNCH_DIR
+from .launch import ASKED_FILE, EXIT_FAILED, EXIT_INTERRUPTED, LAUNCH_DIR, each_signal
 from .output import outlive_reader
 
 if TYPE_CHECKING:
@@ -147,13 +147,10 @@ def _end_with_peers(told: socket.socket, launcher: int, folder: Path) -> None:
 
     Not if the user has asked for a checkpoint, nor if the launcher itself has died: ranks can still write one.
     """
-    with told:  # as long as Python may write a signal into it
-        while numbers := told.recv(64):
-            if signal.SIGTERM not in numbers:
-                continue
-            time.sleep(FAREWELL_SECONDS)
-            if os.getppid() == launcher and not (folder / ASKED_FILE).exists():
-                os._exit(EXIT_FAILED)
+    for _ in each_signal(told, (signal.SIGTERM,)):
+        time.sleep(FAREWELL_SECONDS)
+        if os.getppid() == launcher and not (folder / ASKED_FILE).exists():
+            os._exit(EXIT_FAILED)
 
 
 def _report_error(
