@@ -8,6 +8,8 @@ from lightrft.strategy.config import StrategyConfig
 from lightrft.strategy.config_checks import Rules, out_of_range
 from lightrft.strategy.engine_checks import one_rank_only
 
+# How the lines of ``--prompt_data`` are read; the built-in task has a form of its own.
+DATA_FORM = "input_key label_key input_template apply_chat_template"
 # Settings that only others bring into effect: their names, the others, whether they do, and what to give.
 ONLY_WITH: tuple[tuple[str, str, Callable[[StrategyConfig], bool], str], ...] = (
     (
@@ -33,7 +35,7 @@ ONLY_WITH: tuple[tuple[str, str, Callable[[StrategyConfig], bool], str], ...] = 
         "a reference model: --init_kl_coef above 0 and no --lora_rank",
     ),
     (
-        "input_key label_key input_template apply_chat_template",
+        DATA_FORM,
         "prompt_data",
         lambda c: c.prompt_data is not None,
         "--pretrain and --prompt_data; the built-in task has its own form",

@@ -20,6 +20,7 @@ from lightrft.strategy.errors import ConfigError, PluginError
 from lightrft.strategy.registry import load_plugin
 
 from ..launch import accelerators_on_this_node
+from ..run_checks import DATA_FORM
 from ..settings import check_settings
 from .findings import Finding
 
@@ -183,8 +184,7 @@ def settings(config: StrategyConfig, ranks: int, device_type: str) -> Finding:
     if config.pretrain is not None and config.prompt_data is None:
         neutral |= {"prompt_data": "task:reverse_digits", "reward": "exact_match"}
     elif config.prompt_data is None:  # a preset's form of data, whose run names them
-        form = "input_key label_key input_template apply_chat_template system_prompt"
-        neutral |= {name: FIELDS[name].default for name in form.split()}
+        neutral |= {name: FIELDS[name].default for name in f"{DATA_FORM} system_prompt".split()}
     try:
         check_settings(dataclasses.replace(config, **neutral), multimodal=False, world_size=ranks)
     except ConfigError as error:
